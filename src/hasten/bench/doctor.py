@@ -1,0 +1,109 @@
+"""What this machine can do: read bandwidth, the step's cost against it, and what a further row costs."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hasten.llm import LLM
+from hasten.model import Rows
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+BANDWIDTH_BYTES = 512 * 2**20
+
+
+def read_bandwidth(device: torch.device, repeats: int = 7) -> float:
+    """Bytes per second (in 1e9) that all cores read from a buffer far larger than any cache; the best of several."""
+    buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    best = 0.0
+    for _ in range(repeats):
+        started = time.perf_counter()
+        float(buffer.sum())
+        best = max(best, buffer.nbytes / (time.perf_counter() - started))
+    return best / 1e9
+
+
+@torch.inference_mode()
+def step_costs(llm: LLM, rows: Sequence[int] = ROWS, context: int = 256, repeats: int = 25) -> dict[int, float]:
+    """Median seconds of a forward pass with so many rows behind a context; the counts take turns."""
+    model = llm.model
+    context = min(context, model.config.max_positions - max(rows))
+    sequence = llm.engine.cache.sequence()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (context + max(rows),), generator=generator).tolist()
+    try:
+        model.forward(Rows.of(sequence, tokens[:context], 0, model.device), [context - 1])
+        sequence.commit(context)
+        times: dict[int, list[float]] = {count: [] for count in rows}
+        for repeat in range(repeats + 2):
+            for count in rows:
+                batch = Rows.of(sequence, tokens[context : context + count], context, model.device)
+                started = time.perf_counter()
+                float(model.forward(batch)[0, 0])
+                if repeat >= 2:
+                    times[count].append(time.perf_counter() - started)
+    finally:
+        sequence.release()
+    return {count: statistics.median(values) for count, values in times.items()}
+
+
+@torch.inference_mode()
+def row_invariant(llm: LLM, context: int = 64, count: int = 8) -> bool:
+    """Whether a row computed beside others has the very bits it has alone."""
+    model = llm.model
+    tokens = [(index * 7 + 3) % model.config.vocab_size for index in range(context + count)]
+    together, alone = llm.engine.cache.sequence(), llm.engine.cache.sequence()
+    try:
+        for sequence in (together, alone):
+            model.forward(Rows.of(sequence, tokens[:context], 0, model.device), [0])
+            sequence.commit(context)
+        batch = model.forward(Rows.of(together, tokens[context:], context, model.device))
+        for index in range(count):
+            row = model.forward(Rows.of(alone, tokens[context + index :][:1], context + index, model.device))
+            alone.commit(1)
+            if not torch.equal(row[0], batch[index]):
+                return False
+        return True
+    finally:
+        together.release()
+        alone.release()
+
+
+def doctor(llm: LLM, report: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
+    """The JSON document of `hasten doctor`.
+
+    `roofline_ms` is the time in which one step's weights can be read at `bandwidth_gbs`; a model that fits into the
+    processor's caches can be faster. `verify_cost` is v(n): the cost of a step of n rows over that of one.
+    """
+    report("measuring bandwidth")
+    bandwidth = read_bandwidth(llm.model.device)
+    report("timing steps of 1 to 32 rows")
+    costs = step_costs(llm)
+    weight_bytes = llm.model.weight_bytes()
+    return {
+        "device": str(llm.model.device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "backend": llm.model.backend.name,
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "model": str(llm.folder),
+        "weight_bytes": weight_bytes,
+        "bandwidth_gbs": round(bandwidth, 2),
+        "step_ms": round(costs[1] * 1e3, 4),
+        "roofline_ms": round(weight_bytes / bandwidth / 1e6, 4),
+        "verify_cost": {str(count): round(seconds / costs[1], 4) for count, seconds in costs.items()},
+        "row_invariant": row_invariant(llm),
+    }
+
+
+def _processor() -> str:
+    """The processor's (or the GPU's) name and what of it counts here."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

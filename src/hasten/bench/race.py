@@ -1,0 +1,81 @@
+"""Plain and accelerated decoding of the same prompt, side by side."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.bench.lane import Lane, engine_for, interleave
+from hasten.engine import SamplingParams
+from hasten.llm import LLM
+
+DEFAULT_METHOD = "ngram"
+DEFAULT_PROMPT = """Text:
+name = river
+  width: 40
+item stone, 12 pieces
+set_lamp(table, 31)
+  height: 25
+item glass, 47 pieces
+color = green
+  depth: 18
+item bread, 90 pieces
+set_door(garden, 64)
+Change: replace glass by silver.
+Answer:"""
+"""An edit: most of the answer stands in the prompt, as it does when a model rewrites a file."""
+
+
+@dataclass(frozen=True)
+class RaceResult:
+    """Medians over rounds. `speedup` is plain seconds over accelerated seconds, round by round."""
+
+    lanes: list[dict[str, Any]]
+    identical: bool
+    speedup: float
+    text: str
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document."""
+        return {"lanes": self.lanes, "identical": self.identical, "speedup": self.speedup, "text": self.text}
+
+
+def race(llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int = 5) -> RaceResult:
+    """Run both lanes `rounds` times after one warm-up round.
+
+    Raises:
+        UserError: unknown method, bad prompt.
+    """
+    ids = llm.encode(prompt)
+    engines = [engine_for(llm), engine_for(llm)]
+    runs: list[list[Lane]] = []
+    for _ in range(rounds + 1):
+        lanes = [Lane(llm, engine, name, ids, params) for engine, name in zip(engines, ("plain", method), strict=True)]
+        for _ in interleave(lanes):
+            pass
+        runs.append(lanes)
+    return summarise(llm, runs[1:])
+
+
+def summarise(llm: LLM, runs: list[list[Lane]]) -> RaceResult:
+    """One document from several finished rounds."""
+    documents = []
+    for index, lane in enumerate(runs[0]):
+        seconds = statistics.median(run[index].seconds for run in runs)
+        documents.append(
+            {
+                "method": lane.method,
+                "tokens": len(lane.tokens),
+                "seconds": round(seconds, 6),
+                "tokens_per_second": round(len(lane.tokens) / seconds, 2),
+                "tokens_per_step": round(lane.request.statistics.tokens_per_step, 4),
+                "steps": lane.request.statistics.steps,
+            }
+        )
+    return RaceResult(
+        lanes=documents,
+        identical=all(run[0].tokens == run[1].tokens for run in runs),
+        speedup=round(statistics.median(run[0].seconds / run[1].seconds for run in runs), 4),
+        text=llm.tokenizer.decode(runs[0][0].tokens, skip_special_tokens=True),
+    )

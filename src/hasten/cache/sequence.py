@@ -1,0 +1,313 @@
+"""The cache of one sequence: committed slots in shared blocks, and the running forward's pending rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from hasten.cache.block import Block
+from hasten.model.attention import Part, causal_mask
+
+if TYPE_CHECKING:
+    from hasten.cache.cache import Cache
+
+
+class RollbackError(RuntimeError):
+    """A layer was asked to forget rows that it cannot forget."""
+
+
+@dataclass
+class View:
+    """The first `length` slots of a block, as one sequence sees them."""
+
+    block: Block
+    length: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sequence's state at one length, for layers that cannot be cropped."""
+
+    length: int
+    states: dict[int, Tensor]
+
+
+class Sequence:
+    """Slots of one sequence, in order.
+
+    `length` slots are committed. A forward makes `pending` more rows visible to each other; `commit` keeps
+    some of them, and rows not committed vanish with the next `begin`. Made by `Cache.sequence`, not directly.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._views: list[View] = []
+        self._writer = False
+        self.pending = 0
+        self.states: dict[int, Tensor] = {}
+        self._bands: dict[int, _Band] = {}
+        self._released = False
+
+    @property
+    def length(self) -> int:
+        """Committed slots."""
+        return sum(view.length for view in self._views)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` further slots, so that appends need not grow the block again."""
+        self._refuse_released()
+        self._room(slots, exact=True)
+
+    # The forward pass
+
+    def begin(self, positions: Tensor) -> None:
+        """See `hasten.model.rows.SequenceState`."""
+        self._refuse_released()
+        if self.pending:
+            self._refuse_rollback(f"drop {self.pending} pending rows")
+        self.pending = 0
+        self._bands.clear()
+        rows = positions.shape[0]
+        tail = self._room(rows)
+        tail.block.positions[tail.length : tail.length + rows] = positions
+        self.pending = rows
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """See `hasten.model.rows.SequenceState`."""
+        tail = self._views[-1]
+        stop = tail.length + self.pending
+        tail.block.keys[layer][:, tail.length : stop] = keys
+        tail.block.values[layer][:, tail.length : stop] = values
+
+    def parts(self, layer: int, mask: Tensor | None) -> list[Part]:
+        """See `hasten.model.rows.SequenceState`: committed blocks without a mask, then the rows."""
+        window = self._cache.layers[layer].window
+        if window is not None:
+            return self._windowed(layer, window, mask)
+        parts = [
+            Part(view.block.keys[layer][:, : view.length], view.block.values[layer][:, : view.length])
+            for view in self._views[:-1]
+            if view.length
+        ]
+        tail = self._views[-1]
+        keys, values, stop = tail.block.keys[layer], tail.block.values[layer], tail.length + self.pending
+        if self.pending == 1:
+            # The only new row sees itself and everything before it: the whole tail is one part.
+            parts.append(Part(keys[:, :stop], values[:, :stop]))
+            return parts
+        if tail.length:
+            parts.append(Part(keys[:, : tail.length], values[:, : tail.length]))
+        own: Tensor | Literal["causal"] = "causal" if mask is None else mask
+        parts.append(Part(keys[:, tail.length : stop], values[:, tail.length : stop], own))
+        return parts
+
+    def _windowed(self, layer: int, window: int, mask: Tensor | None) -> list[Part]:
+        """As `parts`, keeping only slots whose position lies inside the rows' windows."""
+        band = self._bands.get(window)
+        if band is None:
+            band = self._bands[window] = _Band.of(self._views, self.pending, window, mask, self._cache.dtype)
+        tail = self._views[-1]
+        stop = tail.length + self.pending
+        keys, values = tail.block.keys[layer], tail.block.values[layer]
+        # First, because every row sees itself: no merge ever starts from a row that has seen nothing.
+        parts = [Part(keys[:, tail.length : stop], values[:, tail.length : stop], band.own)]
+        for view, pieces in zip(self._views, band.committed, strict=True):
+            keys, values = view.block.keys[layer], view.block.values[layer]
+            for start, stop, allowed, blind in pieces:
+                parts.append(Part(keys[:, start:stop], values[:, start:stop], allowed, blind))
+        return parts
+
+    # Transactions
+
+    def commit(self, kept: int | Items[int]) -> None:
+        """Keep pending rows: the first `kept` of them, or the rows with these (ascending) numbers.
+
+        Raises:
+            ValueError: numbers out of range or not strictly ascending.
+            RollbackError: a recurrent layer has seen rows that are not kept (restore a snapshot and replay).
+        """
+        self._refuse_released()
+        if isinstance(kept, int) and kept < 0:
+            raise ValueError(f"cannot keep {kept} rows")
+        rows = range(kept) if isinstance(kept, int) else kept
+        count = len(rows)
+        if count and (rows[0] < 0 or rows[-1] >= self.pending or any(a >= b for a, b in pairwise(rows))):
+            raise ValueError(f"kept rows {list(rows)} are not ascending numbers below {self.pending}")
+        if count < self.pending:
+            self._refuse_rollback(f"keep {count} of {self.pending} rows")
+        if count:
+            tail = self._views[-1]
+            if rows[-1] != count - 1:
+                tail.block.gather(tail.length, rows)
+            tail.length += count
+        self.pending = 0
+
+    def crop(self, length: int) -> None:
+        """Forget committed slots from `length` on, and all pending rows.
+
+        Raises:
+            ValueError: a length beyond what is committed.
+            RollbackError: a recurrent layer would have to forget.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop {self.length} slots to {length}")
+        if length < self.length:
+            self._refuse_rollback(f"crop {self.length} slots to {length}")
+        if self.pending:
+            self._refuse_rollback(f"drop {self.pending} pending rows")
+        self._crop(length)
+
+    def _crop(self, length: int) -> None:
+        self.pending = 0
+        excess = self.length - length
+        while excess:
+            tail = self._views[-1]
+            cut = min(excess, tail.length)
+            tail.length -= cut
+            excess -= cut
+            if tail.length == 0 and len(self._views) > 1:
+                self._cache.drop(self._views.pop().block)
+                self._writer = False
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same committed slots; blocks are shared, and copied by nobody.
+
+        Raises:
+            RollbackError: rows are pending that a recurrent layer has already seen.
+        """
+        self._refuse_released()
+        if self.pending:
+            self._refuse_rollback(f"fork before {self.pending} pending rows")
+        child = Sequence(self._cache)
+        for view in self._views:
+            view.block.references += 1
+            child._views.append(View(view.block, view.length))
+        if self._views:
+            tail = self._views[-1]
+            tail.block.shared = max(tail.block.shared, tail.length)
+        child.states = {layer: state.clone() for layer, state in self.states.items()}
+        return child
+
+    def release(self) -> None:
+        """Give the slots back; the sequence is unusable afterwards. Releasing twice is harmless."""
+        for view in self._views:
+            self._cache.drop(view.block)
+        self._views, self.states, self.pending, self._released = [], {}, 0, True
+        self._bands.clear()
+
+    def snapshot(self) -> Snapshot:
+        """The state of all recurrent layers at the present length (free for layers that can be cropped).
+
+        Raises:
+            RollbackError: rows are pending that a recurrent layer has already seen.
+        """
+        if self.pending:
+            self._refuse_rollback(f"take a snapshot before {self.pending} pending rows")
+        return Snapshot(self.length, {layer: state.clone() for layer, state in self.states.items()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot taken at this or a shorter length; rows after it must be replayed.
+
+        Raises:
+            ValueError: the snapshot is longer than the sequence.
+        """
+        if snapshot.length > self.length:
+            raise ValueError(f"the snapshot has {snapshot.length} slots, the sequence only {self.length}")
+        self._crop(snapshot.length)
+        self.states = {layer: state.clone() for layer, state in snapshot.states.items()}
+
+    def _refuse_released(self) -> None:
+        if self._released:
+            raise RuntimeError("the sequence was released")
+
+    def _refuse_rollback(self, what: str) -> None:
+        stubborn = [index for index, layer in enumerate(self._cache.layers) if layer.kind == "recurrent"]
+        if stubborn:
+            raise RollbackError(f"cannot {what}: layer {stubborn[0]} is recurrent; restore a snapshot and replay")
+
+    def _may_write(self, tail: View) -> bool:
+        """Whether slots behind the tail's length are this sequence's to fill."""
+        if tail.block.references == 1:
+            tail.block.shared = 0
+            self._writer = True
+        return self._writer and tail.length >= tail.block.shared
+
+    def _room(self, slots: int, exact: bool = False) -> View:
+        """The tail view, with room for `slots` more slots that nobody else reads."""
+        tail = self._views[-1] if self._views else None
+        ideal = 0
+        if tail is not None and self._may_write(tail):
+            if tail.length + slots <= tail.block.capacity:
+                return tail
+            ideal = 0 if exact else 2 * tail.block.capacity
+            if tail.block.references == 1:
+                grown = self._cache.block(tail.length + slots, ideal)
+                grown.copy_from(tail.block, tail.length)
+                self._cache.drop(tail.block)
+                tail.block = grown
+                return tail
+        view = View(self._cache.block(slots, ideal), 0)
+        if tail is not None and tail.length == 0:
+            # Only the last view may be empty: elsewhere it would be a part without slots.
+            self._cache.drop(self._views.pop().block)
+        self._views.append(view)
+        self._writer = True
+        return view
+
+
+@dataclass
+class _Band:
+    """Which slots a windowed layer's rows see: computed once per pass and window, used by all such layers.
+
+    `committed` has, per view, runs (start, stop, additive mask or None, blind rows); `own` is the mask of the
+    rows among themselves.
+    """
+
+    committed: list[list[tuple[int, int, Tensor | None, Tensor | None]]]
+    own: Tensor
+
+    @classmethod
+    def of(cls, views: Items[View], pending: int, window: int, mask: Tensor | None, dtype: torch.dtype) -> _Band:
+        tail = views[-1]
+        rows = tail.block.positions[tail.length : tail.length + pending]
+        first, last = int(rows.min()), int(rows.max())
+        committed = []
+        for view in views:
+            slots = view.block.positions[: view.length]
+            seen = slots > first - window
+            # Slots every row sees need no mask; the edge of the window does.
+            free = slots > last - window
+            pieces: list[tuple[int, int, Tensor | None, Tensor | None]] = []
+            for start, stop in _runs(seen):
+                cut = start + int((~free[start:stop]).sum())
+                if bool(free[cut:stop].all()):
+                    bounds = [(start, cut, True), (cut, stop, False)]
+                else:
+                    bounds = [(start, stop, True)]
+                for low, high, edge in bounds:
+                    if low == high:
+                        continue
+                    if not edge:
+                        pieces.append((low, high, None, None))
+                        continue
+                    allowed = slots[None, low:high] > rows[:, None] - window
+                    extra = torch.zeros(allowed.shape, dtype=dtype, device=rows.device).masked_fill_(
+                        ~allowed, -torch.inf
+                    )
+                    pieces.append((low, high, extra, ~allowed.any(1)))
+            committed.append(pieces)
+        own = causal_mask(pending, dtype, rows.device) if mask is None else mask
+        outside = rows[None, :] <= rows[:, None] - window
+        return cls(committed, own.masked_fill(outside, -torch.inf))
+
+
+def _runs(flags: Tensor) -> list[tuple[int, int]]:
+    """The runs (start, stop) of True in a boolean vector."""
+    padded = torch.cat([flags.new_zeros(1), flags, flags.new_zeros(1)]).to(torch.int8)
+    edges = padded.diff().nonzero().flatten().tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

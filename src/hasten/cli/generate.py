@@ -1,0 +1,117 @@
+"""`hasten generate`: one completion."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from hasten.engine import SamplingParams
+    from hasten.llm import LLM, Completion
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from stdin.")],
+    model: options.Model = "tiny",
+    method: options.Method = "plain",
+    max_tokens: options.MaxTokens = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the checkpoint's).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this mass.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens at least this likely, relative to the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages tokens seen before.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Subtracted once for tokens of the output.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Subtracted per occurrence in the output.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes the text, whichever lossless method.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Independent completions.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this string (may be given several times).")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Report this many likeliest tokens per position.")] = None,
+    acceptance: Annotated[str, typer.Option(help="match, max or typical.")] = "match",
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    json: options.Json = False,
+) -> None:
+    """Complete a prompt, streaming the text as it comes."""
+    from dataclasses import replace
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise UserError("the prompt is empty")
+    llm = options.load(model, dtype, device, threads)
+    llm.engine.drafter(method)
+    given: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "logprobs": logprobs,
+    }  # fmt: skip
+    params = replace(
+        llm.default_params,
+        **{name: value for name, value in given.items() if value is not None},
+        n=n,
+        stop=tuple(stop or ()),
+        acceptance=acceptance,  # type: ignore[arg-type]  # SamplingParams says which are known
+        ignore_eos=ignore_eos,
+    )
+    ids = llm.encode(text)
+    if chat or system is not None:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        ids = llm.apply_chat_template([*messages, {"role": "user", "content": text}])
+    if json:
+        options.emit(_document(llm, ids, params, method))
+    elif n > 1:
+        for number, choice in enumerate(llm.generate([ids], params, method)[0].choices, 1):
+            print(f"--- {number} of {n}\n{choice.text}")
+    else:
+        _stream(llm, ids, params, method)
+
+
+def _stream(llm: LLM, ids: list[int], params: SamplingParams, method: str) -> None:
+    """Text to stdout as it comes, one line of figures to stderr."""
+    completion = None
+    for chunk in llm.stream(ids, params, method):
+        print(chunk.text, end="", flush=True)
+        completion = chunk.completion or completion
+    print()
+    if completion is not None and sys.stderr.isatty():
+        print(
+            f"{len(completion.token_ids)} tokens, {completion.tokens_per_second:.0f}/s, "
+            f"{completion.tokens_per_step:.2f} per step, {completion.finish_reason}",
+            file=sys.stderr,
+        )
+
+
+def _document(llm: LLM, ids: list[int], params: SamplingParams, method: str) -> dict[str, Any]:
+    generation = llm.generate([ids], params, method)[0]
+    document = _choice(generation.choices[0])
+    document["prompt_tokens"] = len(generation.prompt_token_ids)
+    document["method"] = method
+    if len(generation.choices) > 1:
+        document["choices"] = [_choice(choice) for choice in generation.choices]
+    return document
+
+
+def _choice(completion: Completion) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "steps": completion.steps,
+        "tokens_per_step": round(completion.tokens_per_step, 4),
+        "seconds": round(completion.seconds, 6),
+        "tokens_per_second": round(completion.tokens_per_second, 2),
+    }
+    if completion.logprobs:
+        document["logprobs"] = [
+            {"token": item.token, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
+            for item in completion.logprobs
+        ]
+    return document

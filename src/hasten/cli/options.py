@@ -1,0 +1,62 @@
+"""Options that several commands share, and the helpers every command needs. Nothing here imports PyTorch at load."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from hasten.llm import LLM
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or a shipped model's name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]
+Method = Annotated[str, typer.Option("--method", help="slug, or slug:key=value,key=value (see `hasten methods`).")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most.")]
+
+
+def load(model: str, dtype: str, device: str, threads: int) -> LLM:
+    """The model, with threads set.
+
+    Raises:
+        UserError: from loading, or a negative thread count.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from hasten.llm import LLM
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if threads < 0:
+        raise UserError("threads must be 0 (all cores) or positive")
+    if threads:
+        torch.set_num_threads(threads)
+    return LLM(model, dtype=dtype, device=device)
+
+
+def emit(document: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+@contextmanager
+def progress(what: str, total: int, quiet: bool) -> Iterator[Any]:
+    """A progress bar on stderr; yields a function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,125 @@
+"""`hasten race`: the same text twice, once plainly and once sooner."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hasten.bench.lane import Lane
+    from hasten.engine import SamplingParams
+    from hasten.llm import LLM
+
+COLOURS = {"plain": "white", "accepted": "green", "correction": "yellow"}
+
+
+def race(
+    prompt: Annotated[str | None, typer.Argument(help="What to complete (default: an edit that ships).")] = None,
+    method: options.Method = "ngram",
+    model: options.Model = "tiny",
+    max_tokens: options.MaxTokens = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed rounds (the median counts).")] = 5,
+    slow: Annotated[float, typer.Option(help="Slow the live view down by this factor.")] = 0.0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    json: options.Json = False,
+) -> None:
+    """Decode a prompt plainly and with a method, side by side, live.
+
+    The lanes take turns on the same cores, each on its own clock. Green tokens came from accepted drafts, yellow ones
+    are the model's own at the end of a draft.
+    """
+    if rounds < 1 or slow < 0:
+        raise UserError("rounds must be at least 1 and slow not negative")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    llm = options.load(model, dtype, device, threads)
+
+    from hasten.bench import race as racing
+    from hasten.engine import SamplingParams
+
+    llm.engine.drafter(method)
+    chosen = racing.DEFAULT_PROMPT if text is None else text
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if json:
+        options.emit(racing.race(llm, chosen, method, params, rounds).document())
+        return
+    _live(llm, chosen, method, params, rounds, slow)
+
+
+def _live(llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int, slow: float) -> None:
+    """One round on the screen (after a silent one that warms up), then the timed rounds."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from hasten.bench import race as racing
+    from hasten.bench.lane import Lane, engine_for, interleave
+
+    racing.race(llm, prompt, method, params, rounds=1)
+    console = Console()
+    ids = llm.encode(prompt)
+    lanes = [Lane(llm, engine_for(llm), name, ids, params, read=True) for name in ("plain", method)]
+    shown: list[list[tuple[str, str]]] = [[], []]
+    with Live(console=console, refresh_per_second=30, vertical_overflow="crop") as live:
+        started = time.perf_counter()
+        for lane, progress in interleave(lanes):
+            for item in progress:
+                shown[lanes.index(lane)] += _coloured(llm, item.tokens, list(item.kinds))
+            live.update(_picture(lanes, shown))
+            behind = lane.seconds * slow - (time.perf_counter() - started)
+            if behind > 0:
+                time.sleep(behind)
+    result = racing.race(llm, prompt, method, params, rounds)
+    plain, fast = result.lanes
+    verdict = "[bold green]identical: yes[/]" if result.identical else "[bold red]identical: NO[/]"
+    console.print(
+        f"{verdict}   [bold]{result.speedup:.2f}x[/] sooner   "
+        f"{plain['tokens_per_second']:.0f} -> {fast['tokens_per_second']:.0f} tokens/s   "
+        f"{fast['tokens_per_step']:.2f} tokens per step   (median of {rounds} rounds)"
+    )
+
+
+def _coloured(llm: LLM, tokens: list[int], kinds: list[str]) -> list[tuple[str, str]]:
+    """Text and colour of tokens."""
+    return [
+        (llm.tokenizer.decode([token], skip_special_tokens=True), COLOURS[kind])
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+
+
+def _picture(lanes: list[Lane], shown: list[list[tuple[str, str]]]) -> RenderableType:
+    """Both lanes as they stand."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(expand=True, padding=(0, 1))
+    panels: list[Any] = []
+    for lane, pieces in zip(lanes, shown, strict=True):
+        grid.add_column(ratio=1)
+        figures = (
+            f"{lane.seconds * 1e3:7.1f} ms  {lane.tokens_per_second:6.0f} tokens/s  "
+            f"{lane.request.statistics.tokens_per_step:.2f} per step"
+        )
+        title = f"{lane.method}{' - done' if lane.done else ''}"
+        panels.append(
+            Panel(
+                Text.assemble(*pieces),
+                title=title,
+                subtitle=figures,
+                border_style="green" if lane.done else "dim",
+            )
+        )
+    grid.add_row(*panels)
+    return grid

@@ -1,0 +1,51 @@
+"""`hasten verify`: the exactness check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hasten.cli import options
+
+
+def verify(
+    method: options.Method = "ngram",
+    model: options.Model = "tiny",
+    prompts: Annotated[Path | None, typer.Option(help="JSONL (key `prompt`) or text file, one per line.")] = None,
+    per_task: Annotated[int, typer.Option(help="Prompts of each shipped task.")] = 6,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    json: options.Json = False,
+) -> None:
+    """Check that a method gives the tokens of plain decoding: greedy and sampling, alone and in mixed batches.
+
+    Exits with status 1 if any prompt differs.
+    """
+    llm = options.load(model, dtype, device, threads)
+
+    from hasten.bench import verify as check
+    from hasten.bench.suite import load_prompts, load_suite
+
+    llm.engine.drafter(method)
+    suite = load_prompts(prompts) if prompts is not None else load_suite("tasks", per_task)
+    texts = [item.prompt for item in suite]
+    modes = len(check.modes_of(max_tokens, seed))
+    with options.progress(f"verifying {method}", len(texts) * modes, quiet=json) as advance:
+        result = check.verify(llm, method, texts, max_tokens, seed, advance)
+    if json:
+        options.emit(result.document())
+    else:
+        share = result.accepted / result.proposed if result.proposed else 0.0
+        print(f"{method}: {result.identical} of {result.prompts} prompts identical")
+        for mode, count in result.modes.items():
+            print(f"  {mode}: {count} of {result.prompts}")
+        print(f"  {result.accepted} of {result.proposed} proposed tokens accepted ({share:.0%})")
+        if result.first_divergence is not None:
+            print(f"  first divergence: {result.first_divergence}")
+    if result.identical < result.prompts:
+        raise typer.Exit(1)

@@ -1,0 +1,114 @@
+"""A draft: tokens proposed for verification, as a tree below the last committed token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ROOT = -1
+"""As a parent: the last committed token."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The distribution a node's children were sampled from, in draw order.
+
+    `probabilities` is float64 [len(ids)] over `ids`, or over the whole vocabulary where `ids` is None. `replacement`
+    says whether the same token could be drawn twice (SpecInfer) or not (Sequoia).
+    """
+
+    probabilities: Tensor
+    ids: Tensor | None = None
+    replacement: bool = True
+
+
+@dataclass
+class Draft:
+    """Node i is `tokens[i]` below node `parents[i]` (ROOT or an earlier node).
+
+    A node listed in `drawn` (or ROOT) has sampled children; all other nodes have deterministic ones (top-k, lookup).
+    The acceptance rule follows from that, per node.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    drawn: dict[int, Drawn] = field(default_factory=dict)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> Draft:
+        """Each token below the one before."""
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.tokens) - 1))
+
+    def depths(self) -> list[int]:
+        """1 for children of the root, and so on."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    def children(self) -> dict[int, list[int]]:
+        """Nodes below each node (and ROOT), in order."""
+        below: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents):
+            below.setdefault(parent, []).append(node)
+        return below
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root's child down to `node`; empty for ROOT."""
+        nodes = []
+        while node != ROOT:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def mask(self) -> Tensor | None:
+        """Boolean [nodes + 1, nodes + 1] with the root as row 0: each row sees its ancestors and itself.
+
+        None for a chain, which is plain causal.
+        """
+        if self.is_chain:
+            return None
+        count = len(self.tokens) + 1
+        mask = torch.eye(count, dtype=torch.bool)
+        mask[:, 0] = True
+        for node, parent in enumerate(self.parents):
+            mask[node + 1] |= mask[parent + 1]
+        return mask
+
+    def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
+        """What is fit for verification: at most so many nodes and levels, ids inside the vocabulary, sound parents.
+
+        Nodes are dropped with everything below them. Sampled siblings are cut only at the end of their draw order:
+        dropping one in the middle would change the distribution that the rule assumes.
+        """
+        depths: list[int] = []
+        number: dict[int, int] = {ROOT: ROOT}
+        closed: set[int] = set()
+        kept = Draft()
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=False)):
+            level = 1 if parent == ROOT else depths[parent] + 1 if 0 <= parent < node else depth + 1
+            depths.append(level)
+            fits = level <= depth and len(kept) < nodes and 0 <= token < vocabulary
+            if parent not in number or parent in closed:
+                continue
+            if not fits:
+                if parent in self.drawn:
+                    closed.add(parent)
+                continue
+            number[node] = len(kept)
+            kept.tokens.append(token)
+            kept.parents.append(number[parent])
+        if len(kept) == len(self.tokens):
+            return self
+        kept.drawn = {number[node]: drawn for node, drawn in self.drawn.items() if node in number}
+        return kept

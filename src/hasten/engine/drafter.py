@@ -1,0 +1,66 @@
+"""The interface of a drafter: what a method author writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from hasten.engine.draft import Draft
+from hasten.model.taps import Site, Taps
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Request
+
+
+@dataclass
+class Observation:
+    """What one verification showed.
+
+    Attributes:
+        draft: as it was verified (clamped).
+        path: accepted nodes, from the root's child down.
+        tokens: what was appended to the request: accepted tokens, then the target's own (less what stopping cut off).
+        logits: float32 [len(draft) + 1, vocabulary] on the model's device: the root's row, then one per node, rejected
+            ones included.
+        taps: hidden states of the same rows, where the drafter asked for any.
+    """
+
+    draft: Draft
+    path: list[int]
+    tokens: list[int]
+    logits: Tensor
+    taps: dict[tuple[Site, int], Tensor]
+
+
+class Drafter:
+    """Proposes tokens. One object serves all requests of an engine that use the same method and parameters.
+
+    Only `propose` must be written. State kept per request belongs under `request.id`, is created in `begin` (or on
+    demand) and dropped in `end`; state that outlives requests must be bounded.
+    """
+
+    taps: ClassVar[tuple[tuple[Site, int], ...]] = ()
+    """Hidden states that `observe` and `observe_prompt` are given."""
+
+    def begin(self, request: Request) -> None:
+        """A request starts; `request.tokens` is its prompt."""
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        """A draft of at most `budget` nodes below `request.tokens[-1]`; may be empty, and is clamped anyway."""
+        raise NotImplementedError
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        """Drafts for a whole batch; override where a model can draft for all at once."""
+        return [self.propose(request, budget) for request, budget in zip(requests, budgets, strict=True)]
+
+    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
+        """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows."""
+
+    def observe(self, request: Request, seen: Observation) -> None:
+        """A step of the request was verified and committed."""
+
+    def end(self, request: Request) -> None:
+        """The request is over, however it ended."""

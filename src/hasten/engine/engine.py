@@ -1,0 +1,359 @@
+"""The one loop: schedule, propose, forward, verify, commit. Plain decoding is the empty draft on the same path."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.cache import Cache
+from hasten.engine import registry, verification
+from hasten.engine.draft import ROOT, Draft
+from hasten.engine.drafter import Drafter, Observation
+from hasten.engine.params import SamplingParams
+from hasten.engine.request import Request, TokenKind, TokenLogprobs
+from hasten.engine.sampling import Sampler
+from hasten.engine.scheduler import Limits, Scheduled, Scheduler
+from hasten.engine.stopping import Stopper
+from hasten.engine.verification import Verdict
+from hasten.errors import UserError
+from hasten.model import Model, Rows, Span, Taps
+
+MAX_DRAFT = 64
+"""Nodes of one draft, whatever its drafter asks for."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step gave one request."""
+
+    request: Request
+    tokens: list[int]
+    kinds: list[TokenKind]
+    text: str
+
+
+class Engine:
+    """Decodes requests of unequal length and method together.
+
+    Args:
+        model: a decoder or an oracle.
+        tokenizer: for stop strings and text; may be None.
+        end_ids: end-of-text token ids.
+        limits: of batch and step.
+        folder: the checkpoint's, for methods that want to know.
+        cache_bytes: limit of the KV cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any = None,
+        end_ids: Collection[int] = (),
+        limits: Limits | None = None,
+        folder: str | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.end_ids = model, tokenizer, frozenset(end_ids)
+        self.scheduler = Scheduler(limits or Limits())
+        self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
+        self.target = registry.Target(model, tokenizer, folder)
+        self._drafters: dict[str, Drafter] = {}
+        self._next_id = 0
+
+    # Requests
+
+    def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
+        """The shared drafter of a specification (made once per engine), or a drafter object as it is."""
+        if isinstance(method, Drafter):
+            return type(method).__name__, method
+        if method not in self._drafters:
+            self._drafters[method] = registry.create(method, self.target)
+        return method, self._drafters[method]
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        method: str | Drafter = "plain",
+        read: bool = False,
+    ) -> list[Request]:
+        """Queue a prompt and return its choices (`params.n` requests).
+
+        Args:
+            prompt: token ids, at least one.
+            params: sampling, stopping, reporting.
+            method: specification or drafter, for this prompt only.
+            read: keep `Progress.text` up to date (streaming).
+
+        Raises:
+            UserError: an empty prompt, ids outside the vocabulary, no room left in the context, unknown method.
+        """
+        config = self.model.config
+        room = config.max_positions - len(prompt)
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        if room <= 0:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, which leaves no room in the context of {config.max_positions}"
+            )
+        outside = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        if outside is not None:
+            raise UserError(f"token id {outside} is outside the vocabulary of {config.vocab_size}")
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this model has none")
+        if params.seed is None:
+            params = replace(params, seed=random.getrandbits(63))
+        name, drafter = self.drafter(method)
+        requests: list[Request] = []
+        for choice in range(params.n):
+            stopper = Stopper(params, self.end_ids, self.tokenizer, room, read)
+            sequence = self.cache.sequence()
+            request = Request(
+                id=self._next_id,
+                tokens=list(prompt),
+                prompt_length=len(prompt),
+                params=params,
+                choice=choice,
+                drafter=drafter,
+                method=name,
+                sequence=sequence,
+                sampler=Sampler(params, choice, prompt, config.vocab_size),
+                stopper=stopper,
+                leader=requests[0] if requests else None,
+            )
+            self._next_id += 1
+            requests.append(request)
+            self.scheduler.add(request)
+            drafter.begin(request)
+        return requests
+
+    def abort(self, request: Request) -> None:
+        """End a request now; harmless if it has ended."""
+        if request.finish_reason is None:
+            request.finish_reason = "abort"
+            self._finish(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return len(self.scheduler) > 0
+
+    def run(self) -> Iterator[Progress]:
+        """Steps until nothing is left to do."""
+        while self.busy:
+            yield from self.step()
+
+    # One step
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """One pass of the loop over everything that is scheduled."""
+        plan = self.scheduler.plan()
+        if not plan:
+            return []
+        drafts = self._propose(plan)
+        started = time.perf_counter()
+        rows, wanted = self._pack(plan, drafts)
+        taps = self._taps(plan)
+        logits = self.model.forward(rows, wanted, taps)
+        best = logits.argmax(-1).tolist() if any(s.decodes and s.request.sampler.is_argmax for s in plan) else None
+        forward_seconds = time.perf_counter() - started
+
+        progress, offset = [], 0
+        for scheduled, span, draft in zip(plan, rows.spans, drafts, strict=True):
+            request = scheduled.request
+            request.statistics.forward_seconds += forward_seconds
+            if not scheduled.decodes:
+                self._commit_prompt(scheduled, span, taps)
+                continue
+            stop = offset + len(draft) + 1
+            own = None if best is None else best[offset:stop]
+            if request.started:
+                progress.append(self._decode(request, draft, logits[offset:stop], own, taps, span.start))
+            else:
+                self._commit_prompt(scheduled, span, taps)
+                choices = [request, *self._fork_prompt(request)]
+                progress += [self._decode(each, draft, logits[offset:stop], own, None, 0) for each in choices]
+            offset = stop
+        return progress
+
+    def _propose(self, plan: Sequence[Scheduled]) -> list[Draft]:
+        """A clamped draft per scheduled request; none while a prompt is being read."""
+        drafts = [Draft() for _ in plan]
+        groups: dict[int, list[int]] = {}
+        for index, scheduled in enumerate(plan):
+            request = scheduled.request
+            if request.started and request.stopper.left > 1:
+                groups.setdefault(id(request.drafter), []).append(index)
+        for indices in groups.values():
+            requests = [plan[index].request for index in indices]
+            started = time.perf_counter()
+            # The target adds a token of its own, so a draft is never longer than what may come, less one.
+            depths = [min(request.stopper.left - 1, MAX_DRAFT) for request in requests]
+            proposed = requests[0].drafter.propose_all(requests, [MAX_DRAFT] * len(requests))
+            seconds = (time.perf_counter() - started) / len(requests)
+            for index, request, draft, depth in zip(indices, requests, proposed, depths, strict=True):
+                drafts[index] = draft.clamped(MAX_DRAFT, depth, self.model.config.vocab_size)
+                request.statistics.draft_seconds += seconds
+        return drafts
+
+    def _pack(self, plan: Sequence[Scheduled], drafts: Sequence[Draft]) -> tuple[Rows, list[int]]:
+        """All rows of the step, and the numbers of those whose logits are wanted."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        wanted: list[int] = []
+        for scheduled, draft in zip(plan, drafts, strict=True):
+            request, start = scheduled.request, len(tokens)
+            cached = request.sequence.length
+            if cached == 0:
+                request.sequence.reserve(len(request.tokens) + self._headroom(request))
+            tokens += request.tokens[cached : cached + scheduled.rows]
+            positions += range(cached, cached + scheduled.rows)
+            if scheduled.decodes:
+                wanted.append(len(tokens) - 1)
+            if draft:
+                root = positions[-1]
+                wanted += range(len(tokens), len(tokens) + len(draft))
+                tokens += draft.tokens
+                positions += [root + depth for depth in draft.depths()]
+            mask = draft.mask() if draft else None
+            if mask is not None:
+                mask = mask.to(self.model.device)
+            spans.append(Span(request.sequence, start, len(tokens), mask))
+        device = self.model.device
+        packed = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
+        return packed, wanted
+
+    def _taps(self, plan: Sequence[Scheduled]) -> Taps | None:
+        """Taps for all sites any drafter of this step asks for."""
+        sites = {site for scheduled in plan for site in scheduled.request.drafter.taps}
+        return Taps(sites) if sites else None
+
+    def _commit_prompt(self, scheduled: Scheduled, span: Span, taps: Taps | None) -> None:
+        """Keep a prompt chunk's rows and show them to the drafter."""
+        request = scheduled.request
+        start = request.sequence.length
+        request.sequence.commit(scheduled.rows)
+        request.statistics.prompt_rows += scheduled.rows
+        request.drafter.observe_prompt(request, start, _rows_of(taps, request.drafter, span.start, span.stop))
+
+    def _fork_prompt(self, leader: Request) -> list[Request]:
+        """Give the sibling choices that wait for this prompt its cache, by reference."""
+        followers = [request for request in self.scheduler.running if request.leader is leader]
+        for follower in followers:
+            follower.sequence = leader.sequence.fork()
+            follower.sequence.reserve(self._headroom(follower))
+            follower.leader = None
+        return followers
+
+    def _headroom(self, request: Request) -> int:
+        """Slots to set aside for output: what the request may still produce, within reason, and a draft."""
+        return min(request.stopper.left, 512) + MAX_DRAFT
+
+    def _decode(
+        self,
+        request: Request,
+        draft: Draft,
+        logits: Tensor,
+        best: list[int] | None,
+        taps: Taps | None,
+        row: int,
+    ) -> Progress:
+        """Verify a draft, commit what is accepted, apply stopping, report."""
+        started = time.perf_counter()
+        verdict = self._verify(request, draft, logits, best)
+        accepted = [draft.tokens[node] for node in verdict.path]
+        emitted = [*accepted, verdict.token]
+        kept = request.stopper.accept(emitted)
+        tokens = emitted[:kept]
+        kinds: list[TokenKind] = ["accepted"] * min(kept, len(accepted))
+        if kept > len(accepted):
+            kinds.append("correction" if draft else "plain")
+        if request.sequence.pending:
+            request.sequence.commit([0, *(node + 1 for node in verdict.path)])
+        if request.params.logprobs is not None:
+            request.logprobs += _logprobs(
+                logits, [0, *(node + 1 for node in verdict.path)], tokens, request.params.logprobs
+            )
+        request.tokens += tokens
+        request.kinds += kinds
+        request.sampler.committed(tokens)
+        statistics = request.statistics
+        statistics.steps += 1
+        statistics.tokens += len(tokens)
+        statistics.rows += len(draft) + 1
+        statistics.proposed += len(draft)
+        statistics.accepted += min(kept, len(accepted))
+        statistics.accepted_per_step.append(min(kept, len(accepted)))
+        statistics.verify_seconds += time.perf_counter() - started
+        if request.first_token_at is None:
+            request.first_token_at = time.perf_counter()
+        request.finish_reason = request.stopper.reason
+        if request.finish_reason is None:
+            hidden = _rows_of(taps, request.drafter, row, row + len(draft) + 1)
+            observation = Observation(draft, verdict.path, tokens, logits, hidden.states if hidden else {})
+            observed = time.perf_counter()
+            request.drafter.observe(request, observation)
+            statistics.draft_seconds += time.perf_counter() - observed
+        text = request.stopper.fresh()
+        if request.finish_reason is not None:
+            self._finish(request)
+        return Progress(request, tokens, kinds, text)
+
+    def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int] | None) -> Verdict:
+        """The acceptance rule that the request's parameters ask for."""
+        sampler, params = request.sampler, request.params
+        if best is not None and sampler.is_argmax:
+            return verification.match(draft, best)
+        nodes = [ROOT, *range(len(draft))]
+        paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
+        position = len(request.tokens)
+        if params.greedy or params.acceptance == "match":
+            positions = [position + len(path) for path in paths]
+            return verification.match(draft, sampler.choose(logits, positions, paths))
+
+        def target(node: int) -> Tensor:
+            row = node + 1
+            return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
+
+        coins = sampler.coins(position)
+        if params.acceptance == "max":
+            return verification.reject(draft, target, coins)
+        return verification.typical(draft, target, coins, params)
+
+    def _finish(self, request: Request) -> None:
+        """Release everything a request holds."""
+        request.finished_at = time.perf_counter()
+        self.scheduler.remove(request)
+        request.drafter.end(request)
+        request.sequence.release()
+
+
+def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps | None:
+    """The rows `start:stop` of the sites one drafter asked for."""
+    if taps is None or not drafter.taps:
+        return None
+    own = Taps(drafter.taps)
+    own.states = {site: taps.states[site][start:stop] for site in drafter.taps}
+    return own
+
+
+def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of emitted tokens: token i was chosen from row `rows[i]`."""
+    table = logits[torch.tensor(rows[: len(tokens)], device=logits.device)].log_softmax(-1)
+    values, ids = table.topk(max(top, 1), -1)
+    return [
+        TokenLogprobs(
+            token,
+            float(table[i, token]),
+            tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True))[:top],
+        )
+        for i, token in enumerate(tokens)
+    ]

@@ -1,0 +1,91 @@
+"""What a user asks of one completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hasten.errors import UserError
+
+Acceptance = Literal["match", "max", "typical"]
+"""`match`: keyed noise, the same text as plain decoding. `max`: the classic rules (Leviathan/Chen, SpecInfer, without
+replacement): the same distribution, other text, accepted more often. `typical`: Medusa's rule, lossy."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling, stopping and reporting of one request.
+
+    Attributes:
+        max_tokens: at most this many new tokens; None means up to the context limit.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches top_p.
+        min_p: keep tokens at least min_p times as likely as the likeliest.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (CTRL).
+        presence_penalty, frequency_penalty: subtracted from logits of output tokens, once or per occurrence (OpenAI).
+        logit_bias: token id to a number added to its logit.
+        seed: fixes the text for every lossless method, batch and machine; None draws one.
+        n: independent choices per prompt; they share the prompt's cache.
+        stop: strings that end the text (and are not part of it).
+        ignore_eos: go on after end-of-text.
+        logprobs: report this many likeliest tokens per position, with the chosen one; None reports nothing.
+            Log-probabilities are the model's own, before temperature, penalties and filters.
+        acceptance: see `Acceptance`; it matters only when sampling.
+        typical_epsilon, typical_delta: of the typical rule, p(x) > min(epsilon, delta * exp(-entropy)).
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    acceptance: Acceptance = "match"
+    typical_epsilon: float = 0.09
+    typical_delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        checks = (
+            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
+            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
+            (self.top_k >= 0, "top_k must be 0 (off) or positive"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
+            (self.repetition_penalty > 0, "repetition_penalty must be positive"),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty must be between -2 and 2"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be between -2 and 2"),
+            (self.n >= 1, "n must be at least 1"),
+            (all(self.stop), "stop strings must not be empty"),
+            (self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs must be between 0 and 100"),
+            (self.acceptance in ("match", "max", "typical"), "acceptance must be match, max or typical"),
+            (
+                self.typical_epsilon > 0 and self.typical_delta > 0,
+                "typical_epsilon and typical_delta must be positive",
+            ),
+        )
+        for holds, sentence in checks:
+            if not holds:
+                raise UserError(sentence)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the distribution depends on earlier tokens other than through the model."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

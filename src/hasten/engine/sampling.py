@@ -1,0 +1,151 @@
+"""From logits to tokens: one processed distribution, in float32, for plain decoding, drafting and verification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.engine.noise import Uniforms, gumbel, mix
+from hasten.engine.params import SamplingParams
+
+TOKEN_STREAM, COIN_STREAM = 1, 2
+
+
+@dataclass
+class Distribution:
+    """Processed log-weights of some rows (unnormalised, float32, -inf where filtered out).
+
+    `ids` is int64 [rows, kept] where only some tokens were kept, likeliest first; None means column = token id.
+    """
+
+    scores: Tensor
+    ids: Tensor | None
+    vocabulary: int
+
+    def dense(self, row: int) -> Tensor:
+        """Probabilities of one row over the whole vocabulary, float64 on the CPU."""
+        probabilities = self.scores[row].double().softmax(-1).cpu()
+        if self.ids is None:
+            return probabilities
+        full = torch.zeros(self.vocabulary, dtype=torch.float64)
+        return full.index_add_(0, self.ids[row].cpu(), probabilities)
+
+
+class Sampler:
+    """Sampling of one request's choice.
+
+    Args:
+        params: the request's parameters, with a seed.
+        choice: which of the n choices this is.
+        prompt: token ids, for the repetition penalty.
+        vocabulary: size of the logits.
+    """
+
+    def __init__(self, params: SamplingParams, choice: int, prompt: Sequence[int], vocabulary: int) -> None:
+        self.params, self.choice, self.vocabulary = params, choice, vocabulary
+        self.seed = params.seed or 0
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if params.logit_bias:
+            ids = [token for token in params.logit_bias if 0 <= token < vocabulary]
+            self._bias = (torch.tensor(ids), torch.tensor([float(params.logit_bias[token]) for token in ids]))
+        self._seen = torch.zeros(vocabulary, dtype=torch.bool) if params.penalised else None
+        self._counts = torch.zeros(vocabulary) if params.penalised else None
+        if self._seen is not None:
+            self._seen[torch.tensor(list(prompt), dtype=torch.int64)] = True
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the raw argmax is the answer."""
+        return self.params.greedy and self._bias is None and self._seen is None
+
+    def committed(self, tokens: Sequence[int]) -> None:
+        """Tell the penalties about new output tokens."""
+        if self._seen is not None and self._counts is not None and tokens:
+            ids = torch.tensor(tokens)
+            self._seen[ids] = True
+            self._counts.index_add_(0, ids, torch.ones(len(tokens)))
+
+    def adjusted(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [rows, vocabulary] with bias and penalties; `paths[i]` are row i's uncommitted tokens."""
+        if self._bias is not None:
+            ids, values = (part.to(logits.device) for part in self._bias)
+            logits = logits.index_add(1, ids, values.expand(logits.shape[0], -1))
+        if self._seen is None or self._counts is None:
+            return logits
+        seen, counts = self._seen.repeat(len(paths), 1), self._counts.repeat(len(paths), 1)
+        for row, path in enumerate(paths):
+            if path:
+                ids = torch.tensor(path)
+                seen[row, ids] = True
+                counts[row].index_add_(0, ids, torch.ones(len(path)))
+        seen, counts = seen.to(logits.device), counts.to(logits.device)
+        factor = self.params.repetition_penalty
+        penalised = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(seen, penalised, logits)
+        return logits - self.params.presence_penalty * (counts > 0) - self.params.frequency_penalty * counts
+
+    def distribution(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
+        """Adjusted, tempered and filtered (top-k, then top-p, then min-p); for temperature above 0."""
+        params = self.params
+        scores = self.adjusted(logits, paths) / params.temperature
+        ids = None
+        if 0 < params.top_k < self.vocabulary:
+            scores, ids = scores.topk(params.top_k, -1)
+        elif params.top_p < 1:
+            scores, ids = scores.sort(dim=-1, descending=True, stable=True)
+        if params.top_p < 1:
+            mass = scores.softmax(-1)
+            scores = scores.masked_fill(mass.cumsum(-1) - mass >= params.top_p, -torch.inf)
+        if params.min_p > 0:
+            floor = scores.amax(-1, keepdim=True) + torch.log(torch.tensor(params.min_p))
+            scores = scores.masked_fill(scores < floor, -torch.inf)
+        return Distribution(scores, ids, self.vocabulary)
+
+    def perturbed(self, distribution: Distribution, positions: Sequence[int]) -> Tensor:
+        """Scores plus the Gumbel noise of each row's next position; its order is a draw without replacement.
+
+        Args:
+            positions: absolute positions of the tokens to be drawn, one per row.
+        """
+        # A stream per position, a counter per token id: the noise of a token is the same wherever it stands.
+        keys = {position: mix(self.seed, self.choice, TOKEN_STREAM, position) for position in positions}
+        if distribution.ids is None:
+            every = torch.arange(self.vocabulary, device=distribution.scores.device)
+            unique = sorted(keys)
+            noise = gumbel([keys[position] for position in unique], every)
+            if len(unique) < len(positions) or unique != list(positions):
+                noise = noise[torch.tensor([unique.index(position) for position in positions])]
+            return distribution.scores + noise
+        return distribution.scores + gumbel([keys[position] for position in positions], distribution.ids)
+
+    def choose(self, logits: Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]]) -> list[int]:
+        """The token of each row: argmax, or the keyed Gumbel draw.
+
+        Args:
+            logits: float32 [rows, vocabulary].
+            positions: absolute position of the token each row chooses.
+            paths: uncommitted tokens above each row, for penalties.
+        """
+        if self.params.greedy:
+            return [int(token) for token in self.adjusted(logits, paths).argmax(-1).tolist()]
+        distribution = self.distribution(logits, paths)
+        best = self.perturbed(distribution, positions).argmax(-1)
+        if distribution.ids is not None:
+            best = distribution.ids.gather(1, best.unsqueeze(1)).squeeze(1)
+        return [int(token) for token in best.tolist()]
+
+    def coins(self, position: int, purpose: int = 0) -> Uniforms:
+        """Uniforms for rejection rules at one step, keyed by the step's first position; drafters take a purpose > 0."""
+        return Uniforms(self.seed, self.choice, COIN_STREAM, purpose, position)
+
+
+def draw(probabilities: Tensor, coin: float) -> int:
+    """The token at quantile `coin` of a float64 distribution (normalised here)."""
+    cumulative = probabilities.cumsum(0)
+    index = int(torch.searchsorted(cumulative, coin * float(cumulative[-1]), right=True))
+    if index >= len(probabilities) or probabilities[index] <= 0:
+        return int(probabilities.argmax())
+    return index

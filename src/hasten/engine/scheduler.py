@@ -1,0 +1,72 @@
+"""Who runs in the next step: decoding requests first, then prompts in chunks, first come first served."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from hasten.engine.request import Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one step and of the batch.
+
+    Attributes:
+        sequences: requests that run at the same time.
+        rows: rows of one forward pass, drafts included; a long prompt is processed in chunks of what is left.
+    """
+
+    sequences: int = 32
+    rows: int = 1024
+
+
+@dataclass
+class Scheduled:
+    """A request's share of a step: its next `rows` uncached tokens."""
+
+    request: Request
+    rows: int
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the step reaches the request's last token, and so yields new ones."""
+        return self.rows == self.request.waiting_rows
+
+
+class Scheduler:
+    """Queues of requests; the engine asks for a plan per step."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request wherever it is."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def plan(self) -> list[Scheduled]:
+        """Requests of the next step with their rows; a request whose leader still reads the prompt waits."""
+        while self.waiting and len(self.running) < self.limits.sequences:
+            self.running.append(self.waiting.popleft())
+        ready = [request for request in self.running if request.leader is None]
+        decoding = [Scheduled(request, 1) for request in ready if request.started]
+        left = max(self.limits.rows - len(decoding), 1)
+        prompts = []
+        for request in ready:
+            if not request.started and left > 0:
+                rows = min(request.waiting_rows, left)
+                prompts.append(Scheduled(request, rows))
+                left -= rows
+        return decoding + prompts
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)

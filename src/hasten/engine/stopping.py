@@ -1,0 +1,86 @@
+"""End of text, stop strings, token budget and context limit: applied in one place, inside the accepted run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+from hasten.engine.params import SamplingParams
+from hasten.engine.text import Detokenizer
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Stopper:
+    """Decides where a request's output ends, and turns it into text where somebody reads along.
+
+    Args:
+        params: stop strings, token budget, ignore_eos.
+        end_ids: end-of-text ids of the model.
+        tokenizer: needed for stop strings and text; None for models without one.
+        room: tokens that the context still holds.
+        read: keep the text up to date token by token (streaming).
+    """
+
+    def __init__(self, params: SamplingParams, end_ids: Collection[int], tokenizer: Any, room: int, read: bool) -> None:
+        self._end = frozenset() if params.ignore_eos else frozenset(end_ids)
+        self._stops = params.stop
+        self._left = room if params.max_tokens is None else min(room, params.max_tokens)
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None and (read or params.stop) else None
+        self._shown = 0
+        self._cut: int | None = None
+        self.reason: FinishReason | None = None
+
+    @property
+    def left(self) -> int:
+        """How many more tokens may come."""
+        return self._left
+
+    def accept(self, tokens: Sequence[int]) -> int:
+        """Take new tokens in order and return how many belong to the output; sets `reason` at the end."""
+        for count, token in enumerate(tokens, 1):
+            self._left -= 1
+            if token in self._end:
+                self.reason = "stop"
+                return count
+            if self._detokenizer is not None and self._detokenizer.push(token) and self._stops:
+                self._find_stop()
+            if self.reason is None and self._left <= 0:
+                self.reason = "length"
+            if self.reason is not None:
+                return count
+        return len(tokens)
+
+    def _find_stop(self) -> None:
+        assert self._detokenizer is not None
+        text = self._detokenizer.text
+        found = [at for at in (text.find(stop, max(0, self._shown)) for stop in self._stops) if at >= 0]
+        if found:
+            self._cut, self.reason = min(found), "stop"
+
+    @property
+    def cut(self) -> int | None:
+        """Where a stop string cut the text, in characters."""
+        return self._cut
+
+    def fresh(self) -> str:
+        """Text that may be shown and was not yet: a possible beginning of a stop string is held back."""
+        if self._detokenizer is None:
+            return ""
+        if self.reason is not None and self._cut is None:
+            self._detokenizer.flush()
+        text = self._detokenizer.text
+        end = len(text) if self._cut is None else self._cut
+        if self.reason is None:
+            end -= max((_overlap(text, stop) for stop in self._stops), default=0)
+        fresh = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return fresh
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

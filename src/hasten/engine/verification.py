@@ -1,0 +1,129 @@
+"""Which part of a draft is kept, and the one token that is added: the acceptance rules.
+
+Greedy and `match`: the target chooses a token at each node (its argmax, or its keyed Gumbel draw) and the walk
+descends while a child has that token; the output is what plain decoding would give (rule A with shared noise).
+`max`: Leviathan et al. 2211.17192 and Chen et al. 2302.01318 for a sampled child (rule B), SpecInfer 2305.09781 for
+several drawn with replacement (C), Sequoia 2402.12374 without (D); deterministic children are one-hot rounds of the
+same recursion, which is sample-then-match (A).
+`typical`: Medusa 2401.10774, section 2.3.1; lossy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.engine.draft import ROOT, Draft
+from hasten.engine.noise import Uniforms
+from hasten.engine.params import SamplingParams
+from hasten.engine.sampling import draw
+
+
+@dataclass
+class Verdict:
+    """`path`: accepted nodes from the root's child down. `token`: the target's own next token."""
+
+    path: list[int]
+    token: int
+
+
+def match(draft: Draft, chosen: list[int]) -> Verdict:
+    """Descend while a child has its parent's choice; `chosen[i + 1]` is node i's choice, `chosen[0]` the root's."""
+    below = draft.children()
+    node = ROOT
+    path: list[int] = []
+    while True:
+        token = chosen[node + 1]
+        child = next((child for child in below.get(node, ()) if draft.tokens[child] == token), None)
+        if child is None:
+            return Verdict(path, token)
+        path.append(child)
+        node = child
+
+
+def reject(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms) -> Verdict:
+    """The residual recursion over each node's children, rules B, C and D.
+
+    Args:
+        target: node (or ROOT) to its processed distribution, float64 [vocabulary]; asked for visited nodes only.
+        coins: uniforms of this request and step.
+    """
+    below = draft.children()
+    node = ROOT
+    path: list[int] = []
+    while True:
+        residual = target(node)
+        accepted = None
+        drawn = draft.drawn.get(node)
+        proposal = None
+        if drawn is not None:
+            proposal = drawn.probabilities.clone()
+            if drawn.ids is not None:
+                proposal = torch.zeros_like(residual).index_add_(0, drawn.ids, proposal)
+        tried: set[int] = set()
+        for child in below.get(node, ()):
+            token = draft.tokens[child]
+            if proposal is None:
+                # A deterministic child is a proposal that always is this token; a repeated one says nothing new.
+                if token in tried:
+                    continue
+                tried.add(token)
+                if coins.draw() < float(residual[token]):
+                    accepted = child
+                    break
+                residual = residual.clone()
+                residual[token] = 0
+            else:
+                if coins.draw() * float(proposal[token]) < float(residual[token]):
+                    accepted = child
+                    break
+                residual = (residual - proposal).clamp(min=0)
+                if drawn is not None and not drawn.replacement:
+                    proposal = proposal.clone()
+                    proposal[token] = 0
+                    proposal /= proposal.sum().clamp(min=torch.finfo(proposal.dtype).tiny)
+            mass = float(residual.sum())
+            # Rounding can leave nothing: then target and proposal agree, and the target itself is right.
+            residual = residual / mass if mass > 0 else target(node)
+            if mass <= 0 or (proposal is not None and float(proposal.sum()) <= 0):
+                break
+        if accepted is None:
+            return Verdict(path, draw(residual, coins.draw()))
+        path.append(accepted)
+        node = accepted
+
+
+def typical(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms, params: SamplingParams) -> Verdict:
+    """Keep the longest path of typical tokens, ties by summed log-probability; the next token is drawn as usual.
+
+    The root's child must be the target's own draw, so that the first token is never lossy.
+    """
+    distributions: dict[int, Tensor] = {}
+
+    def at(node: int) -> Tensor:
+        if node not in distributions:
+            distributions[node] = target(node)
+        return distributions[node]
+
+    first = draw(at(ROOT), coins.draw())
+    score: dict[int, tuple[int, float]] = {}
+    for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        if parent == ROOT:
+            if token == first and not score:
+                score[node] = (1, 0.0)
+            continue
+        if parent not in score:
+            continue
+        p = at(parent)
+        entropy = -float(torch.special.xlogy(p, p).sum())
+        threshold = min(params.typical_epsilon, params.typical_delta * float(torch.exp(torch.tensor(-entropy))))
+        if float(p[token]) > threshold:
+            length, total = score[parent]
+            score[node] = (length + 1, total + float(p[token].log()))
+    if not score:
+        return Verdict([], first)
+    best = max(score, key=lambda node: score[node])
+    return Verdict(draft.path(best), draw(at(best), coins.draw()))

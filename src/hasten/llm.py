@@ -1,0 +1,249 @@
+"""What a user holds: load a model, choose a method, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
+from hasten.engine.text import decode
+from hasten.errors import UserError
+from hasten.model import Decoder, load_model
+from hasten.model.checkpoint import read_json, resolve
+from hasten.model.tokenizer import load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One choice of one prompt.
+
+    Attributes:
+        text: without special tokens and without the stop string that ended it.
+        token_ids: all new tokens, end-of-text included.
+        finish_reason: `stop` (end-of-text or stop string), `length` (budget or context), `abort`.
+        steps: forward passes that gave tokens.
+        seconds: from arrival to the last token.
+        logprobs: per token, where asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    steps: int
+    seconds: float
+    statistics: Statistics
+    logprobs: list[TokenLogprobs]
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.statistics.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All choices of one prompt; `text` and the like are those of the first."""
+
+    prompt_token_ids: list[int]
+    choices: list[Completion]
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A step's worth of a streamed completion; the last one has a finish reason and the whole completion."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    kinds: list[str]
+    finish_reason: str | None
+    completion: Completion | None
+
+
+class LLM:
+    """A model ready to decode.
+
+    Args:
+        model: a checkpoint folder, a hub id, or the name of a model that ships (`tiny`).
+        method: default method specification, such as `ngram` or `draft-model:length=4`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`, `float64`.
+        device: `auto`, `cpu`, `cuda`, ...
+        limits: of batch and step.
+
+    Raises:
+        UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "tiny",
+        method: str | Drafter = "plain",
+        dtype: str = "auto",
+        device: str = "auto",
+        limits: Limits | None = None,
+    ) -> None:
+        folder = resolve(model)
+        self.folder = folder
+        self.model: Decoder = load_model(folder, dtype, device)
+        self.tokenizer = load_tokenizer(folder)
+        self._generation_config = (
+            read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+        )
+        self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder))
+        self.method = method
+        self.engine.drafter(method)
+
+    def _end_ids(self) -> set[int]:
+        """End-of-text ids: the generation config's, else the model's, else the tokenizer's."""
+        for source in (self._generation_config, self.model.config.source):
+            ids = source.get("eos_token_id")
+            if ids is not None:
+                return set(ids) if isinstance(ids, list) else {ids}
+        return set() if self.tokenizer.eos_token_id is None else {self.tokenizer.eos_token_id}
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """Sampling as the checkpoint's generation config asks for: greedy unless it says `do_sample`."""
+        config = self._generation_config
+        if not config.get("do_sample"):
+            return SamplingParams()
+        return SamplingParams(
+            temperature=config.get("temperature", 1.0),
+            top_k=config.get("top_k") or 0,
+            top_p=config.get("top_p", 1.0),
+            min_p=config.get("min_p") or 0.0,
+            repetition_penalty=config.get("repetition_penalty", 1.0),
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are."""
+        if isinstance(prompt, str):
+            ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
+            return ids
+        return list(prompt)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn.
+
+        Raises:
+            UserError: the checkpoint has no chat template, or the template refuses the messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except Exception as error:  # jinja raises whatever the template raises
+            raise UserError(f"the chat template refuses the messages: {error}") from error
+        return list(ids)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        method: str | Drafter | Sequence[str | Drafter] | None = None,
+    ) -> list[Generation]:
+        """Complete prompts, all in one batch; parameters and methods may differ per prompt.
+
+        Raises:
+            UserError: a prompt that is empty or too long, lists of unequal length, unknown methods.
+        """
+        many = _as_prompts(prompts)
+        each_params = _spread(params if params is not None else self.default_params, len(many), "params")
+        each_method = _spread(method if method is not None else self.method, len(many), "method")
+        groups: list[list[Request]] = []
+        try:
+            for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
+                groups.append(self.engine.add(self.encode(prompt), own_params, own_method))
+            for _ in self.engine.run():
+                pass
+        finally:
+            # Anything unfinished (bad input, Ctrl-C) gives its memory back.
+            for request in (request for group in groups for request in group):
+                self.engine.abort(request)
+        return [
+            Generation(group[0].tokens[: group[0].prompt_length], [self._completion(request) for request in group])
+            for group in groups
+        ]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, method: str | Drafter | None = None
+    ) -> Iterator[Chunk]:
+        """Complete one prompt, step by step; closing the iterator ends the request."""
+        requests = self.engine.add(
+            self.encode(prompt),
+            params or self.default_params,
+            method if method is not None else self.method,
+            read=True,
+        )
+        try:
+            for progress in self.engine.run():
+                request = progress.request
+                ended = request.finish_reason is not None
+                yield Chunk(
+                    request.choice,
+                    progress.text,
+                    progress.tokens,
+                    list(progress.kinds),
+                    request.finish_reason,
+                    self._completion(request) if ended else None,
+                )
+        finally:
+            for request in requests:
+                self.engine.abort(request)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        method: str | None = None,
+    ) -> Generation:
+        """Answer a conversation, by the checkpoint's chat template."""
+        return self.generate([self.apply_chat_template(messages)], params, method)[0]
+
+    def _completion(self, request: Request) -> Completion:
+        text = decode(self.tokenizer, request.output)
+        return Completion(
+            text=text if request.stopper.cut is None else text[: request.stopper.cut],
+            token_ids=request.output,
+            finish_reason=request.finish_reason or "abort",
+            steps=request.statistics.steps,
+            seconds=request.seconds,
+            statistics=request.statistics,
+            logprobs=request.logprobs,
+        )
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _spread(value: Any, count: int, name: str) -> list[Any]:
+    """One value for all prompts, or one per prompt."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{name} has {len(value)} entries for {count} prompts")
+    return list(value)

@@ -1,0 +1,20 @@
+"""The transformer as pieces, and Hugging Face checkpoints to fill them."""
+
+from hasten.model.config import LayerConfig, ModelConfig
+from hasten.model.decoder import Decoder, Model
+from hasten.model.loading import load_model
+from hasten.model.oracle import OracleModel
+from hasten.model.rows import Rows, Span
+from hasten.model.taps import Taps
+
+__all__ = [
+    "Decoder",
+    "LayerConfig",
+    "Model",
+    "ModelConfig",
+    "OracleModel",
+    "Rows",
+    "Span",
+    "Taps",
+    "load_model",
+]

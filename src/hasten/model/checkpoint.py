@@ -1,0 +1,153 @@
+"""Hugging Face checkpoints: find the folder, read its configuration, hand out its tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hasten.errors import UserError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+UNWANTED_FILES = ["*/*", "consolidated*"]
+"""The same weights again, in other formats."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, as the end of a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with hasten."""
+    return sorted(folder.name for folder in ASSETS.glob("*/") if (folder / "config.json").exists())
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of a model.
+
+    Args:
+        model: a folder, the name of a shipped model, or a hub id (downloaded, or found in the hub's cache).
+
+    Raises:
+        UserError: it is none of these, or the download fails.
+    """
+    name = str(model)
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder
+        occupied = folder.exists()
+    except (OSError, ValueError, RuntimeError):
+        # No path at all: too long, a null character, an unknown ~user.
+        occupied = True
+    if name in shipped():
+        return ASSETS / name
+    if occupied or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = f"none of the shipped models ({', '.join(shipped())})"
+        raise UserError(f"no checkpoint at {name!r}: no folder, no hub id such as 'owner/name', {known}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES))
+    except Exception as error:
+        # The hub's errors, its HTTP library's and the system's have no common base.
+        raise UserError(f"cannot get {name!r} from the hub: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint folder.
+
+    Raises:
+        UserError: missing, unreadable or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+class Tensors:
+    """The tensors of a folder's safetensors files, read one by one, cast and moved as they are read.
+
+    Args:
+        folder: with `model.safetensors`, or an index and its shards.
+        dtype, device: what the tensors become.
+
+    Raises:
+        UserError: files missing or corrupt.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self._open: dict[str, Any] = {}
+        self._where: dict[str, str]
+        if (folder / SINGLE).exists():
+            self._where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        elif (folder / INDEX).exists():
+            where = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+                raise UserError(f"{folder / INDEX} has no weight_map from tensors to files")
+            self._where = where
+        else:
+            raise UserError(f"{folder} has no {SINGLE} (or {INDEX} with its shards)")
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt", device="cpu")
+            except FileNotFoundError as error:
+                raise UserError(f"{self.folder} misses the shard {name}") from error
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.folder / name} is corrupt: {one_line(error)}") from error
+        return self._open[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """A tensor by name; where a shape is given, it must be that.
+
+        Raises:
+            UserError: the checkpoint has no such tensor or one of another shape, or its shard is corrupt.
+        """
+        if name not in self._where:
+            raise UserError(f"the checkpoint in {self.folder} has no tensor {name}")
+        try:
+            tensor: Tensor = self._file(self._where[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / self._where[name]} is corrupt: {one_line(error)}") from error
+        if shape and tensor.shape != shape:
+            found = list(tensor.shape)
+            raise UserError(f"{name} in {self.folder} is {found}, but its config.json asks for {list(shape)}")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name} in {self.folder} is {kind}: quantised checkpoints are not supported")
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def maybe(self, name: str, *shape: int) -> Tensor | None:
+        """A tensor that may be absent (biases)."""
+        return self.get(name, *shape) if name in self else None
+
+    def stacked(self, names: list[str], shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
+        """Several tensors joined along their first axis; where their shapes are given, they must be those."""
+        return torch.cat(
+            [self.get(name, *shape) for name, shape in zip(names, shapes or [()] * len(names), strict=True)]
+        )
+
+    def maybe_stacked(self, names: list[str], shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor | None:
+        """As `stacked`, or None where all are absent."""
+        return self.stacked(names, shapes) if any(name in self for name in names) else None

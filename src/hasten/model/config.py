@@ -1,0 +1,49 @@
+"""What a checkpoint's configuration says, in the terms the engine uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Shape of one layer's mixer and MLP; layers of one model may differ.
+
+    Attributes:
+        kind: `"attention"` keeps keys and values in slots; `"recurrent"` a state that cannot be cropped.
+        heads, kv_heads, head_dim: query heads, key/value heads (a divisor of `heads`), channels per head.
+        window: a row at position p sees positions p-window+1 .. p; None means everything before it.
+        ffn: width of the MLP.
+    """
+
+    kind: Literal["attention", "recurrent"]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+        architecture: the checkpoint's `model_type`.
+        max_positions: the context limit in tokens.
+        rope: inverse frequencies [head_dim / 2] and the factor that scales cos and sin, as lists so that the
+            configuration stays hashable and printable.
+        source: the raw configuration, for fields only one architecture knows.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    norm_eps: float
+    tied_head: bool
+    layers: tuple[LayerConfig, ...]
+    inverse_frequencies: tuple[float, ...]
+    rope_factor: float = 1.0
+    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

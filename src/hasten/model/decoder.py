@@ -1,0 +1,125 @@
+"""A decoder-only transformer as pieces: embed, layers, norm, head, and their plain composition `forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.model.attention import Kernel, additive, kernel_for
+from hasten.model.config import ModelConfig
+from hasten.model.layers import Layer, Pass, RMSNorm
+from hasten.model.linear import Linear
+from hasten.model.rows import Rows
+from hasten.model.taps import Taps
+
+
+class Model(Protocol):
+    """What the engine needs from a model; an analytic oracle can stand in for the network."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+
+    def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
+        """Float32 logits [wanted rows, vocabulary] (all rows if `wanted` is None).
+
+        The rows' keys and values are left pending in their sequences: the caller commits what it keeps.
+        """
+
+
+class Backend(Protocol):
+    """Runs the default forward of a decoder; chosen when the model is loaded."""
+
+    name: str
+
+    def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
+        """As `Model.forward`."""
+
+
+@dataclass
+class Decoder:
+    """The transformer. `embedding` is [vocabulary, hidden]; everything else is a piece with a `forward`."""
+
+    config: ModelConfig
+    embedding: Tensor
+    layers: list[Layer]
+    norm: RMSNorm
+    head: Linear
+    backend: Backend
+    cache_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one forward pass of few rows reads."""
+        pieces = [self.head]
+        for layer in self.layers:
+            pieces += [layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
+        return sum(piece.nbytes() for piece in pieces)
+
+    def embed(self, rows: Rows) -> Tensor:
+        """[rows, hidden] from token ids, or from the rows' own embeddings where the id is -1."""
+        if rows.embeddings is None:
+            return F.embedding(rows.tokens, self.embedding)
+        tokens = F.embedding(rows.tokens.clamp(min=0), self.embedding)
+        return torch.where((rows.tokens < 0).unsqueeze(-1), rows.embeddings.to(tokens.dtype), tokens)
+
+    def start(self, rows: Rows, taps: Taps | None = None) -> Pass:
+        """Open a pass: make the rows pending in their sequences and compute what all layers share."""
+        for span in rows.spans:
+            span.sequence.begin(rows.positions[span.start : span.stop])
+        return Pass(
+            spans=rows.spans,
+            masks=[None if span.mask is None else additive(span.mask, self.cache_dtype) for span in rows.spans],
+            angles=self.layers[0].attention.rotary.angles(rows.positions, self.dtype),
+            kernel=self.kernel,
+            cache_dtype=self.cache_dtype,
+            taps=taps,
+        )
+
+    @property
+    def kernel(self) -> Kernel:
+        return kernel_for(self.device)
+
+    def logits(self, hidden: Tensor, wanted: Sequence[int] | None) -> Tensor:
+        """Final norm and head on the wanted rows of the residual stream only, in float32."""
+        if wanted is not None and list(wanted) != list(range(hidden.shape[0])):
+            hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=hidden.device)]
+        return self.head.forward(self.norm.forward(hidden)).float()
+
+    def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
+        """Logits of the wanted rows, by the backend. See `Model.forward`."""
+        return self.backend.forward(self, rows, wanted, taps)
+
+
+class TorchBackend:
+    """The reference: the pieces composed in PyTorch, on every device."""
+
+    name = "torch"
+
+    @torch.inference_mode()
+    def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
+        step = model.start(rows, taps)
+        x = model.embed(rows)
+        for layer in model.layers:
+            x = layer.forward(x, step)
+        if taps is not None:
+            taps.put("final_norm", 0, model.norm.forward(x))
+        return model.logits(x, wanted)

@@ -1,0 +1,148 @@
+"""The pieces of a pre-norm decoder layer: norm, rotary embedding, attention, gated MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.model.attention import Kernel, attend
+from hasten.model.config import LayerConfig
+from hasten.model.linear import Linear
+from hasten.model.rows import Span
+from hasten.model.taps import Taps
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last axis."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps, self.shape = weight, eps, (weight.shape[0],)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Rotary:
+    """Rotary position embedding in the half-split layout of Hugging Face checkpoints.
+
+    Args:
+        inverse_frequencies: float32 [head_dim / 2].
+        factor: scales cos and sin (yarn's attention factor).
+    """
+
+    def __init__(self, inverse_frequencies: Tensor, factor: float) -> None:
+        self.inverse_frequencies = torch.cat([inverse_frequencies, inverse_frequencies])
+        self.factor = factor
+        half = inverse_frequencies.shape[0]
+        self.half = half
+        self.sign = torch.cat([-torch.ones(half), torch.ones(half)]).to(inverse_frequencies.device)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, signed sin), each [rows, 1, head_dim], for positions [rows]; computed once per pass."""
+        angle = positions.to(self.inverse_frequencies.dtype).unsqueeze(-1) * self.inverse_frequencies
+        cos, sin = angle.cos() * self.factor, angle.sin() * self.sign * self.factor
+        return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+
+    def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate [rows, heads, head_dim]."""
+        cos, sin = angles
+        return torch.addcmul(x * cos, x.roll(self.half, -1), sin)
+
+
+@dataclass
+class Pass:
+    """What every layer of one forward pass shares."""
+
+    spans: list[Span]
+    masks: list[Tensor | None]
+    angles: tuple[Tensor, Tensor]
+    kernel: Kernel
+    cache_dtype: torch.dtype
+    taps: Taps | None
+
+
+class Attention:
+    """Grouped-query attention with optional per-head query/key norms (Qwen3) and biases (Qwen2)."""
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        qkv: Linear,
+        out: Linear,
+        rotary: Rotary,
+        query_norm: RMSNorm | None = None,
+        key_norm: RMSNorm | None = None,
+    ) -> None:
+        self.config, self.qkv, self.out, self.rotary = config, qkv, out, rotary
+        self.query_norm, self.key_norm = query_norm, key_norm
+
+    def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [rows, heads, d] and keys [rows, kv_heads, d], and values [rows, kv_heads, d]."""
+        heads, kv_heads = self.config.heads, self.config.kv_heads
+        qkv = self.qkv.forward(x).view(x.shape[0], heads + 2 * kv_heads, self.config.head_dim)
+        turning, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.query_norm is not None and self.key_norm is not None:
+            turning = torch.cat(
+                [self.query_norm.forward(turning[:, :heads]), self.key_norm.forward(turning[:, heads:])], 1
+            )
+        turned = self.rotary.rotate(turning, angles)
+        return turned[:, :heads], turned[:, heads:], values
+
+    def mix(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, step: Pass) -> Tensor:
+        """Store keys and values, then attend: [rows, heads * head_dim] before the output projection."""
+        dtype = step.cache_dtype
+        given = queries.dtype
+        queries, keys, values = (
+            queries.to(dtype),
+            keys.to(dtype).transpose(0, 1),
+            values.to(dtype).transpose(0, 1),
+        )
+        outs = []
+        for span, mask in zip(step.spans, step.masks, strict=True):
+            span.sequence.write(layer, keys[:, span.start : span.stop], values[:, span.start : span.stop])
+            parts = span.sequence.parts(layer, mask)
+            outs.append(attend(queries[span.start : span.stop], parts, step.kernel))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(given)
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up, self.down = gate_up, down
+
+    def inner(self, x: Tensor) -> Tensor:
+        """[rows, ffn]: what the down projection reads."""
+        gate, up = self.gate_up.forward(x).chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down.forward(self.inner(x))
+
+
+class Layer:
+    """x + attention(norm(x)), then x + mlp(norm(x)): the pieces are public, to compose as one likes."""
+
+    def __init__(
+        self, index: int, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP
+    ) -> None:
+        self.index = index
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        normed = self.attention_norm.forward(x)
+        mixed = self.attention.mix(self.index, *self.attention.project(normed, step.angles), step)
+        attended = self.attention.out.forward_add(mixed, x)
+        mlp_input = self.mlp_norm.forward(attended)
+        result = self.mlp.down.forward_add(self.mlp.inner(mlp_input), attended)
+        if step.taps is not None:
+            step.taps.put("input", self.index, x)
+            step.taps.put("attention_input", self.index, normed)
+            step.taps.put("attention_output", self.index, attended - x)
+            step.taps.put("mlp_input", self.index, mlp_input)
+            step.taps.put("output", self.index, result)
+        return result

@@ -1,0 +1,101 @@
+"""Load a Hugging Face checkpoint: one function, every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hasten.errors import UserError
+from hasten.model.architectures import ARCHITECTURES
+from hasten.model.checkpoint import Tensors, one_line, read_json, resolve
+from hasten.model.config import ModelConfig
+from hasten.model.decoder import Backend, Decoder, TorchBackend
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+SMALL_MODEL_BYTES = 64 * 2**20
+"""Checkpoints up to this size stay in the processor's caches: there float32 costs no more than bf16."""
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model configuration of a checkpoint folder.
+
+    Raises:
+        UserError: no or unusable config.json, or an unknown architecture (the message lists the known ones).
+    """
+    raw = read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"architecture {kind!r} is not supported; supported are {known}")
+    if raw.get("quantization_config"):
+        raise UserError(f"{folder} is quantised (quantization_config): hasten loads plain weights only")
+    from transformers import AutoConfig
+
+    try:
+        return ARCHITECTURES[kind].read(AutoConfig.from_pretrained(folder))
+    except UserError:
+        raise
+    except Exception as error:
+        # A bad field raises one of a dozen unrelated classes.
+        raise UserError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
+
+
+def choose_dtype(folder: Path, dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: float32 for small models on CPU, otherwise what the checkpoint says (bf16 where it is silent).
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UserError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+        return DTYPES[dtype]
+    weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if device.type == "cpu" and weight_bytes <= SMALL_MODEL_BYTES:
+        return torch.float32
+    raw = read_json(folder / "config.json")
+    return DTYPES.get(str(raw.get("dtype", raw.get("torch_dtype"))), torch.bfloat16)
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto`: the GPU if there is one.
+
+    Raises:
+        UserError: a device that does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UserError(f"device {device!r} is not available here") from error
+    return chosen
+
+
+def load_model(model: str | Path, dtype: str = "auto", device: str = "auto", backend: Backend | None = None) -> Decoder:
+    """Load a model for decoding.
+
+    Args:
+        model: a checkpoint folder or a hub id.
+        dtype: `auto`, `float32`, `bfloat16`, `float16` or `float64`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        backend: runs the default forward; the torch reference if None.
+
+    Raises:
+        UserError: anything wrong with the checkpoint or the arguments, in one sentence.
+    """
+    folder = resolve(model)
+    config = read_config(folder)
+    target = choose_device(device)
+    chosen = choose_dtype(folder, dtype, target)
+    # A bf16 model's cache on CPU is float32: for few rows the flash kernel is several times as fast on it.
+    cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
+    tensors = Tensors(folder, chosen, target)
+    return ARCHITECTURES[config.architecture].build(config, tensors, backend or TorchBackend(), cache_dtype)

@@ -1,0 +1,70 @@
+"""An analytic distribution in the network's place: decoders can be tested on it exactly, without training.
+
+The oracle uses the real cache: a slot's key is its token and its value its position, so appends, commits,
+crops and forks are exercised as they are with a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hasten.model.config import LayerConfig, ModelConfig
+from hasten.model.rows import Rows
+from hasten.model.taps import Taps
+
+Law = Callable[[tuple[int, ...]], Tensor]
+"""Tokens so far (at least one) to the logits of the next, float32 [vocabulary]."""
+
+
+class OracleModel:
+    """Logits from a law over token histories.
+
+    Args:
+        law: the distribution.
+        vocabulary: number of tokens (below 2^24, so that ids are exact in float32).
+        max_positions: context limit.
+    """
+
+    def __init__(self, law: Law, vocabulary: int, max_positions: int = 4096) -> None:
+        self.law = law
+        self.config = ModelConfig(
+            architecture="oracle",
+            vocab_size=vocabulary,
+            hidden_size=1,
+            max_positions=max_positions,
+            norm_eps=0.0,
+            tied_head=True,
+            layers=(LayerConfig(kind="attention", heads=1, kv_heads=1, head_dim=1, ffn=0),),
+            inverse_frequencies=(),
+        )
+        self.device = torch.device("cpu")
+        self.cache_dtype = torch.float32
+
+    def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
+        """See `hasten.model.decoder.Model.forward`; there are no hidden states to tap."""
+        chosen = range(len(rows.tokens)) if wanted is None else wanted
+        histories: dict[int, tuple[int, ...]] = {}
+        for span in rows.spans:
+            span.sequence.begin(rows.positions[span.start : span.stop])
+            own = rows.tokens[span.start : span.stop].float().reshape(1, -1, 1)
+            where = rows.positions[span.start : span.stop].float().reshape(1, -1, 1)
+            span.sequence.write(0, own, where)
+            count = span.stop - span.start
+            visible = torch.ones(count, count, dtype=torch.bool).tril() if span.mask is None else span.mask
+            additive = torch.zeros(count, count).masked_fill_(~visible, -torch.inf)
+            parts = span.sequence.parts(0, additive)
+            for row in range(count):
+                seen: list[tuple[int, int]] = []
+                for part in parts:
+                    open_slots = slice(None)
+                    if isinstance(part.mask, Tensor):
+                        open_slots = part.mask[row] == 0  # type: ignore[assignment]
+                    tokens = part.keys[0, :, 0][open_slots].long().tolist()
+                    positions = part.values[0, :, 0][open_slots].long().tolist()
+                    seen += zip(positions, tokens, strict=True)
+                histories[span.start + row] = tuple(token for _, token in sorted(seen))
+        laws = [self.law(histories[row]) for row in chosen]
+        return torch.stack(laws).float() if laws else torch.empty(0, self.config.vocab_size)

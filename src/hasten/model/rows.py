@@ -1,0 +1,71 @@
+"""A forward pass takes rows: the packed, unpadded rows of many sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hasten.model.attention import Part
+
+
+class SequenceState(Protocol):
+    """What the model needs from a sequence's cache; `hasten.cache.Sequence` is the implementation.
+
+    Between `begin` and the caller's commit, the rows of the running forward are *pending*: stored behind the
+    committed slots, visible to each other only through the rows-by-rows mask.
+    """
+
+    def begin(self, positions: Tensor) -> None:
+        """Make room for pending rows at these positions [rows], dropping whatever was pending before."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the pending rows' keys and values, both [kv_heads, rows, head_dim]."""
+
+    def parts(self, layer: int, mask: Tensor | None) -> Sequence[Part]:
+        """What the pending rows attend to in a layer; `mask` is additive, rows by rows, or None (causal)."""
+
+
+@dataclass
+class Span:
+    """The rows `start:stop` of a packed batch: all of one sequence.
+
+    `mask` is boolean [rows, rows]: row i sees row j where it is True (the diagonal always is). None means
+    causal: row i sees rows 0..i.
+    """
+
+    sequence: SequenceState
+    start: int
+    stop: int
+    mask: Tensor | None = None
+
+
+@dataclass
+class Rows:
+    """The input of a forward pass.
+
+    Attributes:
+        tokens: int64 [rows] token ids; -1 marks a row that enters as an embedding.
+        positions: int64 [rows], explicit: never derived from the cache, not necessarily monotonic or unique.
+        spans: which rows belong to which sequence, in order, covering every row once.
+        embeddings: [rows, hidden], read where `tokens` is -1.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    spans: list[Span]
+    embeddings: Tensor | None = None
+
+    @classmethod
+    def of(cls, sequence: SequenceState, tokens: Sequence[int], start: int, device: torch.device | str = "cpu") -> Rows:
+        """A causal chain of tokens at positions `start, start+1, ..` of one sequence."""
+        count = len(tokens)
+        return cls(
+            tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
+            positions=torch.arange(start, start + count, device=device),
+            spans=[Span(sequence, 0, count)],
+        )

@@ -1,0 +1,121 @@
+"""The model card: how a model was made, and what it can do, measured on held-out examples."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hasten.engine import SamplingParams
+from hasten.llm import LLM
+from hasten.model import Rows
+from hasten.tasks import TASKS, examples, prose_chunks
+
+EVALUATION_SEED = 7
+LENGTHS = ((0, 128), (128, 256), (256, 512), (512, 1024))
+
+
+def task_scores(
+    llm: LLM, per_task: int, report: Callable[[int], None] = lambda done: None
+) -> dict[str, dict[str, Any]]:
+    """Share of held-out examples answered right (greedy), per task, and by length of prompt and answer in tokens."""
+    room = llm.model.config.max_positions
+    scores: dict[str, dict[str, Any]] = {}
+    for name, task in TASKS.items():
+        held_out = [e for e in examples(name, "test", per_task, EVALUATION_SEED)]
+        lengths = [len(llm.encode(e.prompt + e.answer)) + 1 for e in held_out]
+        fitting = [(e, length) for e, length in zip(held_out, lengths, strict=True) if length < room]
+        params = [SamplingParams(max_tokens=len(llm.encode(e.answer)) + 16) for e, _ in fitting]
+        answers = llm.generate([e.prompt for e, _ in fitting], params)
+        right = [task.grade(e, answer.text) for (e, _), answer in zip(fitting, answers, strict=True)]
+        by_length = {}
+        for low, high in LENGTHS:
+            inside = [ok for ok, (_, length) in zip(right, fitting, strict=True) if low <= length < high]
+            if inside:
+                by_length[f"{low}-{high}"] = [sum(inside), len(inside)]
+        scores[name] = {
+            "category": task.category,
+            "right": sum(right),
+            "of": len(right),
+            "by_length": by_length,
+        }
+        report(1)
+    return scores
+
+
+@torch.inference_mode()
+def perplexity(llm: LLM, chunks: int = 60) -> float:
+    """exp of the mean negative log-likelihood per token of held-out prose, each chunk on its own."""
+    total, count = 0.0, 0
+    for text in list(prose_chunks("test"))[:chunks]:
+        ids = llm.encode(text)[: llm.model.config.max_positions]
+        if len(ids) < 2:
+            continue
+        sequence = llm.engine.cache.sequence()
+        logits = llm.model.forward(Rows.of(sequence, ids, 0, llm.model.device))
+        sequence.release()
+        total += float(F.cross_entropy(logits[:-1], torch.tensor(ids[1:], device=logits.device), reduction="sum"))
+        count += len(ids) - 1
+    return math.exp(total / count)
+
+
+def write_card(
+    folder: Path, summary: dict[str, Any], command: str, per_task: int, report: Callable[[int], None]
+) -> Path:
+    """Score the model in `folder` and write `README.md` and `card.json` there.
+
+    Args:
+        summary: what training returned.
+        command: the command line that made the model.
+        per_task: held-out examples of each task.
+    """
+    llm = LLM(folder, dtype="float32")
+    document = {
+        "command": command,
+        **summary,
+        "tasks": task_scores(llm, per_task, report),
+        "prose_perplexity": round(perplexity(llm), 3),
+    }
+    (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
+    card = folder / "README.md"
+    card.write_text(render(folder.name, document))
+    return card
+
+
+def render(name: str, document: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    lines = [
+        f"# {name}",
+        "",
+        f"A Llama-architecture language model of {document['parameters']:,} parameters, trained by hasten on its own",
+        "procedural tasks and on the text of the Python standard library. For testing and comparing decoding methods;",
+        "not for facts or advice.",
+        "",
+        "## How it was made",
+        "",
+        f"    {document['command']}",
+        "",
+        f"{document['tokens']:,} tokens in {document['seconds']:,.0f} s; final training loss {document['loss']} nats;",
+        f"SHA-256 of the data stream `{document['data_sha256'][:16]}`.",
+        "",
+        "## What it can do",
+        "",
+        "Exact answers on held-out examples, greedy, float32; by length of prompt and answer in tokens.",
+        "",
+        "| category | task | right | " + " | ".join(f"{low}-{high}" for low, high in LENGTHS) + " |",
+        "|---|---|---|" + "---|" * len(LENGTHS),
+    ]
+    for task, score in sorted(document["tasks"].items(), key=lambda item: (item[1]["category"], item[0])):
+        cells = []
+        for low, high in LENGTHS:
+            pair = score["by_length"].get(f"{low}-{high}")
+            cells.append("" if pair is None else f"{100 * pair[0] / pair[1]:.0f} % of {pair[1]}")
+        share = f"{100 * score['right'] / score['of']:.0f} %"
+        lines.append(f"| {score['category']} | {task} | {share} | " + " | ".join(cells) + " |")
+    lines += ["", f"Perplexity per token on held-out prose: {document['prose_perplexity']}.", ""]
+    return "\n".join(lines)

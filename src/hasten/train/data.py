@@ -1,0 +1,115 @@
+"""The training stream: a weighted mixture of tasks and prose, packed by length into batches of equal token count.
+
+Everything is a function of (seed, pool number), so a run that resumes sees the very batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hasten.tasks import TASKS, prose_chunks, split_of
+
+PROSE = "prose"
+IGNORE = -100
+POOL_BATCHES = 16
+"""Documents of this many batches are drawn together and sorted by length, which leaves little padding."""
+
+DEFAULT_WEIGHTS: dict[str, float] = {
+    "addition": 1.0, "subtraction": 1.0, "multiplication": 1.0,
+    "copy": 0.8, "reverse": 1.2, "sort": 1.5, "insert": 1.0, "remove": 1.0, "replace": 1.0, "shuffle": 0.6,
+    "lookup": 1.5, "multihop": 1.5, "needle": 1.0, "edit": 2.0, "sql": 1.2, "json": 1.5, "python": 1.0,
+    "sudoku4": 0.7, "latin": 0.5, "bio": 0.7, PROSE: 1.2,
+}  # fmt: skip
+"""Expected share of *documents*; found by watching which tasks lag."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one document; the loss starts at `answer` (0 for prose: every token counts)."""
+
+    ids: list[int]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids` [rows, length] int64 padded on the right; `labels` [rows, length], -100 where no loss is taken."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Mixture:
+    """A deterministic, endless stream of batches.
+
+    Args:
+        encode: text to token ids.
+        end: the end-of-text id, appended to each document.
+        batch_tokens: tokens per batch, padding included.
+        context: documents are cut to this many tokens.
+        seed: of the whole stream.
+        weights: relative frequency per task name, and of `"prose"`.
+    """
+
+    encode: Callable[[str], list[int]]
+    end: int
+    batch_tokens: int
+    context: int
+    seed: int
+    weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+
+    def __post_init__(self) -> None:
+        self._prose = list(prose_chunks("train")) if self.weights.get(PROSE, 0) > 0 else []
+
+    def document(self, rng: random.Random, difficulty: float) -> Document:
+        """One random document of the mixture."""
+        name = rng.choices(list(self.weights), list(self.weights.values()))[0]
+        if name == PROSE:
+            return Document([*self.encode(rng.choice(self._prose)), self.end][: self.context], 0)
+        while True:
+            example = TASKS[name].generate(rng, difficulty)
+            if split_of(example.prompt) == "train":
+                break
+        prompt = self.encode(example.prompt)
+        return Document([*prompt, *self.encode(example.answer), self.end][: self.context], len(prompt))
+
+    def pool(self, number: int, difficulty: float) -> list[Batch]:
+        """Batches number `POOL_BATCHES * number` onwards, in their final order."""
+        rng = random.Random(f"{self.seed}/{number}")
+        documents: list[Document] = []
+        budget = POOL_BATCHES * self.batch_tokens
+        while budget > 0:
+            documents.append(self.document(rng, difficulty))
+            budget -= len(documents[-1].ids)
+        documents.sort(key=lambda document: len(document.ids))
+        batches = [_pad(group, self.end) for group in _group(documents, self.batch_tokens)]
+        rng.shuffle(batches)
+        return batches
+
+
+def _group(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:
+    """Cut a list sorted by length where `rows * longest` would pass the budget."""
+    group: list[Document] = []
+    for document in documents:
+        if group and (len(group) + 1) * len(document.ids) > batch_tokens:
+            yield group
+            group = []
+        group.append(document)
+    yield group
+
+
+def _pad(group: Sequence[Document], end: int) -> Batch:
+    length = max(len(document.ids) for document in group)
+    ids = torch.full((len(group), length), end, dtype=torch.int64)
+    labels = torch.full((len(group), length), IGNORE, dtype=torch.int64)
+    for row, document in enumerate(group):
+        count = len(document.ids)
+        ids[row, :count] = torch.tensor(document.ids)
+        labels[row, document.answer : count] = ids[row, document.answer : count]
+    return Batch(ids, labels)

@@ -1,0 +1,673 @@
+"""Whatever is done to a sequence, it gives the logits of a fresh prefill of the tokens that it should contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hasten.cache import Cache, RollbackError, Sequence
+from hasten.cache.block import Block, group_layers
+from hasten.errors import UserError
+from hasten.model import LayerConfig, Model, OracleModel, Rows, Span, load_model
+
+VOCABULARY = 97
+Make = Callable[..., Any]
+
+
+# The programs of the property test
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on one of the live sequences; raw numbers are taken modulo what is possible."""
+
+    kind: str
+    which: int = 0
+    number: int = 0
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    inference: bool = False
+
+
+def steps() -> st.SearchStrategy[Step]:
+    which, number = st.integers(0, 5), st.integers(0, 1000)
+    token = st.integers(0, VOCABULARY - 1)
+
+    def some(most: int) -> st.SearchStrategy[tuple[int, ...]]:
+        return st.lists(token, min_size=1, max_size=most).map(tuple)
+
+    tree = st.lists(number, max_size=8).map(tuple)
+    mode = st.booleans()
+    return st.one_of(
+        st.builds(Step, st.just("chain"), which, number, some(25), inference=mode),
+        st.builds(Step, st.just("tree"), which, number, some(9), tree, inference=mode),
+        st.builds(Step, st.just("discard"), which, number, some(9), tree, inference=mode),
+        st.builds(Step, st.just("packed"), which, number, some(9), tree, inference=mode),
+        st.builds(Step, st.sampled_from(["crop", "fork", "probe", "reserve"]), which, number, inference=mode),
+        st.builds(Step, st.sampled_from(["crop", "fork", "release"]), which, number),
+    )
+
+
+@dataclass
+class Tree:
+    """Random rows behind a sequence: row 0 is the root, every other row has an earlier one as its parent."""
+
+    tokens: list[int]
+    parents: list[int]
+
+    @classmethod
+    def of(cls, step: Step) -> Tree:
+        count = min(len(step.tokens), len(step.parents) + 1)
+        parents = [-1] + [step.parents[row - 1] % row for row in range(1, count)]
+        return cls(list(step.tokens[:count]), parents)
+
+    def path(self, row: int) -> list[int]:
+        """Rows from the root to this one, ascending."""
+        rows = []
+        while row >= 0:
+            rows.insert(0, row)
+            row = self.parents[row]
+        return rows
+
+    def mask(self) -> Tensor:
+        mask = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        for row in range(len(self.tokens)):
+            mask[row, self.path(row)] = True
+        return mask
+
+    def depths(self) -> list[int]:
+        return [len(self.path(row)) - 1 for row in range(len(self.tokens))]
+
+
+def rows_of(tree: Tree, sequence: Sequence) -> Rows:
+    positions = torch.tensor(tree.depths()) + sequence.length
+    span = Span(sequence, 0, len(tree.tokens), tree.mask())
+    return Rows(torch.tensor(tree.tokens), positions, [span])
+
+
+@dataclass
+class Machine:
+    """Runs a program on sequences of one cache, and knows which tokens each must contain."""
+
+    model: Model
+    cache: Cache
+    live: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    _fresh: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def run(self, program: list[Step]) -> None:
+        for step in program:
+            if not self.live:
+                self.live.append((self.cache.sequence(), []))
+            sequence, tokens = self.live[step.which % len(self.live)]
+            with torch.inference_mode(step.inference):
+                getattr(self, step.kind)(step, sequence, tokens)
+            self.audit()
+        for sequence, tokens in self.live:
+            self.probe(Step("probe"), sequence, tokens)
+        for sequence, _ in self.live:
+            sequence.release()
+        assert self.cache.used_bytes == 0
+
+    def fresh(self, tokens: list[int]) -> Tensor:
+        """Logits of all tokens, by a prefill in one piece."""
+        key = tuple(tokens)
+        if key not in self._fresh:
+            cache = Cache(self.cache.layers, self.cache.dtype, self.cache.device)
+            self._fresh[key] = self.model.forward(Rows.of(cache.sequence(), tokens, 0))
+        return self._fresh[key]
+
+    def check(self, logits: Tensor, tokens: list[int]) -> None:
+        """These are the logits behind the last tokens."""
+        expected = self.fresh(tokens)[len(tokens) - len(logits) :]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+    def audit(self) -> None:
+        """References and bytes are those of the live sequences, and nobody's part is empty."""
+        holders: dict[Block, int] = {}
+        for sequence, tokens in self.live:
+            assert sequence.length == len(tokens)
+            assert all(view.length for view in sequence._views[:-1])
+            for view in sequence._views:
+                holders[view.block] = holders.get(view.block, 0) + 1
+                assert view.length <= view.block.capacity
+        assert all(block.references == count for block, count in holders.items())
+        assert self.cache.used_bytes == sum(block.nbytes() for block in holders)
+        assert self.cache.used_bytes <= self.cache.peak_bytes
+
+    # Operations
+
+    def chain(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """Append tokens and keep all of them, or the first few."""
+        logits = self.model.forward(Rows.of(sequence, list(step.tokens), len(tokens)))
+        self.check(logits, [*tokens, *step.tokens])
+        count = len(step.tokens) if step.number % 2 else step.number // 2 % (len(step.tokens) + 1)
+        sequence.commit(count if step.number % 3 else list(range(count)))
+        tokens += step.tokens[:count]
+
+    def tree(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """Append a tree and keep the path to one of its nodes."""
+        tree = Tree.of(step)
+        self.check_tree(tree, self.model.forward(rows_of(tree, sequence)), tokens)
+        kept = tree.path(step.number % len(tree.tokens))
+        sequence.commit(kept)
+        tokens += [tree.tokens[row] for row in kept]
+
+    def check_tree(self, tree: Tree, logits: Tensor, tokens: list[int]) -> None:
+        for row in range(len(tree.tokens)):
+            path = [tree.tokens[node] for node in tree.path(row)]
+            self.check(logits[row : row + 1], tokens + path)
+
+    def discard(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """A forward pass of which nothing is kept."""
+        self.model.forward(rows_of(Tree.of(step), sequence))
+        if step.number % 2:
+            sequence.commit(0)
+
+    def packed(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """A tree on one sequence and a chain on another in the same forward pass."""
+        others = [item for item in self.live if item[0] is not sequence]
+        if not others:
+            return self.tree(step, sequence, tokens)
+        other, other_tokens = others[step.number % len(others)]
+        tree = Tree.of(step)
+        first, second = rows_of(tree, sequence), Rows.of(other, list(step.tokens), len(other_tokens))
+        count = len(tree.tokens)
+        rows = Rows(
+            torch.cat([first.tokens, second.tokens]),
+            torch.cat([first.positions, second.positions]),
+            [first.spans[0], Span(other, count, count + len(step.tokens))],
+        )
+        logits = self.model.forward(rows)
+        self.check_tree(tree, logits[:count], tokens)
+        self.check(logits[count:], [*other_tokens, *step.tokens])
+        kept = tree.path(step.number % count)
+        sequence.commit(kept)
+        tokens += [tree.tokens[row] for row in kept]
+        other.commit(len(step.tokens))
+        other_tokens += step.tokens
+
+    def crop(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        length = step.number % (len(tokens) + 1)
+        sequence.crop(length)
+        del tokens[length:]
+
+    def fork(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        self.live.append((sequence.fork(), list(tokens)))
+
+    def release(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        sequence.release()
+        self.live = [item for item in self.live if item[0] is not sequence]
+
+    def reserve(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        sequence.reserve(step.number % 50)
+
+    def probe(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """The next token's logits, if that were token 7."""
+        logits = self.model.forward(Rows.of(sequence, [7], len(tokens)))
+        self.check(logits, [*tokens, 7])
+        sequence.crop(len(tokens))
+
+
+def history_law(history: tuple[int, ...]) -> Tensor:
+    """Logits that differ for different histories."""
+    seed = hash(history) % 2**32
+    return torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def models(make_checkpoint: Make) -> dict[str, Model]:
+    def load(architecture: str, **settings: Any) -> Model:
+        checkpoint = make_checkpoint(
+            architecture, hidden_size=24, intermediate_size=32, num_hidden_layers=2, **settings
+        )
+        return load_model(checkpoint.folder, dtype="float64", device="cpu")
+
+    return {
+        "llama": load("llama"),
+        "mixed windows": load("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "oracle": OracleModel(history_law, VOCABULARY),
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Blocks of four slots, so that a few tokens fill several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hasten.cache.cache.MINIMUM_BLOCK", 4)
+        yield
+
+
+def new_cache(model: Model, limit_bytes: int | None = None) -> Cache:
+    return Cache(model.config.layers, model.cache_dtype, model.device, limit_bytes)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed windows", "oracle"])
+@settings(max_examples=max(150, settings().max_examples))
+@given(program=st.lists(steps(), min_size=1, max_size=14))
+def test_any_program_gives_the_logits_of_a_fresh_prefill(
+    name: str, models: dict[str, Model], program: list[Step]
+) -> None:
+    Machine(models[name], new_cache(models[name])).run(program)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed windows", "oracle"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        # An empty reserved block that is forked, and then outgrown by its writer.
+        [Step("reserve", 0, 3), Step("fork", 0), Step("chain", 0, 1, tuple(range(30)))],
+        # A parent that crops below the fork and rewrites, in both orders.
+        [
+            Step("chain", 0, 1, tuple(range(12))),
+            Step("fork", 0),
+            Step("crop", 0, 5),
+            Step("chain", 0, 1, (90, 91, 92)),
+            Step("chain", 1, 1, (80, 81)),
+            Step("chain", 0, 1, (70,)),
+        ],
+        [
+            Step("chain", 0, 1, tuple(range(12))),
+            Step("fork", 0),
+            Step("chain", 1, 1, (80, 81)),
+            Step("crop", 1, 3),
+            Step("chain", 1, 1, (60, 61)),
+            Step("chain", 0, 1, (70,)),
+        ],
+        # A child that outlives its parent and takes over the block.
+        [
+            Step("chain", 0, 1, tuple(range(9))),
+            Step("fork", 0),
+            Step("fork", 1),
+            Step("chain", 0, 1, (50, 51, 52)),
+            Step("release", 0),
+            Step("chain", 0, 1, (40, 41)),
+            Step("release", 0),
+            Step("chain", 0, 1, (30, 31, 32)),
+        ],
+        # A cropped fork in the middle of a chain of blocks.
+        [
+            Step("chain", 0, 1, tuple(range(6))),
+            Step("fork", 0),
+            Step("chain", 1, 1, tuple(range(20, 30))),
+            Step("fork", 1),
+            Step("crop", 1, 6),
+            Step("chain", 1, 1, (50, 51)),
+            Step("chain", 0, 1, (60,)),
+            Step("crop", 2, 7),
+            Step("chain", 2, 1, (61, 62)),
+        ],
+        # Everything cropped away, and a fork of nothing.
+        [
+            Step("chain", 0, 1, tuple(range(6))),
+            Step("fork", 0),
+            Step("crop", 0, 0),
+            Step("fork", 0),
+            Step("chain", 0, 1, (3, 4)),
+            Step("chain", 2, 1, (5,)),
+        ],
+    ],
+)
+def test_programs_that_need_care(name: str, program: list[Step], models: dict[str, Model]) -> None:
+    Machine(models[name], new_cache(models[name])).run(program)
+
+
+def test_a_long_text_with_blocks_of_the_real_size(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hasten.cache.cache.MINIMUM_BLOCK", 64)
+    for model in models.values():
+        text = tuple(torch.randint(0, VOCABULARY, (60,)).tolist())
+        program = [Step("chain", 0, 1, text), Step("chain", 0, 1, text), Step("fork", 0)]
+        program += [Step("chain", 1, 1, text[:30]), Step("crop", 0, 90), Step("chain", 0, 1, text)]
+        Machine(model, new_cache(model)).run(program)
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize("created_inside", [False, True])
+@pytest.mark.parametrize("used_inside", [False, True])
+def test_blocks_may_be_made_and_changed_in_and_out_of_inference_mode(
+    created_inside: bool, used_inside: bool, models: dict[str, Model]
+) -> None:
+    model = models["mixed windows"]
+    sequence = new_cache(model).sequence()
+    tree = Tree([1, 2, 3, 4], [-1, 0, 0, 2])
+    with torch.inference_mode(created_inside):
+        sequence.reserve(3)
+        sequence.begin(torch.arange(3))
+        sequence.write(0, torch.zeros(2, 3, 6), torch.zeros(2, 3, 6))
+    with torch.inference_mode(used_inside):
+        model.forward(rows_of(tree, sequence))
+        sequence.commit([0, 2, 3])
+        child = sequence.fork()
+        model.forward(Rows.of(sequence, list(range(20)), 3))
+        sequence.commit(20)
+        child.begin(torch.arange(3, 5))
+        child.write(0, torch.zeros(2, 2, 6), torch.zeros(2, 2, 6))
+        child.commit([1])
+        sequence.crop(2)
+        sequence.release()
+        child.release()
+
+
+# Transactions
+
+
+def chain(model: Model, sequence: Sequence, count: int) -> None:
+    model.forward(Rows.of(sequence, list(range(count)), sequence.length))
+
+
+@pytest.mark.parametrize("kept", [-1, 5, [4], [-1], [0, 0], [1, 0], [0, 2, 1], [-1, 0], [0, 1, 2, 3, 4]])
+def test_commit_refuses_rows_that_are_not_pending(kept: int | list[int], models: dict[str, Model]) -> None:
+    model = models["llama"]
+    sequence = new_cache(model).sequence()
+    chain(model, sequence, 4)
+    with pytest.raises(ValueError):
+        sequence.commit(kept)
+    assert (sequence.pending, sequence.length) == (4, 0)
+    sequence.commit([0, 1, 2, 3])
+    assert (sequence.pending, sequence.length) == (0, 4)
+    with pytest.raises(ValueError):
+        sequence.commit(1)
+
+
+def test_commit_of_nothing_is_fine_before_the_first_row(models: dict[str, Model]) -> None:
+    sequence = new_cache(models["llama"]).sequence()
+    sequence.commit(0)
+    sequence.commit([])
+    sequence.crop(0)
+    assert sequence.length == 0
+
+
+@pytest.mark.parametrize("length", [-1, 5])
+def test_crop_refuses_what_is_not_committed(length: int, models: dict[str, Model]) -> None:
+    model = models["llama"]
+    sequence = new_cache(model).sequence()
+    chain(model, sequence, 6)
+    sequence.commit(4)
+    with pytest.raises(ValueError, match=f"cannot crop 4 slots to {length}"):
+        sequence.crop(length)
+
+
+def test_crop_drops_pending_rows(models: dict[str, Model]) -> None:
+    model = models["llama"]
+    sequence = new_cache(model).sequence()
+    chain(model, sequence, 3)
+    sequence.crop(0)
+    assert sequence.pending == 0
+    with pytest.raises(ValueError):
+        sequence.commit(1)
+
+
+def test_a_released_sequence_is_refused(models: dict[str, Model]) -> None:
+    model = models["llama"]
+    cache = new_cache(model)
+    sequence = cache.sequence()
+    chain(model, sequence, 3)
+    sequence.release()
+    sequence.release()
+    for use in (
+        lambda: chain(model, sequence, 1),
+        lambda: sequence.commit(0),
+        lambda: sequence.reserve(10),
+        sequence.fork,
+    ):
+        with pytest.raises(RuntimeError, match="released"):
+            use()
+    assert cache.used_bytes == 0
+
+
+def test_a_fork_shares_memory(models: dict[str, Model]) -> None:
+    model = models["llama"]
+    cache = new_cache(model)
+    sequence = cache.sequence()
+    chain(model, sequence, 16)
+    sequence.commit(16)
+    before = cache.used_bytes
+    children = [sequence.fork() for _ in range(5)]
+    assert cache.used_bytes == before
+    for child in children:
+        child.release()
+    assert cache.used_bytes == before
+
+
+def test_reserved_slots_are_not_moved(models: dict[str, Model]) -> None:
+    model = models["llama"]
+    cache = new_cache(model)
+    sequence = cache.sequence()
+    sequence.reserve(100)
+    before = cache.used_bytes
+    for _ in range(25):
+        chain(model, sequence, 4)
+        sequence.commit(4)
+    assert cache.used_bytes == cache.peak_bytes == before
+
+
+def test_appending_copies_rarely(models: dict[str, Model]) -> None:
+    """Blocks double, so the copies of n appended rows are less than n rows."""
+    model = models["oracle"]
+    cache = new_cache(model)
+    sequence = cache.sequence()
+    blocks = set()
+    for _ in range(200):
+        chain(model, sequence, 1)
+        sequence.commit(1)
+        blocks.add(sequence._views[-1].block.capacity)
+    assert sorted(blocks) == [4, 8, 16, 32, 64, 128, 256]
+
+
+# The limit
+
+
+def block_bytes(model: Model, slots: int) -> int:
+    return Block(group_layers(model.config.layers), slots, model.cache_dtype, model.device).nbytes()
+
+
+def test_bytes_are_known_before_a_block_is_made(models: dict[str, Model]) -> None:
+    for model in models.values():
+        groups = group_layers(model.config.layers)
+        assert Block.bytes_for(groups, 11, model.cache_dtype) == block_bytes(model, 11)
+
+
+def test_a_full_cache_says_so_and_stays_usable(models: dict[str, Model]) -> None:
+    model = models["mixed windows"]
+    cache = new_cache(model, limit_bytes=block_bytes(model, 20))
+    first, second = cache.sequence(), cache.sequence()
+    chain(model, first, 8)
+    first.commit(8)
+    chain(model, second, 8)
+    with pytest.raises(UserError, match="the KV cache is full: .* bytes wanted, .* allowed"):
+        chain(model, first, 8)
+    assert (first.length, first.pending) == (8, 0)
+    with pytest.raises(ValueError):
+        first.commit(1)
+    assert cache.used_bytes == 2 * block_bytes(model, 8)
+    machine = Machine(model, cache, [(first, list(range(8)))])
+    second.crop(0)
+    second.release()
+    machine.run([Step("tree", 0, 1, (1,)), Step("chain", 0, 1, (3, 4))])
+    assert cache.used_bytes == 0
+    assert cache.peak_bytes <= block_bytes(model, 20)
+
+
+def test_a_block_that_cannot_double_grows_by_what_is_needed(models: dict[str, Model]) -> None:
+    model = models["llama"]
+    cache = new_cache(model, limit_bytes=block_bytes(model, 16 + 25))
+    machine = Machine(model, cache)
+    machine.run([Step("chain", 0, 1, tuple(range(16))), Step("chain", 0, 1, (1, 2, 3, 4))])
+
+
+def test_a_request_beyond_all_memory_is_refused_before_it_is_tried(models: dict[str, Model]) -> None:
+    cache = new_cache(models["llama"], limit_bytes=2**20)
+    with pytest.raises(UserError, match="the KV cache is full"):
+        cache.sequence().reserve(2**50)
+    assert cache.used_bytes == 0
+
+
+# Layers that cannot be cropped
+
+RECURRENT = LayerConfig(kind="recurrent", heads=2, kv_heads=2, head_dim=4, ffn=8)
+ATTENTION = LayerConfig(kind="attention", heads=2, kv_heads=2, head_dim=4, ffn=8)
+
+
+@pytest.fixture
+def recurrent() -> Sequence:
+    """Eight rows in an attention layer, and a state that counts the rows of a recurrent one."""
+    sequence = Cache([ATTENTION, RECURRENT], torch.float32, torch.device("cpu")).sequence()
+    sequence.states[1] = torch.zeros(1)
+    advance(sequence, 8)
+    sequence.commit(8)
+    return sequence
+
+
+def advance(sequence: Sequence, count: int) -> None:
+    """What a forward pass does to the cache."""
+    positions = torch.arange(sequence.length, sequence.length + count)
+    sequence.begin(positions)
+    slots = positions.float().reshape(1, -1, 1).expand(2, -1, 4)
+    sequence.write(0, slots, slots)
+    sequence.states[1] = sequence.states[1] + count
+
+
+def stored(sequence: Sequence) -> list[float]:
+    """The positions that attention sees, as its keys say."""
+    return torch.cat([part.keys[0, :, 0] for part in sequence.parts(0, None)]).tolist()
+
+
+def test_recurrent_layers_take_no_slots(recurrent: Sequence) -> None:
+    assert list(recurrent._views[0].block.keys) == [0]
+
+
+@pytest.mark.parametrize("kept", [0, 2, [0, 1], [2], []])
+def test_recurrent_layers_refuse_a_partial_commit(kept: int | list[int], recurrent: Sequence) -> None:
+    advance(recurrent, 3)
+    with pytest.raises(RollbackError, match="layer 1 is recurrent"):
+        recurrent.commit(kept)
+    recurrent.commit(3)
+    assert (recurrent.length, recurrent.states[1].item()) == (11, 11)
+
+
+def test_recurrent_layers_refuse_a_crop(recurrent: Sequence) -> None:
+    with pytest.raises(RollbackError, match="layer 1 is recurrent"):
+        recurrent.crop(7)
+    recurrent.crop(8)
+    assert recurrent.length == 8
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda sequence: advance(sequence, 1),
+        lambda sequence: sequence.crop(8),
+        lambda sequence: sequence.fork(),
+        lambda sequence: sequence.snapshot(),
+    ],
+)
+def test_recurrent_layers_do_not_forget_pending_rows(
+    use: Callable[[Sequence], object], recurrent: Sequence
+) -> None:
+    """Their state has already seen them, so nothing may pretend otherwise."""
+    before = recurrent.snapshot()
+    advance(recurrent, 2)
+    with pytest.raises(RollbackError, match="2 pending rows"):
+        use(recurrent)
+    recurrent.restore(before)
+    assert (recurrent.length, recurrent.pending, recurrent.states[1].item()) == (8, 0, 8)
+    use(recurrent)
+
+
+def test_snapshot_and_restore(recurrent: Sequence) -> None:
+    snapshot = recurrent.snapshot()
+    advance(recurrent, 3)
+    recurrent.commit(3)
+    advance(recurrent, 2)
+    for _ in range(2):
+        recurrent.restore(snapshot)
+        assert (recurrent.length, recurrent.pending) == (8, 0)
+        assert recurrent.states[1].item() == 8
+        advance(recurrent, 1)
+        assert stored(recurrent) == list(range(9))
+        recurrent.states[1] += 100  # in place: the snapshot must not notice
+    recurrent.restore(snapshot)
+    with pytest.raises(ValueError, match="the snapshot has 11 slots, the sequence only 8"):
+        advance(recurrent, 3)
+        recurrent.commit(3)
+        longer = recurrent.snapshot()
+        recurrent.restore(snapshot)
+        recurrent.restore(longer)
+
+
+def test_a_fork_has_states_of_its_own(recurrent: Sequence) -> None:
+    child = recurrent.fork()
+    child.states[1] += 100
+    assert recurrent.states[1].item() == 8
+    advance(child, 2)
+    child.commit(2)
+    advance(recurrent, 1)
+    assert stored(recurrent) == list(range(9))
+    assert (recurrent.states[1].item(), child.states[1].item()) == (9, 110)
+
+
+def test_snapshots_are_free_for_layers_that_can_be_cropped(models: dict[str, Model]) -> None:
+    model = models["llama"]
+    sequence = new_cache(model).sequence()
+    chain(model, sequence, 6)
+    sequence.commit(6)
+    snapshot = sequence.snapshot()
+    assert snapshot.states == {}
+    chain(model, sequence, 3)
+    sequence.commit(2)
+    sequence.restore(snapshot)
+    assert sequence.length == 6
+
+
+# Blocks
+
+
+def test_layers_of_one_shape_share_a_tensor() -> None:
+    wide = LayerConfig(kind="attention", heads=4, kv_heads=1, head_dim=8, ffn=8)
+    groups = group_layers([ATTENTION, RECURRENT, wide, ATTENTION])
+    assert [(group.layers, group.kv_heads, group.head_dim) for group in groups] == [((0, 3), 2, 4), ((2,), 1, 8)]
+    block = Block(groups, 5, torch.float32, torch.device("cpu"))
+    assert [tuple(tensor.shape) for tensor in block.storage] == [(2, 2, 2, 5, 4), (2, 1, 1, 5, 8)]
+    block.keys[3].fill_(3)
+    block.values[2].fill_(2)
+    assert block.storage[0][0, 1].unique().tolist() == [3]
+    assert block.storage[1][1, 0].unique().tolist() == [2]
+
+
+def test_gather_moves_all_layers_and_positions() -> None:
+    block = Block(group_layers([ATTENTION, ATTENTION]), 10, torch.float32, torch.device("cpu"))
+    numbers = torch.arange(10)
+    for tensor in block.storage:
+        tensor.copy_(numbers.reshape(1, 1, 1, 10, 1).expand_as(tensor))
+    block.positions.copy_(numbers)
+    block.gather(3, [1, 2, 5])
+    expected = [0, 1, 2, 4, 5, 8]
+    assert block.positions[:6].tolist() == expected
+    for layer in (0, 1):
+        for slots in (block.keys[layer], block.values[layer]):
+            assert slots[1, :6, 2].tolist() == expected
+
+
+def test_the_parts_of_a_windowed_layer_skip_what_no_row_sees(models: dict[str, Model]) -> None:
+    model = models["mixed windows"]
+    sequence = new_cache(model).sequence()
+    chain(model, sequence, 40)
+    sequence.commit(40)
+    sequence.begin(torch.arange(40, 42))
+    full, windowed = sequence.parts(0, None), sequence.parts(1, None)
+    assert [part.keys.shape[1] for part in full] == [40, 2]
+    # Window 6: row 40 sees 35..40 and row 41 sees 36..41, so slot 35 is the edge.
+    assert [part.keys.shape[1] for part in windowed] == [2, 1, 4]
+    assert [part.blind is None or part.blind.tolist() for part in windowed] == [True, [False, True], True]
+    assert all(one.block is not other.block for one, other in pairwise(sequence._views))
