@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
+from hasten.engine import Drafter, Engine, Limits, Progress, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.text import decode
 from hasten.errors import UserError
 from hasten.model import Decoder, load_model
@@ -107,6 +108,7 @@ class LLM:
         self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder))
         self.method = method
         self.engine.drafter(method)
+        self._inboxes: dict[int, deque[Progress]] = {}
 
     def _end_ids(self) -> set[int]:
         """End-of-text ids: the generation config's, else the model's, else the tokenizer's."""
@@ -119,14 +121,15 @@ class LLM:
     @property
     def default_params(self) -> SamplingParams:
         """Sampling as the checkpoint's generation config asks for: greedy unless it says `do_sample`."""
-        config = self._generation_config
+        # A field may be absent or null.
+        config = {name: value for name, value in self._generation_config.items() if value is not None}
         if not config.get("do_sample"):
             return SamplingParams()
         return SamplingParams(
             temperature=config.get("temperature", 1.0),
-            top_k=config.get("top_k") or 0,
+            top_k=config.get("top_k", 0),
             top_p=config.get("top_p", 1.0),
-            min_p=config.get("min_p") or 0.0,
+            min_p=config.get("min_p", 0.0),
             repetition_penalty=config.get("repetition_penalty", 1.0),
         )
 
@@ -174,8 +177,8 @@ class LLM:
         try:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
                 groups.append(self.engine.add(self.encode(prompt), own_params, own_method))
-            for _ in self.engine.run():
-                pass
+            while any(request.finish_reason is None for group in groups for request in group):
+                self._step()
         finally:
             # Anything unfinished (bad input, Ctrl-C) gives its memory back.
             for request in (request for group in groups for request in group):
@@ -195,21 +198,33 @@ class LLM:
             method if method is not None else self.method,
             read=True,
         )
+        inbox: deque[Progress] = deque()
+        self._inboxes |= {request.id: inbox for request in requests}
         try:
-            for progress in self.engine.run():
+            while inbox or any(request.finish_reason is None for request in requests):
+                if not inbox:
+                    self._step()
+                    continue
+                progress = inbox.popleft()
                 request = progress.request
-                ended = request.finish_reason is not None
                 yield Chunk(
                     request.choice,
                     progress.text,
                     progress.tokens,
                     list(progress.kinds),
-                    request.finish_reason,
-                    self._completion(request) if ended else None,
+                    progress.finish_reason,
+                    self._completion(request) if progress.finish_reason is not None else None,
                 )
         finally:
             for request in requests:
                 self.engine.abort(request)
+                del self._inboxes[request.id]
+
+    def _step(self) -> None:
+        """One step of everything in the engine; what belongs to an open stream waits there until it is read."""
+        for progress in self.engine.step():
+            if progress.request.id in self._inboxes:
+                self._inboxes[progress.request.id].append(progress)
 
     def chat(
         self,

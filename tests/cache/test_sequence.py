@@ -319,9 +319,7 @@ def test_programs_that_need_care(name: str, program: list[Step], models: dict[st
     Machine(models[name], new_cache(models[name])).run(program)
 
 
-def test_a_long_text_with_blocks_of_the_real_size(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_text_with_blocks_of_the_real_size(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.cache.cache.MINIMUM_BLOCK", 64)
     for model in models.values():
         text = tuple(torch.randint(0, VOCABULARY, (60,)).tolist())
@@ -572,9 +570,7 @@ def test_recurrent_layers_refuse_a_crop(recurrent: Sequence) -> None:
         lambda sequence: sequence.snapshot(),
     ],
 )
-def test_recurrent_layers_do_not_forget_pending_rows(
-    use: Callable[[Sequence], object], recurrent: Sequence
-) -> None:
+def test_recurrent_layers_do_not_forget_pending_rows(use: Callable[[Sequence], object], recurrent: Sequence) -> None:
     """Their state has already seen them, so nothing may pretend otherwise."""
     before = recurrent.snapshot()
     advance(recurrent, 2)

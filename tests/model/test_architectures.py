@@ -165,9 +165,7 @@ def test_other_dtypes(dtype: str, plain: tuple[Any, Decoder]) -> None:
     tokens = some_tokens(40, seed=3)
     logits = prefill(model, tokens)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(
-        logits, checkpoint.logits(tokens), atol=1e-4 if dtype == "float64" else 0.1, rtol=0
-    )
+    torch.testing.assert_close(logits, checkpoint.logits(tokens), atol=1e-4 if dtype == "float64" else 0.1, rtol=0)
 
 
 def test_shards_load_like_one_file(plain: tuple[Any, Decoder], tmp_path: Path) -> None:
@@ -194,9 +192,7 @@ def test_auto_is_what_a_large_checkpoint_says(
     assert load_model(checkpoint.folder, device="cpu").dtype == torch.float32
 
 
-def test_a_head_of_its_own_wins_over_a_configuration_that_ties(
-    plain: tuple[Any, Decoder], tmp_path: Path
-) -> None:
+def test_a_head_of_its_own_wins_over_a_configuration_that_ties(plain: tuple[Any, Decoder], tmp_path: Path) -> None:
     checkpoint, model = plain
     checkpoint.reference.save_pretrained(tmp_path)
     config = tmp_path / "config.json"

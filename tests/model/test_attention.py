@@ -22,6 +22,7 @@ from hasten.model.attention import (
     merge,
     reference_kernel,
 )
+import itertools
 
 Mask = Tensor | Literal["causal"] | None
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -75,9 +76,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Mask, Tensor]:
 
 @KERNELS
 @given(problems())
-def test_kernels_are_the_closed_form(
-    kernel: Kernel, problem: tuple[Tensor, Tensor, Tensor, Mask, Tensor]
-) -> None:
+def test_kernels_are_the_closed_form(kernel: Kernel, problem: tuple[Tensor, Tensor, Tensor, Mask, Tensor]) -> None:
     queries, keys, values, mask, seen = problem
     out, lse = kernel(queries, keys, values, mask)
     expected, expected_lse = closed_form(queries, keys, values, seen)
@@ -90,9 +89,7 @@ def test_kernels_are_the_closed_form(
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 5, 200])
-def test_flash_is_the_reference_where_its_first_blocks_of_keys_are_masked(
-    rows: int, dtype: torch.dtype
-) -> None:
+def test_flash_is_the_reference_where_its_first_blocks_of_keys_are_masked(rows: int, dtype: torch.dtype) -> None:
     """The kernel walks the keys in blocks of 512: a block in which a row sees nothing must not leave NaN."""
     slots = 1300
     queries, (keys, values) = noise(0, 2, rows, 8, dtype=dtype), noise(1, 2, 2, slots, 8, dtype=dtype)
@@ -166,7 +163,7 @@ def test_any_split_of_the_keys_merges_to_the_whole(
     # The part whose slots every row sees comes first, as the merge asks: a last slot that all see.
     seen[:, -1] = True
     parts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         piece = seen[:, start:stop]
         parts.insert(
             0,

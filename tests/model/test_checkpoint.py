@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model import load_model
-from hasten.model.checkpoint import INDEX, SINGLE, Tensors, resolve
+from hasten.model.checkpoint import INDEX, SINGLE, Tensors, resolve, shipped
 from hasten.model.loading import choose_device
+from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
 Make = Callable[..., Any]
 
@@ -81,7 +85,7 @@ def test_a_name_that_no_folder_can_have(name: str) -> None:
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
-    refused(folder / SINGLE, "neither a folder nor a hub id")
+    refused(folder / SINGLE, "no checkpoint at", "no folder")
 
 
 def test_folder_without_a_configuration(tmp_path: Path) -> None:
@@ -91,6 +95,15 @@ def test_folder_without_a_configuration(tmp_path: Path) -> None:
 def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert resolve("~/checkpoint") == folder
+
+
+def test_shipped_models_go_by_their_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.model.checkpoint.ASSETS", folder.parent)
+    (folder.parent / "notes").mkdir()
+    assert shipped() == [folder.name]
+    assert resolve(folder.name) == folder
+    refused("chekpoint", "shipped", folder.name)
+    refused("notes", folder.name)
 
 
 # The configuration
@@ -335,6 +348,31 @@ def test_unavailable_device(device: str, folder: Path) -> None:
 def test_auto_is_a_device_that_exists() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert choose_device("auto").type == expected
+
+
+# The tokenizer
+
+
+def test_no_tokenizer(folder: Path) -> None:
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"version": "1.0", "model": {"type": "Unheard"}}'])
+def test_corrupt_tokenizer(text: str, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="no usable tokenizer") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer(folder)
+    assert loaded.encode("b a", add_special_tokens=False) == [1, 0]
+    assert same_vocabulary(loaded, load_tokenizer(str(folder)))
 
 
 # The hub

@@ -57,9 +57,7 @@ class Cache:
             slots = max(capacity, min(slots, (self.limit_bytes - self.used_bytes) // slot_bytes))
             wanted = self.used_bytes + slots * slot_bytes
             if wanted > self.limit_bytes:
-                raise UserError(
-                    f"the KV cache is full: {wanted:,} bytes wanted, {self.limit_bytes:,} allowed"
-                )
+                raise UserError(f"the KV cache is full: {wanted:,} bytes wanted, {self.limit_bytes:,} allowed")
         block = Block(self._groups, slots, self.dtype, self.device)
         self.used_bytes += block.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)

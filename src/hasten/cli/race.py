@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +30,7 @@ def race(
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds (the median counts).")] = 5,
     slow: Annotated[float, typer.Option(help="Slow the live view down by this factor.")] = 0.0,
+    svg: Annotated[Path | None, typer.Option(help="Save the final picture here.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 0,
@@ -53,10 +55,12 @@ def race(
     if json:
         options.emit(racing.race(llm, chosen, method, params, rounds).document())
         return
-    _live(llm, chosen, method, params, rounds, slow)
+    _live(llm, chosen, method, params, rounds, slow, svg)
 
 
-def _live(llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int, slow: float) -> None:
+def _live(
+    llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int, slow: float, svg: Path | None
+) -> None:
     """One round on the screen (after a silent one that warms up), then the timed rounds."""
     import time
 
@@ -83,11 +87,32 @@ def _live(llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: in
     result = racing.race(llm, prompt, method, params, rounds)
     plain, fast = result.lanes
     verdict = "[bold green]identical: yes[/]" if result.identical else "[bold red]identical: NO[/]"
-    console.print(
+    figures = (
         f"{verdict}   [bold]{result.speedup:.2f}x[/] sooner   "
         f"{plain['tokens_per_second']:.0f} -> {fast['tokens_per_second']:.0f} tokens/s   "
         f"{fast['tokens_per_step']:.2f} tokens per step   (median of {rounds} rounds)"
     )
+    console.print(figures)
+    if svg is not None:
+        _save(svg, _picture(lanes, shown), figures)
+
+
+def _save(path: Path, picture: RenderableType, figures: str) -> None:
+    """The final view as an SVG that needs nothing from elsewhere (no web fonts)."""
+    import io
+    import re
+
+    from rich.console import Console
+
+    paper = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    paper.print(picture)
+    paper.print(figures)
+    drawing = re.sub(r"@font-face \{.*?\}", "", paper.export_svg(title="hasten race"), flags=re.DOTALL)
+    drawing = drawing.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
+    try:
+        path.write_text(re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _coloured(llm: LLM, tokens: list[int], kinds: list[str]) -> list[tuple[str, str]]:

@@ -17,12 +17,14 @@ class Drawn:
     """The distribution a node's children were sampled from, in draw order.
 
     `probabilities` is float64 [len(ids)] over `ids`, or over the whole vocabulary where `ids` is None. `replacement`
-    says whether the same token could be drawn twice (SpecInfer) or not (Sequoia).
+    says whether the same token could be drawn twice (SpecInfer) or not (Sequoia). Only the node's first `count`
+    children (all, if None) were drawn; those after them are deterministic (a lookup beside a sampled branch).
     """
 
     probabilities: Tensor
     ids: Tensor | None = None
     replacement: bool = True
+    count: int | None = None
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Draft:
             number[node] = len(kept)
             kept.tokens.append(token)
             kept.parents.append(number[parent])
-        if len(kept) == len(self.tokens):
+        if len(kept) == len(self.tokens) == len(self.parents):
             return self
         kept.drawn = {number[node]: drawn for node, drawn in self.drawn.items() if node in number}
         return kept

@@ -19,7 +19,7 @@ from hasten.engine.params import SamplingParams
 from hasten.engine.request import Request, TokenKind, TokenLogprobs
 from hasten.engine.sampling import Sampler
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
-from hasten.engine.stopping import Stopper
+from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
@@ -30,12 +30,13 @@ MAX_DRAFT = 64
 
 @dataclass(frozen=True)
 class Progress:
-    """What one step gave one request."""
+    """What one step gave one request; `finish_reason` as of that step."""
 
     request: Request
     tokens: list[int]
     kinds: list[TokenKind]
     text: str
+    finish_reason: FinishReason | None
 
 
 class Engine:
@@ -92,7 +93,8 @@ class Engine:
             read: keep `Progress.text` up to date (streaming).
 
         Raises:
-            UserError: an empty prompt, ids outside the vocabulary, no room left in the context, unknown method.
+            UserError: an empty prompt, ids outside the vocabulary (of prompt or logit_bias), no room left in the
+                context, unknown method.
         """
         config = self.model.config
         room = config.max_positions - len(prompt)
@@ -130,13 +132,20 @@ class Engine:
             self._next_id += 1
             requests.append(request)
             self.scheduler.add(request)
-            drafter.begin(request)
+        try:
+            for request in requests:
+                drafter.begin(request)
+        except BaseException:
+            for request in requests:
+                self.abort(request)
+            raise
         return requests
 
     def abort(self, request: Request) -> None:
         """End a request now; harmless if it has ended."""
         if request.finish_reason is None:
             request.finish_reason = "abort"
+            self._bequeath(request)
             self._finish(request)
 
     @property
@@ -212,8 +221,9 @@ class Engine:
         for scheduled, draft in zip(plan, drafts, strict=True):
             request, start = scheduled.request, len(tokens)
             cached = request.sequence.length
-            if cached == 0:
-                request.sequence.reserve(len(request.tokens) + self._headroom(request))
+            if cached in (0, request.prompt_length):
+                # Before the prompt's first chunk; and before a forked choice's own first row.
+                request.sequence.reserve(len(request.tokens) - cached + self._headroom(request))
             tokens += request.tokens[cached : cached + scheduled.rows]
             positions += range(cached, cached + scheduled.rows)
             if scheduled.decodes:
@@ -237,21 +247,35 @@ class Engine:
         return Taps(sites) if sites else None
 
     def _commit_prompt(self, scheduled: Scheduled, span: Span, taps: Taps | None) -> None:
-        """Keep a prompt chunk's rows and show them to the drafter."""
+        """Keep a prompt chunk's rows and show them to the drafter, for each choice that will fork them."""
         request = scheduled.request
         start = request.sequence.length
         request.sequence.commit(scheduled.rows)
         request.statistics.prompt_rows += scheduled.rows
-        request.drafter.observe_prompt(request, start, _rows_of(taps, request.drafter, span.start, span.stop))
+        hidden = _rows_of(taps, request.drafter, span.start, span.stop)
+        for each in (request, *self.scheduler.followers(request)):
+            each.drafter.observe_prompt(each, start, hidden)
 
     def _fork_prompt(self, leader: Request) -> list[Request]:
-        """Give the sibling choices that wait for this prompt its cache, by reference."""
-        followers = [request for request in self.scheduler.running if request.leader is leader]
+        """Give the sibling choices that wait for this prompt its cache, by reference.
+
+        All get their first token with it, those that still queue for a place in the batch, too.
+        """
+        followers = self.scheduler.followers(leader)
         for follower in followers:
             follower.sequence = leader.sequence.fork()
-            follower.sequence.reserve(self._headroom(follower))
             follower.leader = None
         return followers
+
+    def _bequeath(self, leader: Request) -> None:
+        """Let the first sibling that waits for an aborted choice go on reading their prompt in its place."""
+        followers = self.scheduler.followers(leader)
+        if not followers:
+            return
+        heir = followers[0]
+        heir.sequence, leader.sequence, heir.leader = leader.sequence, heir.sequence, None
+        for follower in followers[1:]:
+            follower.leader = heir
 
     def _headroom(self, request: Request) -> int:
         """Slots to set aside for output: what the request may still produce, within reason, and a draft."""
@@ -305,7 +329,7 @@ class Engine:
         text = request.stopper.fresh()
         if request.finish_reason is not None:
             self._finish(request)
-        return Progress(request, tokens, kinds, text)
+        return Progress(request, tokens, kinds, text, request.finish_reason)
 
     def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int] | None) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
@@ -348,7 +372,7 @@ def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps
 def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
     """Log-probabilities of emitted tokens: token i was chosen from row `rows[i]`."""
     table = logits[torch.tensor(rows[: len(tokens)], device=logits.device)].log_softmax(-1)
-    values, ids = table.topk(max(top, 1), -1)
+    values, ids = table.topk(min(max(top, 1), table.shape[1]), -1)
     return [
         TokenLogprobs(
             token,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hasten.engine.noise import Uniforms, gumbel, mix
 from hasten.engine.params import SamplingParams
+from hasten.errors import UserError
 
 TOKEN_STREAM, COIN_STREAM = 1, 2
 
@@ -42,6 +43,9 @@ class Sampler:
         choice: which of the n choices this is.
         prompt: token ids, for the repetition penalty.
         vocabulary: size of the logits.
+
+    Raises:
+        UserError: logit_bias names a token outside the vocabulary.
     """
 
     def __init__(self, params: SamplingParams, choice: int, prompt: Sequence[int], vocabulary: int) -> None:
@@ -49,7 +53,10 @@ class Sampler:
         self.seed = params.seed or 0
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
-            ids = [token for token in params.logit_bias if 0 <= token < vocabulary]
+            ids = list(params.logit_bias)
+            outside = next((token for token in ids if not 0 <= token < vocabulary), None)
+            if outside is not None:
+                raise UserError(f"logit_bias: token id {outside} is outside the vocabulary of {vocabulary}")
             self._bias = (torch.tensor(ids), torch.tensor([float(params.logit_bias[token]) for token in ids]))
         self._seen = torch.zeros(vocabulary, dtype=torch.bool) if params.penalised else None
         self._counts = torch.zeros(vocabulary) if params.penalised else None

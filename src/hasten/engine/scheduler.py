@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from hasten.engine.request import Request
+from hasten.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,19 @@ class Limits:
 
     Attributes:
         sequences: requests that run at the same time.
-        rows: rows of one forward pass, drafts included; a long prompt is processed in chunks of what is left.
+        rows: prompt rows of one forward pass, less those of decoding requests (one each, drafts aside: what a request
+            drafts never depends on its neighbours). A long prompt is processed in chunks of what is left, at least one.
+
+    Raises:
+        UserError: a limit below 1.
     """
 
     sequences: int = 32
     rows: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.rows < 1:
+            raise UserError("limits: sequences and rows must be at least 1")
 
 
 @dataclass
@@ -52,6 +61,10 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def followers(self, leader: Request) -> list[Request]:
+        """Sibling choices that wait for a request to read the prompt, first come first."""
+        return [request for request in (*self.running, *self.waiting) if request.leader is leader]
 
     def plan(self) -> list[Scheduled]:
         """Requests of the next step with their rows; a request whose leader still reads the prompt waits."""

@@ -42,18 +42,19 @@ class Stopper:
             self._left -= 1
             if token in self._end:
                 self.reason = "stop"
-                return count
-            if self._detokenizer is not None and self._detokenizer.push(token) and self._stops:
-                self._find_stop()
+            elif self._detokenizer is not None and self._detokenizer.push(token):
+                self._find_stop(self._detokenizer)
             if self.reason is None and self._left <= 0:
                 self.reason = "length"
             if self.reason is not None:
+                # What waits for the rest of a character may still hold a stop string.
+                if self._detokenizer is not None and self._cut is None and self._detokenizer.flush():
+                    self._find_stop(self._detokenizer)
                 return count
         return len(tokens)
 
-    def _find_stop(self) -> None:
-        assert self._detokenizer is not None
-        text = self._detokenizer.text
+    def _find_stop(self, detokenizer: Detokenizer) -> None:
+        text = detokenizer.text
         found = [at for at in (text.find(stop, max(0, self._shown)) for stop in self._stops) if at >= 0]
         if found:
             self._cut, self.reason = min(found), "stop"
@@ -67,8 +68,6 @@ class Stopper:
         """Text that may be shown and was not yet: a possible beginning of a stop string is held back."""
         if self._detokenizer is None:
             return ""
-        if self.reason is not None and self._cut is None:
-            self._detokenizer.flush()
         text = self._detokenizer.text
         end = len(text) if self._cut is None else self._cut
         if self.reason is None:

@@ -64,9 +64,9 @@ def reject(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms) -> Ve
             if drawn.ids is not None:
                 proposal = torch.zeros_like(residual).index_add_(0, drawn.ids, proposal)
         tried: set[int] = set()
-        for child in below.get(node, ()):
+        for rank, child in enumerate(below.get(node, ())):
             token = draft.tokens[child]
-            if proposal is None:
+            if proposal is None or (drawn is not None and drawn.count is not None and rank >= drawn.count):
                 # A deterministic child is a proposal that always is this token; a repeated one says nothing new.
                 if token in tried:
                     continue

@@ -10,6 +10,7 @@ import random
 
 from .base import Example, Task, pick_size, register
 from .words import ALL_WORDS, KEY_WORDS, LIST_WORDS
+import itertools
 
 
 @register
@@ -38,7 +39,7 @@ class Multihop(Task):
         steps = rng.randint(1, min(4, size))
         words = iter(rng.sample(ALL_WORDS, 2 * size))
         path = [next(words) for _ in range(steps + 1)]
-        links = list(zip(path, path[1:], strict=False))
+        links = list(itertools.pairwise(path))
         # The other links form chains too, so that the asked one does not stand out.
         last = path[-1] if rng.random() < 0.5 else next(words)
         while len(links) < size:

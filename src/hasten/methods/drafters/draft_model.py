@@ -102,10 +102,9 @@ class DraftModel(Drafter):
         """Level by level; a request leaves the batch when its draft is complete."""
         room = self.model.config.max_positions
         builders = [
-            _Builder(request, self.parameters, min(budget, request.stopper.left - 1), room)
-            for request, budget in zip(requests, budgets, strict=True)
+            _Builder(request, self.parameters, budget, room) for request, budget in zip(requests, budgets, strict=True)
         ]
-        active = [builder for builder in builders if builder.budget > 0 and len(builder.request.tokens) < room]
+        active = [builder for builder in builders if builder.depth > 0]
         first = True
         while active:
             rows, wanted = self._rows(active, first)
@@ -160,9 +159,10 @@ class DraftModel(Drafter):
 class _Builder:
     """Grows the draft of one request."""
 
-    def __init__(self, request: Request, parameters: DraftModelParameters, depth: int, room: int) -> None:
-        self.request, self.parameters = request, parameters
-        self.budget = min(depth, parameters.length, room - len(request.tokens))
+    def __init__(self, request: Request, parameters: DraftModelParameters, budget: int, room: int) -> None:
+        self.request, self.parameters, self.budget = request, parameters, budget
+        left = min(budget, request.stopper.left - 1, room - len(request.tokens))
+        self.depth = min(parameters.length, left)
         self.draft = Draft()
         self.frontier: list[int] = [ROOT]
         self.level = 0
@@ -188,7 +188,7 @@ class _Builder:
 
     def _next_frontier(self, fresh: list[int]) -> list[int]:
         """The likeliest new nodes, as many as the width; none at full depth or where a chain has lost confidence."""
-        if self.level >= self.budget or not fresh:
+        if self.level >= self.depth or len(self.draft) >= self.budget or not fresh:
             return []
         likely = sorted(fresh, key=lambda node: -self._scores[node])[: self.parameters.width]
         if self.parameters.width == 1 and self._last_step(likely[0]) < self.parameters.confidence:
@@ -206,7 +206,7 @@ class _Builder:
         paths = [[self.draft.tokens[n] for n in self.draft.path(node)] for node in self.frontier]
         if params.greedy:
             logprobs = sampler.adjusted(logits, paths).log_softmax(-1)
-            values, ids = logprobs.topk(self.parameters.width, -1)
+            values, ids = logprobs.topk(min(self.parameters.width, logprobs.shape[1]), -1)
             return list(zip(ids.tolist(), values.tolist(), strict=True))
         distribution = sampler.distribution(logits, paths)
         if params.acceptance != "match":

@@ -1,0 +1,151 @@
+"""Each command as a user runs it: the JSON keys that others read, and what a person sees."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hasten.model.checkpoint import resolve
+
+PROMPT = "Reverse the list: red cat moon salt\nAnswer:"
+
+
+def test_race(hasten):
+    document = hasten("race", "--json", "--rounds", "1").json()
+    assert [lane["method"] for lane in document["lanes"]] == ["plain", "ngram"]
+    for lane in document["lanes"]:
+        assert lane.keys() >= {"method", "tokens", "seconds", "tokens_per_second", "tokens_per_step"}
+    plain, fast = document["lanes"]
+    assert document["identical"] is True
+    assert plain["tokens"] == fast["tokens"] > 20
+    assert plain["tokens_per_step"] == 1
+    # On the shipped edit most of the answer stands in the prompt: drafts must be accepted.
+    assert fast["tokens_per_step"] > 2
+    assert document["speedup"] > 0
+
+
+def test_race_live_view(hasten):
+    ran = hasten("race", PROMPT, "--rounds", "1", "--method", "draft-model", "--temperature", "0.5")
+    assert ran.status == 0
+    assert "identical: yes" in ran.out and "tokens per step" in ran.out
+
+
+def test_race_picture(hasten, tmp_path: Path):
+    picture = tmp_path / "race.svg"
+    assert hasten("race", "--rounds", "1", "--svg", str(picture)).status == 0
+    text = picture.read_text()
+    assert text.startswith("<svg") and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_generate_json(hasten):
+    ran = hasten("generate", PROMPT, "--json", "--method", "ngram", "--logprobs", "2")
+    document = ran.json()
+    keys = {"text", "token_ids", "finish_reason", "steps", "tokens_per_step", "seconds", "tokens_per_second"}
+    assert document.keys() >= keys
+    assert document["finish_reason"] == "stop"
+    assert len(document["logprobs"]) == len(document["token_ids"])
+
+
+def test_generate_streams_the_same_text(hasten):
+    document = hasten("generate", PROMPT, "--json").json()
+    assert hasten("generate", PROMPT, "--method", "draft-model").out == document["text"] + "\n"
+
+
+def test_generate_reads_stdin(hasten, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert hasten("generate", "-", "--json").json()["text"] == hasten("generate", PROMPT, "--json").json()["text"]
+
+
+def test_generate_choices_and_seed(hasten):
+    command = ("generate", PROMPT, "--json", "--temperature", "1.2", "--n", "3", "--max-tokens", "12")
+    first, again = (hasten(*command, "--seed", "5").json() for _ in range(2))
+    other = hasten(*command, "--seed", "6").json()
+    ids = [choice["token_ids"] for choice in first["choices"]]
+    assert ids == [choice["token_ids"] for choice in again["choices"]]
+    assert ids != [choice["token_ids"] for choice in other["choices"]]
+    assert len({tuple(choice) for choice in ids}) > 1
+
+
+def test_generate_stop_and_chat(hasten):
+    whole = hasten("generate", PROMPT, "--json").json()["text"]
+    word = whole.split()[1]
+    cut = hasten("generate", PROMPT, "--json", "--stop", word).json()
+    assert cut["text"] == whole[: whole.index(word)] and cut["finish_reason"] == "stop"
+    chat = hasten("generate", PROMPT.removesuffix("\nAnswer:"), "--chat", "--json").json()
+    assert chat["text"] == whole
+
+
+def test_same_greedy_text_as_transformers(hasten):
+    folder = resolve("tiny")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.float().generate(inputs["input_ids"], max_new_tokens=64, do_sample=False)
+    expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert hasten("generate", PROMPT, "--method", "plain", "--json").json()["text"] == expected
+
+
+def test_methods(hasten):
+    listed = hasten("methods", "--json").json()
+    assert {"plain", "ngram", "draft-model"} <= {entry["slug"] for entry in listed}
+    for entry in listed:
+        assert entry.keys() >= {"slug", "family", "exactness", "paper", "title", "needs_training"}
+    table = hasten("methods").out
+    assert "draft-model" in table and "lossless" in table
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft-model", "draft-model:width=2,length=3"])
+def test_verify(hasten, method: str):
+    ran = hasten("verify", "--method", method, "--per-task", "1", "--max-tokens", "24", "--json")
+    document = ran.json()
+    assert ran.status == 0
+    assert document["prompts"] == document["identical"] == 20
+    assert document["first_divergence"] is None
+    assert document["accepted"] > 0
+
+
+def test_verify_prompt_file(hasten, tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in (PROMPT, "import os\nimport")))
+    document = hasten("verify", "--prompts", str(prompts), "--max-tokens", "16", "--json").json()
+    assert document["prompts"] == document["identical"] == 2
+
+
+def test_bench(hasten):
+    ran = hasten(
+        "bench", "--methods", "ngram:length=6,maximum=3,draft-model", "--suite", "lists", "--per-task", "1", "--json"
+    )
+    rows = ran.json()["rows"]
+    assert {row["method"] for row in rows} == {"plain", "ngram:length=6,maximum=3", "draft-model"}
+    for row in rows:
+        assert row.keys() >= {"method", "category", "tokens_per_step", "tokens_per_second", "speedup", "accuracy"}
+        assert row["identical"] == row["prompts"]
+    assert {row["category"] for row in rows} == {"lists", "overall"}
+    assert "speedup" in hasten("bench", "--suite", "copy", "--per-task", "1").out
+
+
+def test_doctor(hasten):
+    document = hasten("doctor", "--json").json()
+    assert document.keys() >= {"bandwidth_gbs", "step_ms", "roofline_ms", "verify_cost"}
+    assert document["bandwidth_gbs"] > 0 and document["step_ms"] > 0 and document["roofline_ms"] > 0
+    assert document["verify_cost"]["1"] == 1 and "32" in document["verify_cost"]
+
+
+def test_the_installed_program_prints_one_document(tmp_path: Path):
+    """From a shell, elsewhere: nothing but JSON on stdout."""
+    ran = subprocess.run(
+        [Path(sys.executable).parent / "hasten", "generate", PROMPT, "--json", "--max-tokens", "4"],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert len(json.loads(ran.stdout)["token_ids"]) == 4
+
+
+def test_version_and_help(hasten):
+    assert hasten("--version").out.startswith("hasten ")
+    for command in ("race", "generate", "methods", "verify", "bench", "doctor", "train"):
+        assert command in hasten("--help").out

@@ -1,0 +1,129 @@
+"""The registry: what is registered, how specifications are read, and how third parties join."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from hasten import UserError, methods
+from hasten.engine import Draft, Drafter, Target, register, registry
+from hasten.model import OracleModel
+
+
+@dataclass(frozen=True)
+class Parameters:
+    count: int = 3
+    share: float = 0.5
+    eager: bool = False
+    name: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.count > 10:
+            raise UserError("a-test-method: count must be at most 10")
+
+
+@pytest.fixture
+def method() -> Iterator[str]:
+    @register(
+        "a-test-method",
+        family="drafters",
+        exactness="lossless",
+        paper="0000.00000",
+        title="Nothing",
+        parameters=Parameters,
+    )
+    class Nothing(Drafter):
+        def __init__(self, target: Target, parameters: Parameters) -> None:
+            self.target, self.parameters = target, parameters
+
+        def propose(self, request, budget):
+            return Draft()
+
+    yield "a-test-method"
+    registry._METHODS.pop("a-test-method")
+
+
+def test_what_comes_with_hasten():
+    known = methods()
+    assert {"plain", "ngram", "draft-model"} <= set(known)
+    assert list(known) == sorted(known)
+    for slug, each in known.items():
+        assert each.slug == slug
+        assert each.family and each.title
+        assert each.exactness in ("lossless", "lossy")
+        each.parameters()  # every parameter has a default
+        assert registry.parse(slug) == (each, each.parameters())
+
+
+def test_listing_is_a_copy():
+    methods().clear()
+    assert "plain" in methods()
+
+
+def test_values_have_their_types(method):
+    _, parameters = registry.parse("a-test-method:count=7, share=0.25,eager=on,name=a=b/c")
+    assert parameters == Parameters(7, 0.25, True, "a=b/c")
+    assert registry.parse("a-test-method:")[1] == Parameters()
+    assert registry.parse(" a-test-method :eager=No")[1] == Parameters()
+    assert registry.parse("ngram:length=4,minimum=1")[1].length == 4
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("ngarm", r"unknown method 'ngarm'; did you mean .*ngram"),
+        ("draft_model", r"unknown method 'draft_model'; did you mean .*draft-model"),
+        ("", r"unknown method ''; did you mean .*plain"),
+        ("zzzzzzzz", r"unknown method 'zzzzzzzz'; did you mean .*ngram.*plain"),
+        ("ngram:size=3", r"ngram has no parameter 'size'; its parameters are: length, minimum, maximum"),
+        ("ngram:length", r"ngram has no parameter 'length'; its parameters are"),
+        ("plain:length=3", r"plain has no parameter 'length'; its parameters are: none"),
+        ("a-test-method:count=many", r"a-test-method: count must be a whole number, not 'many'"),
+        ("a-test-method:count=1.5", r"a-test-method: count must be a whole number, not '1.5'"),
+        ("a-test-method:share=half", r"a-test-method: share must be a number, not 'half'"),
+        ("a-test-method:eager=perhaps", r"a-test-method: eager must be true or false, not 'perhaps'"),
+        ("a-test-method:count=11", r"a-test-method: count must be at most 10"),
+        ("ngram:length=0", r"ngram: length must be between 1 and 64"),
+        ("ngram:minimum=5", r"ngram: 1 <= minimum <= maximum <= 16 must hold"),
+        ("draft-model:width=9", r"draft-model: width must be between 1 and 8"),
+        ("draft-model:confidence=nan", r"draft-model: confidence must be between 0 and 1"),
+    ],
+)
+def test_bad_specifications(method, spec, message):
+    with pytest.raises(UserError, match=message):
+        registry.parse(spec)
+
+
+def test_created_for_a_target(method):
+    target = Target(OracleModel(lambda history: None, 5))
+    drafter = registry.create("a-test-method:count=2", target)
+    assert drafter.target is target
+    assert drafter.parameters == Parameters(count=2)
+
+
+def test_third_parties_register_through_entry_points(tmp_path: Path, monkeypatch):
+    (tmp_path / "elsewhere_methods.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from hasten.engine import Draft, Drafter, register\n"
+        "@dataclass\n"
+        "class P:\n"
+        "    depth: int = 2\n"
+        "@register('elsewhere', family='drafters', exactness='lossless', paper='', title='t', parameters=P)\n"
+        "class Elsewhere(Drafter):\n"
+        "    def __init__(self, target, parameters): self.depth = parameters.depth\n"
+        "    def propose(self, request, budget): return Draft()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("elsewhere", "elsewhere_methods", registry.ENTRY_POINTS)
+    found = registry.entry_points(group=registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*found, point])
+    registry._load_entry_points.cache_clear()
+    try:
+        assert "elsewhere" in methods()
+        assert registry.create("elsewhere:depth=5", Target(OracleModel(lambda history: None, 5))).depth == 5
+    finally:
+        registry._METHODS.pop("elsewhere", None)

@@ -1,0 +1,174 @@
+"""What tests of engine and methods share: a tiny checkpoint with tokenizer and drafter, and drafters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hasten.engine import ROOT, Draft, Drafter
+from hasten.llm import Completion, Generation
+
+CONTEXT = 256
+VOCABULARY = 150
+START, END = 0, 1
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ message.role }}: {{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over ASCII and the bytes of é, € and an emoji, with a few dozen merges."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    characters = "".join(map(chr, range(32, 127))) + "\né€😀"
+    alphabet = sorted(set(split.pre_tokenize_str(characters)[0][0]))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    words = "the cat and the moon sing in the garden when another morning reads the stars and dances on water"
+    tokenizer.train_from_iterator([words] * 3, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    assert len(wrapped) == VOCABULARY
+    return wrapped
+
+
+def make_model(noise: float = 0.0, **settings: Any) -> LlamaForCausalLM:
+    """Random weights that give varied, fairly confident predictions; `noise` makes an imperfect copy of the model."""
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "pad_token_id": None,
+        **settings,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="eager")).eval()
+    weights, flaws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                continue
+            scale = 1.0 if "embed" in name else (3.0 if "head" in name else 1.0) / weight.shape[1] ** 0.5
+            weight.copy_(scale * torch.randn(weight.shape, generator=weights))
+            weight.add_(noise * scale * torch.randn(weight.shape, generator=flaws))
+    return model
+
+
+def save_checkpoint(folder: Path) -> Path:
+    """`folder/tiny` and, as its drafter, the noisy copy `folder/tiny-draft`; returns the former."""
+    for name, noise in (("tiny", 0.0), ("tiny-draft", 0.05)):
+        make_model(noise).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder / "tiny"
+
+
+class Scripted(Drafter):
+    """Proposes what a function of the request says, and keeps what it is shown."""
+
+    def __init__(self, script: Callable[[Any], Draft]) -> None:
+        self.script = script
+        self.began: list[int] = []
+        self.ended: list[int] = []
+        self.seen: dict[int, list[Any]] = {}
+        self.read: dict[int, list[int]] = {}
+
+    def begin(self, request: Any) -> None:
+        self.began.append(request.id)
+
+    def propose(self, request: Any, budget: int) -> Draft:
+        return self.script(request)
+
+    def observe_prompt(self, request: Any, start: int, taps: Any) -> None:
+        self.read.setdefault(request.id, []).append(start)
+
+    def observe(self, request: Any, seen: Any) -> None:
+        self.seen.setdefault(request.id, []).append(seen)
+
+    def end(self, request: Any) -> None:
+        self.ended.append(request.id)
+
+
+class Replay(Drafter):
+    """Knows plain decoding's answers: proposes the next `length` tokens, and `beyond` behind the end of an answer."""
+
+    def __init__(self, known: Iterable[Generation], length: int = 8, beyond: Sequence[int] = ()) -> None:
+        self.answers = {tuple(each.prompt_token_ids): [choice.token_ids for choice in each.choices] for each in known}
+        self.length, self.beyond = length, list(beyond)
+
+    def rest(self, request: Any) -> list[int]:
+        """What plain decoding goes on with."""
+        answer = self.answers[tuple(request.tokens[: request.prompt_length])][request.choice]
+        return answer[len(request.output) :] + self.beyond
+
+    def propose(self, request: Any, budget: int) -> Draft:
+        return Draft.chain(self.rest(request)[: self.length])
+
+
+class Bushy(Replay):
+    """The answer is the last child of every node; the siblings before it are wrong, and have a child each."""
+
+    width = 3
+
+    def propose(self, request: Any, budget: int) -> Draft:
+        draft, parent = Draft(), ROOT
+        for level, token in enumerate(self.rest(request)[: self.length]):
+            for sibling in range(1, self.width):
+                wrong = (token + sibling * (level + 2)) % VOCABULARY
+                add(draft, wrong if wrong != token else (token + 1) % VOCABULARY, parent)
+                add(draft, token, len(draft) - 1)
+            parent = add(draft, token, parent)
+        return draft
+
+
+def add(draft: Draft, token: int, parent: int) -> int:
+    """Append a node and return its number."""
+    draft.tokens.append(token)
+    draft.parents.append(parent)
+    return len(draft) - 1
+
+
+def check_statistics(completion: Completion) -> None:
+    """Whatever was proposed, the figures of a request add up."""
+    figures, tokens = completion.statistics, len(completion.token_ids)
+    assert 0 <= figures.accepted <= figures.proposed
+    assert figures.tokens == tokens
+    assert figures.steps == completion.steps == len(figures.accepted_per_step)
+    assert sum(figures.accepted_per_step) == figures.accepted
+    # Every step adds the target's own token, but the last, where stopping may have cut it off.
+    assert figures.accepted + figures.steps - 1 <= tokens <= figures.accepted + figures.steps
+    assert figures.rows == figures.steps + figures.proposed
+    assert completion.tokens_per_step >= 1
+
+
+def same(got: Completion, expected: Completion) -> None:
+    """Token for token the same completion, as certain of each."""
+    assert got.token_ids == expected.token_ids
+    assert (got.text, got.finish_reason) == (expected.text, expected.finish_reason)
+    assert len(got.logprobs) == len(expected.logprobs)
+    for one, other in zip(got.logprobs, expected.logprobs, strict=True):
+        assert one.token == other.token
+        assert abs(one.logprob - other.logprob) <= 1e-4
+        assert len(one.top) == len(other.top)
+        for (_, mine), (_, theirs) in zip(one.top, other.top, strict=True):
+            assert abs(mine - theirs) <= 1e-4
+    check_statistics(got)
