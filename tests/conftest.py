@@ -60,7 +60,8 @@ class Checkpoint:
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """[tokens, vocabulary] by transformers."""
         with torch.inference_mode():
-            return self.reference(torch.tensor([tokens])).logits[0].float()
+            logits: torch.Tensor = self.reference(torch.tensor([tokens])).logits[0].float()
+        return logits
 
 
 def random_model(architecture: str, **settings: Any) -> PreTrainedModel:
@@ -69,7 +70,7 @@ def random_model(architecture: str, **settings: Any) -> PreTrainedModel:
     if architecture == "qwen3":
         settings.setdefault("head_dim", 16)  # its default is 128
     torch.manual_seed(0)
-    made = model(config(**{**TINY, **settings}, attn_implementation="eager")).eval()
+    made: PreTrainedModel = model(config(**{**TINY, **settings}, attn_implementation="eager")).eval()
     for name, weight in made.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(weight, 1.0, 0.2)

@@ -51,6 +51,8 @@ def steps() -> st.SearchStrategy[Step]:
         st.builds(Step, st.just("tree"), which, number, some(9), tree, inference=mode),
         st.builds(Step, st.just("discard"), which, number, some(9), tree, inference=mode),
         st.builds(Step, st.just("packed"), which, number, some(9), tree, inference=mode),
+        st.builds(Step, st.just("grow"), which, number, some(9), tree, inference=mode),
+        st.builds(Step, st.just("lengthen"), which, number, some(12), inference=mode),
         st.builds(Step, st.sampled_from(["crop", "fork", "probe", "reserve"]), which, number, inference=mode),
         st.builds(Step, st.sampled_from(["crop", "fork", "release"]), which, number),
     )
@@ -71,7 +73,7 @@ class Tree:
 
     def path(self, row: int) -> list[int]:
         """Rows from the root to this one, ascending."""
-        rows = []
+        rows: list[int] = []
         while row >= 0:
             rows.insert(0, row)
             row = self.parents[row]
@@ -193,6 +195,40 @@ class Machine:
         tokens += [tree.tokens[row] for row in kept]
         other.commit(len(step.tokens))
         other_tokens += step.tokens
+
+    def grow(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """As `tree`, but in several passes that extend what is pending, with a fork in between."""
+        tree = Tree.of(step)
+        count, size = len(tree.tokens), 1 + step.number % 3
+        mask, positions = tree.mask(), torch.tensor(tree.depths()) + sequence.length
+        logits = []
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            span = Span(sequence, 0, stop - start, mask[start:stop, :stop], extend=start > 0)
+            rows = Rows(torch.tensor(tree.tokens[start:stop]), positions[start:stop], [span])
+            logits.append(self.model.forward(rows))
+            if step.number % 7 == 0:
+                self.fork(step, sequence, tokens)
+        assert sequence.pending == count
+        self.check_tree(tree, torch.cat(logits), tokens)
+        kept = tree.path(step.number % count)
+        sequence.commit(kept)
+        tokens += [tree.tokens[row] for row in kept]
+
+    def lengthen(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+        """As `chain`, but in several passes that extend what is pending, without a mask."""
+        count, size = len(step.tokens), 1 + step.number % 4
+        logits = []
+        for start in range(0, count, size):
+            rows = Rows.of(sequence, list(step.tokens[start : start + size]), len(tokens) + start)
+            rows.spans[0].extend = start > 0
+            logits.append(self.model.forward(rows))
+            if step.number % 5 == 0:
+                sequence.reserve(step.number % 40)
+        self.check(torch.cat(logits), [*tokens, *step.tokens])
+        kept = step.number % (count + 1)
+        sequence.commit(kept)
+        tokens += step.tokens[:kept]
 
     def crop(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
         length = step.number % (len(tokens) + 1)
@@ -463,11 +499,26 @@ def test_appending_copies_rarely(models: dict[str, Model]) -> None:
     assert sorted(blocks) == [4, 8, 16, 32, 64, 128, 256]
 
 
+def test_rows_of_several_passes_are_kept_or_dropped_together(models: dict[str, Model]) -> None:
+    model = models["oracle"]
+    sequence = new_cache(model).sequence()
+    for count in (2, 3):
+        rows = Rows.of(sequence, [5] * count, sequence.pending)
+        rows.spans[0].extend = True
+        model.forward(rows)
+    assert (sequence.length, sequence.pending) == (0, 5)
+    chain(model, sequence, 1)
+    assert sequence.pending == 1
+    sequence.commit(1)
+    assert (sequence.length, sequence.pending) == (1, 0)
+
+
 # The limit
 
 
 def block_bytes(model: Model, slots: int) -> int:
-    return Block(group_layers(model.config.layers), slots, model.cache_dtype, model.device).nbytes()
+    total = Block(group_layers(model.config.layers), slots, model.cache_dtype, model.device).nbytes()
+    return total
 
 
 def test_bytes_are_known_before_a_block_is_made(models: dict[str, Model]) -> None:
@@ -483,7 +534,7 @@ def test_a_full_cache_says_so_and_stays_usable(models: dict[str, Model]) -> None
     chain(model, first, 8)
     first.commit(8)
     chain(model, second, 8)
-    with pytest.raises(UserError, match="the KV cache is full: .* bytes wanted, .* allowed"):
+    with pytest.raises(UserError, match=r"the KV cache is full: .* bytes wanted, .* allowed"):
         chain(model, first, 8)
     assert (first.length, first.pending) == (8, 0)
     with pytest.raises(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import pytest
@@ -22,7 +23,6 @@ from hasten.model.attention import (
     merge,
     reference_kernel,
 )
-import itertools
 
 Mask = Tensor | Literal["causal"] | None
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -162,7 +162,7 @@ def test_any_split_of_the_keys_merges_to_the_whole(
     bounds = [0, *sorted(cuts), slots]
     # The part whose slots every row sees comes first, as the merge asks: a last slot that all see.
     seen[:, -1] = True
-    parts = []
+    parts: list[Part] = []
     for start, stop in itertools.pairwise(bounds):
         piece = seen[:, start:stop]
         parts.insert(
@@ -241,7 +241,7 @@ def test_causal_parts_for_few_and_many_rows(kernel: Kernel, rows: int, group: in
 
 
 def test_many_causal_rows_of_a_group_go_one_call_per_member() -> None:
-    calls: list[tuple[Mask, int]] = []
+    calls: list[tuple[object, int]] = []
 
     def spy(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         calls.append((mask if mask is None or isinstance(mask, str) else mask.shape, queries.shape[1]))

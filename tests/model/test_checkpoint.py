@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -424,8 +425,6 @@ def test_loading_by_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     model = load_model("owner/name", device="cpu")
     assert len(model.layers) == 1
     assert [name for name, _ in asked] == ["owner/name"]
-    from huggingface_hub.utils import filter_repo_objects
-
     repository = [
         "README.md",
         "config.json",

@@ -54,7 +54,7 @@ def test_packed_matrices_err_no_more_than_dense_ones(dtype: torch.dtype) -> None
     exact = rows.double() @ dense.weight.double().T + dense.bias.double() + residual.double()
 
     def error(result: Tensor) -> float:
-        return (result.double() - exact).abs().mean().item()
+        return float((result.double() - exact).abs().mean())
 
     assert error(packed.forward_add(rows, residual)) <= 1.5 * error(dense.forward_add(rows, residual))
 

@@ -65,11 +65,12 @@ class Block:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.storage) + self.positions.nbytes
 
-    def copy_from(self, other: Block, slots: int) -> None:
-        """Take over the first `slots` slots of another block of the same groups."""
+    def copy_from(self, other: Block, start: int, stop: int) -> None:
+        """Take over the slots `start:stop` of another block of the same groups, as this block's first."""
+        count = stop - start
         for mine, theirs in zip(self.storage, other.storage, strict=True):
-            mine[:, :, :, :slots] = theirs[:, :, :, :slots]
-        self.positions[:slots] = other.positions[:slots]
+            mine[:, :, :, :count] = theirs[:, :, :, start:stop]
+        self.positions[:count] = other.positions[start:stop]
 
     def gather(self, start: int, kept: Sequence[int]) -> None:
         """Move slots `start + kept[i]` to `start + i`, in all layers at once; `kept` ascends strictly."""

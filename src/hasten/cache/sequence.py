@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.cache.block import Block
-from hasten.model.attention import Part, causal_mask
+from hasten.model.attention import Part
 
 if TYPE_CHECKING:
     from hasten.cache.cache import Cache
@@ -49,6 +49,7 @@ class Sequence:
         self._views: list[View] = []
         self._writer = False
         self.pending = 0
+        self._rows = 0
         self.states: dict[int, Tensor] = {}
         self._bands: dict[int, _Band] = {}
         self._released = False
@@ -65,24 +66,26 @@ class Sequence:
 
     # The forward pass
 
-    def begin(self, positions: Tensor) -> None:
+    def begin(self, positions: Tensor, extend: bool = False) -> None:
         """See `hasten.model.rows.SequenceState`."""
         self._refuse_released()
-        if self.pending:
+        if self.pending and not extend:
             self._refuse_rollback(f"drop {self.pending} pending rows")
-        self.pending = 0
+            self.pending = 0
         self._bands.clear()
         rows = positions.shape[0]
-        tail = self._room(rows)
-        tail.block.positions[tail.length : tail.length + rows] = positions
-        self.pending = rows
+        tail = self._room(self.pending + rows)
+        start = tail.length + self.pending
+        tail.block.positions[start : start + rows] = positions
+        self.pending += rows
+        self._rows = rows
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """See `hasten.model.rows.SequenceState`."""
         tail = self._views[-1]
         stop = tail.length + self.pending
-        tail.block.keys[layer][:, tail.length : stop] = keys
-        tail.block.values[layer][:, tail.length : stop] = values
+        tail.block.keys[layer][:, stop - self._rows : stop] = keys
+        tail.block.values[layer][:, stop - self._rows : stop] = values
 
     def parts(self, layer: int, mask: Tensor | None) -> list[Part]:
         """See `hasten.model.rows.SequenceState`: committed blocks without a mask, then the rows."""
@@ -96,13 +99,15 @@ class Sequence:
         ]
         tail = self._views[-1]
         keys, values, stop = tail.block.keys[layer], tail.block.values[layer], tail.length + self.pending
-        if self.pending == 1:
-            # The only new row sees itself and everything before it: the whole tail is one part.
+        if self.pending == 1 or (self._rows == 1 and mask is None):
+            # A single new row sees itself and everything before it: the whole tail is one part.
             parts.append(Part(keys[:, :stop], values[:, :stop]))
             return parts
         if tail.length:
             parts.append(Part(keys[:, : tail.length], values[:, : tail.length]))
-        own: Tensor | Literal["causal"] = "causal" if mask is None else mask
+        own: Tensor | Literal["causal"] | None = mask
+        if own is None:
+            own = "causal" if self._rows == self.pending else self._causal()
         parts.append(Part(keys[:, tail.length : stop], values[:, tail.length : stop], own))
         return parts
 
@@ -110,7 +115,8 @@ class Sequence:
         """As `parts`, keeping only slots whose position lies inside the rows' windows."""
         band = self._bands.get(window)
         if band is None:
-            band = self._bands[window] = _Band.of(self._views, self.pending, window, mask, self._cache.dtype)
+            own = self._causal() if mask is None else mask
+            band = self._bands[window] = _Band.of(self._views, self.pending, window, own)
         tail = self._views[-1]
         stop = tail.length + self.pending
         keys, values = tail.block.keys[layer], tail.block.values[layer]
@@ -121,6 +127,12 @@ class Sequence:
             for start, stop, allowed, blind in pieces:
                 parts.append(Part(keys[:, start:stop], values[:, start:stop], allowed, blind))
         return parts
+
+    def _causal(self) -> Tensor:
+        """Additive [rows, pending]: each row of this pass sees the pending rows up to itself."""
+        shape = (self._rows, self.pending)
+        mask = torch.full(shape, -torch.inf, dtype=self._cache.dtype, device=self._cache.device)
+        return mask.triu_(self.pending - self._rows + 1)
 
     # Transactions
 
@@ -247,11 +259,13 @@ class Sequence:
             ideal = 0 if exact else 2 * tail.block.capacity
             if tail.block.references == 1:
                 grown = self._cache.block(tail.length + slots, ideal)
-                grown.copy_from(tail.block, tail.length)
+                grown.copy_from(tail.block, 0, tail.length + self.pending)
                 self._cache.drop(tail.block)
                 tail.block = grown
                 return tail
         view = View(self._cache.block(slots, ideal), 0)
+        if tail is not None and self.pending:
+            view.block.copy_from(tail.block, tail.length, tail.length + self.pending)
         if tail is not None and tail.length == 0:
             # Only the last view may be empty: elsewhere it would be a part without slots.
             self._cache.drop(self._views.pop().block)
@@ -272,9 +286,10 @@ class _Band:
     own: Tensor
 
     @classmethod
-    def of(cls, views: Items[View], pending: int, window: int, mask: Tensor | None, dtype: torch.dtype) -> _Band:
+    def of(cls, views: Items[View], pending: int, window: int, mask: Tensor) -> _Band:
         tail = views[-1]
-        rows = tail.block.positions[tail.length : tail.length + pending]
+        waiting = tail.block.positions[tail.length : tail.length + pending]
+        rows = waiting[pending - mask.shape[0] :]
         first, last = int(rows.min()), int(rows.max())
         committed = []
         for view in views:
@@ -296,14 +311,13 @@ class _Band:
                         pieces.append((low, high, None, None))
                         continue
                     allowed = slots[None, low:high] > rows[:, None] - window
-                    extra = torch.zeros(allowed.shape, dtype=dtype, device=rows.device).masked_fill_(
+                    extra = torch.zeros(allowed.shape, dtype=mask.dtype, device=rows.device).masked_fill_(
                         ~allowed, -torch.inf
                     )
                     pieces.append((low, high, extra, ~allowed.any(1)))
             committed.append(pieces)
-        own = causal_mask(pending, dtype, rows.device) if mask is None else mask
-        outside = rows[None, :] <= rows[:, None] - window
-        return cls(committed, own.masked_fill(outside, -torch.inf))
+        outside = waiting[None, :] <= rows[:, None] - window
+        return cls(committed, mask.masked_fill(outside, -torch.inf))
 
 
 def _runs(flags: Tensor) -> list[tuple[int, int]]:

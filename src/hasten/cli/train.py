@@ -29,10 +29,11 @@ def lm(
     ffn: Annotated[int, typer.Option(help="Width of the MLP.")] = 640,
     vocabulary: Annotated[int, typer.Option(help="Tokens of a new tokenizer.")] = 2048,
     context: Annotated[int, typer.Option(help="Context length.")] = 1024,
-    tokens: Annotated[int, typer.Option(help="Training tokens, padding included.")] = 12_000_000,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    curriculum: Annotated[float, typer.Option(help="Share of the run until tasks have full length.")] = 0.6,
+    tokens: Annotated[int, typer.Option(help="Training tokens, padding included.")] = 7_000_000,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2.5e-3,
+    opening: Annotated[float, typer.Option(help="Share of the run with short copying tasks only.")] = 0.1,
+    curriculum: Annotated[float, typer.Option(help="Share of the run until tasks have full length.")] = 0.65,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "bf16",
     tokenizer: Annotated[str | None, typer.Option(help="Take the tokenizer of this model (drafters must).")] = None,
@@ -55,7 +56,8 @@ def lm(
         torch.set_num_threads(threads)
     config = TrainConfig(
         hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, ffn=ffn, vocabulary=vocabulary, context=context,
-        tokens=tokens, batch_tokens=batch_tokens, lr=lr, curriculum=curriculum, seed=seed, precision=precision,
+        tokens=tokens, batch_tokens=batch_tokens, lr=lr, opening=opening, curriculum=curriculum, seed=seed,
+        precision=precision,
     )  # fmt: skip
     summary = train(config, output, resolve(tokenizer) if tokenizer is not None else None, resume)
     command = shlex.join(["hasten", *sys.argv[1:]])

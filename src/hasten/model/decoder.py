@@ -84,7 +84,7 @@ class Decoder:
     def start(self, rows: Rows, taps: Taps | None = None) -> Pass:
         """Open a pass: make the rows pending in their sequences and compute what all layers share."""
         for span in rows.spans:
-            span.sequence.begin(rows.positions[span.start : span.stop])
+            span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
         return Pass(
             spans=rows.spans,
             masks=[None if span.mask is None else additive(span.mask, self.cache_dtype) for span in rows.spans],

@@ -48,13 +48,15 @@ class OracleModel:
         chosen = range(len(rows.tokens)) if wanted is None else wanted
         histories: dict[int, tuple[int, ...]] = {}
         for span in rows.spans:
-            span.sequence.begin(rows.positions[span.start : span.stop])
+            span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
             own = rows.tokens[span.start : span.stop].float().reshape(1, -1, 1)
             where = rows.positions[span.start : span.stop].float().reshape(1, -1, 1)
             span.sequence.write(0, own, where)
             count = span.stop - span.start
-            visible = torch.ones(count, count, dtype=torch.bool).tril() if span.mask is None else span.mask
-            additive = torch.zeros(count, count).masked_fill_(~visible, -torch.inf)
+            pending = span.sequence.pending
+            causal = torch.ones(count, pending, dtype=torch.bool).tril(pending - count)
+            visible = causal if span.mask is None else span.mask
+            additive = torch.zeros(count, pending).masked_fill_(~visible, -torch.inf)
             parts = span.sequence.parts(0, additive)
             for row in range(count):
                 seen: list[tuple[int, int]] = []

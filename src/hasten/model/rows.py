@@ -20,14 +20,16 @@ class SequenceState(Protocol):
     committed slots, visible to each other only through the rows-by-rows mask.
     """
 
-    def begin(self, positions: Tensor) -> None:
-        """Make room for pending rows at these positions [rows], dropping whatever was pending before."""
+    pending: int
+
+    def begin(self, positions: Tensor, extend: bool = False) -> None:
+        """Make room for rows at these positions [rows]; what was pending before is dropped, or extended."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the pending rows' keys and values, both [kv_heads, rows, head_dim]."""
+        """Store the rows' keys and values, both [kv_heads, rows, head_dim]."""
 
     def parts(self, layer: int, mask: Tensor | None) -> Sequence[Part]:
-        """What the pending rows attend to in a layer; `mask` is additive, rows by rows, or None (causal)."""
+        """What the rows attend to in a layer; `mask` is additive [rows, pending], or None (causal)."""
 
 
 @dataclass
@@ -35,13 +37,15 @@ class Span:
     """The rows `start:stop` of a packed batch: all of one sequence.
 
     `mask` is boolean [rows, rows]: row i sees row j where it is True (the diagonal always is). None means
-    causal: row i sees rows 0..i.
+    causal: row i sees rows 0..i. With `extend`, rows that earlier passes left pending stay, and the mask is
+    [rows, pending], theirs first: a draft model grows a tree this way, level by level.
     """
 
     sequence: SequenceState
     start: int
     stop: int
     mask: Tensor | None = None
+    extend: bool = False
 
 
 @dataclass

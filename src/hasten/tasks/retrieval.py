@@ -6,11 +6,11 @@ Answers restate the key or the path: every step is then one look-up.
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from .base import Example, Task, pick_size, register
 from .words import ALL_WORDS, KEY_WORDS, LIST_WORDS
-import itertools
 
 
 @register

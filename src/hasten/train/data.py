@@ -16,6 +16,8 @@ from hasten.tasks import TASKS, prose_chunks, split_of
 
 PROSE = "prose"
 IGNORE = -100
+COPYING = ("copy", "reverse", "insert", "remove", "replace", "lookup")
+"""What a run opens with: these alone, and short, let an induction head form; the full mixture delays it for long."""
 SHORTEST_PROSE = 96
 """Tokens of a piece of prose when the curriculum begins."""
 POOL_BATCHES = 64
@@ -69,9 +71,10 @@ class Mixture:
     def __post_init__(self) -> None:
         self._prose = list(prose_chunks("train")) if self.weights.get(PROSE, 0) > 0 else []
 
-    def document(self, rng: random.Random, difficulty: float) -> Document:
-        """One random document of the mixture."""
-        name = rng.choices(list(self.weights), list(self.weights.values()))[0]
+    def document(self, rng: random.Random, difficulty: float, opening: bool = False) -> Document:
+        """One random document of the mixture; of its copying tasks alone in the opening."""
+        names = [name for name in self.weights if name in COPYING] if opening else list(self.weights)
+        name = rng.choices(names, [self.weights[name] for name in names])[0]
         if name == PROSE:
             length = max(SHORTEST_PROSE, int(self.context * difficulty))
             return Document([*self.encode(rng.choice(self._prose)), self.end][:length], 0)
@@ -82,13 +85,13 @@ class Mixture:
         prompt = self.encode(example.prompt)
         return Document([*prompt, *self.encode(example.answer), self.end][: self.context], len(prompt))
 
-    def pool(self, number: int, difficulty: float) -> list[Batch]:
+    def pool(self, number: int, difficulty: float, opening: bool = False) -> list[Batch]:
         """Batches number `POOL_BATCHES * number` onwards, in their final order."""
         rng = random.Random(f"{self.seed}/{number}")
         documents: list[Document] = []
         budget = POOL_BATCHES * self.batch_tokens
         while budget > 0:
-            documents.append(self.document(rng, difficulty))
+            documents.append(self.document(rng, difficulty, opening))
             budget -= len(documents[-1].ids)
         documents.sort(key=lambda document: len(document.ids))
         batches = [_pad(group, self.end) for group in _group(documents, self.batch_tokens)]

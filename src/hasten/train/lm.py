@@ -29,13 +29,16 @@ from hasten.train.tokenizer import load_tokenizer, train_tokenizer
 
 CHECKPOINT = "training.pt"
 LOG_SECONDS = 20
+SHORT = 0.1
+"""Difficulty in the opening."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run; a resumed run must have the same.
 
-    `tokens` counts padding and prompts. `curriculum` is the share of the run after which tasks have full length.
+    `tokens` counts padding and prompts. `opening` is the share of the run that has short
+    copying tasks only; `curriculum` the share after which tasks have full length.
     `warmup` and `final_lr` are shares of the run and of `lr`.
     """
 
@@ -46,13 +49,14 @@ class TrainConfig:
     ffn: int = 640
     vocabulary: int = 2048
     context: int = 1024
-    tokens: int = 12_000_000
-    batch_tokens: int = 2048
-    lr: float = 2e-3
+    tokens: int = 7_000_000
+    batch_tokens: int = 1024
+    lr: float = 2.5e-3
     weight_decay: float = 0.05
     warmup: float = 0.02
     final_lr: float = 0.02
-    curriculum: float = 0.6
+    opening: float = 0.1
+    curriculum: float = 0.65
     seed: int = 0
     precision: str = "bf16"
 
@@ -106,13 +110,9 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
 
 
 def difficulty(progress: float, config: TrainConfig) -> float:
-    """Length cap of the tasks: short for a fifth of the curriculum, then growing linearly to full length.
-
-    Copying (an induction head) forms on short lists within a few hundred small steps, and hardly at all on long ones.
-    """
-    short = 0.06
-    grown = (progress / max(config.curriculum, 1e-6) - 0.2) / 0.8
-    return short + (1 - short) * min(1.0, max(0.0, grown))
+    """Length cap of the tasks: short in the opening, then growing linearly to full length."""
+    grown = (progress - config.opening) / max(config.curriculum - config.opening, 1e-6)
+    return SHORT + (1 - SHORT) * min(1.0, max(0.0, grown))
 
 
 class Trainer:
@@ -147,7 +147,11 @@ class Trainer:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
                 self.pool_progress = self.tokens / self.config.tokens
-            pool = self.mixture.pool(self.pool, difficulty(self.pool_progress, self.config))
+            pool = self.mixture.pool(
+                self.pool,
+                difficulty(self.pool_progress, self.config),
+                opening=self.pool_progress < self.config.opening,
+            )
             while self.index < len(pool):
                 self.index += 1
                 yield pool[self.index - 1]

@@ -113,7 +113,7 @@ class DraftModel(Drafter):
             for builder, span in zip(active, rows.spans, strict=True):
                 stop = offset + builder.wanted
                 if first:
-                    # The root and what precedes it stay; nodes are pending only, and are fed again at the next level.
+                    # Only committed tokens stay in the drafter's cache; nodes are pending, level behind level.
                     self._sequence(builder.request).commit(span.stop - span.start)
                 builder.grow(logits[offset:stop, : builder.request.sampler.vocabulary])
                 offset = stop
@@ -122,7 +122,7 @@ class DraftModel(Drafter):
         return [builder.draft for builder in builders]
 
     def _rows(self, active: Sequence[_Builder], first: bool) -> tuple[Rows, list[int]]:
-        """Rows of one level: uncached tokens of each request at first, then its whole draft."""
+        """Rows of one level: uncached tokens of each request at first, then the nodes to expand."""
         tokens: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -137,13 +137,17 @@ class DraftModel(Drafter):
                 positions += range(cached, len(builder.request.tokens))
                 wanted.append(len(tokens) - 1)
             else:
-                draft = builder.draft
-                tokens += draft.tokens
-                positions += [cached - 1 + depth for depth in draft.depths()]
-                full = draft.mask()
-                mask = None if full is None else full[1:, 1:].to(self.model.device)
-                wanted += [start + node for node in builder.frontier]
-            spans.append(Span(sequence, start, len(tokens), mask))
+                draft, frontier = builder.draft, builder.frontier
+                depths = draft.depths()
+                tokens += [draft.tokens[node] for node in frontier]
+                positions += [cached - 1 + depths[node] for node in frontier]
+                builder.fed += frontier
+                if self.parameters.width > 1:
+                    paths = [set(draft.path(node)) for node in frontier]
+                    mask = torch.tensor([[node in path for node in builder.fed] for path in paths])
+                    mask = mask.to(self.model.device)
+                wanted += range(start, len(tokens))
+            spans.append(Span(sequence, start, len(tokens), mask, extend=not first))
         device = self.model.device
         return Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans), wanted
 
@@ -165,6 +169,7 @@ class _Builder:
         self.depth = min(parameters.length, left)
         self.draft = Draft()
         self.frontier: list[int] = [ROOT]
+        self.fed: list[int] = []
         self.level = 0
         self._scores: dict[int, float] = {ROOT: 0.0}
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
