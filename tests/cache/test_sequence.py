@@ -517,14 +517,14 @@ def test_rows_of_several_passes_are_kept_or_dropped_together(models: dict[str, M
 
 
 def block_bytes(model: Model, slots: int) -> int:
-    total = Block(group_layers(model.config.layers), slots, model.cache_dtype, model.device).nbytes()
-    return total
+    return Block.bytes_for(group_layers(model.config.layers), slots, model.cache_dtype)
 
 
 def test_bytes_are_known_before_a_block_is_made(models: dict[str, Model]) -> None:
     for model in models.values():
         groups = group_layers(model.config.layers)
-        assert Block.bytes_for(groups, 11, model.cache_dtype) == block_bytes(model, 11)
+        block = Block(groups, 11, model.cache_dtype, model.device)
+        assert Block.bytes_for(groups, 11, model.cache_dtype) == block.nbytes()
 
 
 def test_a_full_cache_says_so_and_stays_usable(models: dict[str, Model]) -> None:

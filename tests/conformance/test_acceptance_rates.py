@@ -62,9 +62,7 @@ def test_more_children_help(p, q):
 def test_deterministic_children(p, q):
     """No rule accepts a fixed set of children with more, and this one with no less, than its probability."""
     tokens = q.topk(2).indices.tolist()
-    hits = [
-        len(reject(Draft(tokens, [ROOT] * 2), lambda node: p, Uniforms(seed)).path) for seed in range(SAMPLES)
-    ]
+    hits = [len(reject(Draft(tokens, [ROOT] * 2), lambda node: p, Uniforms(seed)).path) for seed in range(SAMPLES)]
     exact = float(p[tokens].sum())
     assert abs(np.mean(hits) - exact) < 4 * deviation(exact)
 

@@ -133,8 +133,7 @@ RULES: dict[str, Propose] = {
 @pytest.mark.parametrize("name", RULES)
 def test_rules(name):
     groups = [
-        np.array([by_rejection(P, RULES[name], 1000 * group + sample) for sample in range(500)])
-        for group in range(20)
+        np.array([by_rejection(P, RULES[name], 1000 * group + sample) for sample in range(500)]) for group in range(20)
     ]
     check_law(groups, joint(P))
 
@@ -155,9 +154,7 @@ def with_replacement(engine) -> Drafter:
     """A drafter as a user would write it: children i.i.d. from q, by the request's own coins."""
     propose = sampled(Q, (2, 2))
     return Scripted(
-        lambda request: propose(
-            tuple(request.tokens), request.sampler.coins(len(request.tokens), TARGET_PURPOSE)
-        )
+        lambda request: propose(tuple(request.tokens), request.sampler.coins(len(request.tokens), TARGET_PURPOSE))
     )
 
 

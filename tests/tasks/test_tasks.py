@@ -120,7 +120,7 @@ def test_edits_change_the_text() -> None:
 
 
 def test_errors_are_clear_and_early() -> None:
-    with pytest.raises(ValueError, match="did you mean .*reverse"):
+    with pytest.raises(ValueError, match=r"did you mean .*reverse"):
         examples("revers", "train", 1, 0)
     with pytest.raises(ValueError, match="split"):
         examples("copy", "valid", 1, 0)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from hasten.tasks import split_of
 from hasten.train import lm
 from hasten.train.data import IGNORE, Mixture
 from hasten.train.lm import TrainConfig, Trainer, train
-import itertools
 
 CONFIG = TrainConfig(
     hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, vocabulary=400, context=256,
@@ -91,12 +91,12 @@ def test_a_drafter_shares_the_tokenizer(finished: Path, tmp_path: Path):
 
 def test_batches_are_deterministic_and_from_the_train_split():
     encode = lambda text: list(text.encode())  # noqa: E731
-    make = lambda: Mixture(encode, 0, batch_tokens=4096, context=2048, seed=3, weights={"copy": 1, "addition": 1})  # noqa: E731
+    make = lambda: Mixture(encode, 0, batch_tokens=2048, context=2048, seed=3, weights={"copy": 1, "addition": 1})  # noqa: E731
     first, again = make().pool(2, 0.5), make().pool(2, 0.5)
     assert len(first) >= 10
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.ids, other.ids) and torch.equal(one.labels, other.labels)
-        assert one.ids.numel() <= 4096
+        assert one.ids.numel() <= 2048
     for batch in first:
         for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
             answer = next(i for i, label in enumerate(labels) if label != IGNORE)
@@ -111,4 +111,4 @@ def test_schedule():
     assert rates[2] == pytest.approx(CONFIG.lr)
     assert rates[100] == pytest.approx(CONFIG.lr * CONFIG.final_lr)
     assert all(a >= b for a, b in itertools.pairwise(rates))
-    assert lm.difficulty(0, CONFIG) < 0.1 and lm.difficulty(CONFIG.curriculum, CONFIG) == 1
+    assert lm.difficulty(0, CONFIG) == lm.SHORT and lm.difficulty(CONFIG.curriculum, CONFIG) == 1
