@@ -27,7 +27,7 @@ def test_alone(llm, plain, spec, kind):
         same(got, plain(number, kind))
         accepted += got.statistics.accepted
     # Where nothing is ever accepted, nothing is proved; such a method needs an entry in cases.VARIANTS.
-    assert accepted > 50
+    assert accepted > 20
 
 
 @pytest.mark.parametrize("spec", PROPOSING)

@@ -282,12 +282,12 @@ def test_taps_are_the_hidden_states_of_transformers(name: str, make_checkpoint: 
         theirs["input", index] = states[index][0]
     theirs["final_norm", 0] = states[-1][0]
 
-    taps = Taps(theirs)
+    taps = Taps(theirs)  # type: ignore[arg-type]
     logits = model.forward(Rows.of(new_sequence(model), tokens, 0), wanted=[29], taps=taps)
     assert logits.shape == (1, 97)
     assert taps.states.keys() == theirs.keys()
     for key, state in theirs.items():
-        torch.testing.assert_close(taps[key], state, atol=1e-4, rtol=1e-5, msg=str(key))
+        torch.testing.assert_close(taps[key], state, atol=1e-4, rtol=1e-5, msg=str(key))  # type: ignore[index]
 
 
 def test_taps_keep_only_what_was_asked_for(plain: tuple[Any, Decoder]) -> None:
@@ -300,7 +300,7 @@ def test_taps_keep_only_what_was_asked_for(plain: tuple[Any, Decoder]) -> None:
 
 def test_an_unknown_tap_site_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown tap site 'residual'"):
-        Taps([("residual", 0)])
+        Taps([("residual", 0)])  # type: ignore[list-item]
 
 
 def test_the_pieces_compose_to_the_default_forward(plain: tuple[Any, Decoder]) -> None:

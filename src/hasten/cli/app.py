@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from hasten import __version__
 from hasten.cli import bench, doctor, generate, methods, race, train, verify
 from hasten.errors import UserError
 
+# Typer brings its own copy of Click; its usage errors are known by what a public one inherits from.
+ClickException = typer.BadParameter.__mro__[2]
+
 app = typer.Typer(
     name="hasten",
     help="The same tokens, sooner: decoding accelerators for Hugging Face checkpoints.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -31,12 +32,15 @@ app.add_typer(train.app, name="train")
 
 @app.callback(invoke_without_command=True)
 def version(
+    context: typer.Context,
     show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     """The same tokens, sooner: decoding accelerators for Hugging Face checkpoints."""
     if show:
         typer.echo(f"hasten {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
@@ -45,17 +49,15 @@ def main() -> None:
         status = app(standalone_mode=False)
     except UserError as error:
         sys.exit(_say(str(error), 2))
-    except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit) as leaving:
-        if isinstance(leaving, click.exceptions.NoArgsIsHelpError):
-            leaving.show()
-        sys.exit(leaving.exit_code)
-    except click.ClickException as error:
-        sys.exit(_say(error.format_message(), 2))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(_say("interrupted", 130))
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:
+        if not isinstance(error, ClickException):
+            raise
+        sys.exit(_say(" ".join(error.format_message().split()), 2))  # type: ignore[attr-defined]
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -11,12 +11,14 @@ import typer
 
 from hasten.cli import options
 
-app = typer.Typer(help="Train models (resumable, with a card).", no_args_is_help=True)
+app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_command=True)
 
 
 @app.callback()
-def family() -> None:
+def family(context: typer.Context) -> None:
     """Train models (resumable, with a card)."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()

@@ -10,8 +10,11 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +145,7 @@ class Trainer:
         self.data_hash = ""
 
     def batches(self) -> Iterator[Batch]:
-        """The rest of the stream; `pool` and `index` always point behind the batch just yielded."""
+        """The rest of the stream; `pool` and `index` point at the batch to come, or at the one being trained on."""
         while True:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
@@ -153,8 +156,8 @@ class Trainer:
                 opening=self.pool_progress < self.config.opening,
             )
             while self.index < len(pool):
+                yield pool[self.index]
                 self.index += 1
-                yield pool[self.index - 1]
             self.pool, self.index = self.pool + 1, 0
 
     def step(self, batch: Batch) -> None:
@@ -280,9 +283,9 @@ def _loop(trainer: Trainer, save_every: float) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("training", total=trainer.config.tokens, completed=trainer.tokens)
         saved = logged = time.monotonic()
-        try:
+        with _interrupt_between_steps() as interrupted:
             for batch in trainer.batches():
-                if trainer.tokens >= trainer.config.tokens:
+                if trainer.tokens >= trainer.config.tokens or interrupted():
                     break
                 trainer.step(batch)
                 rate = trainer.tokens / max(trainer.seconds, 1e-9)
@@ -297,7 +300,27 @@ def _loop(trainer: Trainer, save_every: float) -> None:
                 if now - saved > save_every:
                     trainer.save()
                     saved = now
-        except KeyboardInterrupt:
             trainer.save()
-            raise
-        trainer.save()
+            if interrupted():
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C wait for the end of the step: half an update must not be saved. A second Ctrl-C does not wait."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
