@@ -59,6 +59,15 @@ def test_what_comes_with_hasten():
         assert registry.parse(slug) == (each, each.parameters())
 
 
+def test_the_listing_and_the_package_share_a_name():
+    """Importing the package `hasten.methods` must not take `hasten.methods()` away."""
+    import hasten
+    import hasten.methods.drafters
+
+    assert hasten.methods() == hasten.methods() == registry.methods()
+    assert hasten.methods.drafters.ngram.Ngram
+
+
 def test_listing_is_a_copy():
     methods().clear()
     assert "plain" in methods()

@@ -19,9 +19,9 @@ PROMPTS = [[number * 13 % 140 + 2 for number in range(1, length)] for length in 
 
 
 def recorded(llm, spec: str, prompts=PROMPTS, alone: bool = False, **settings):
-    """All drafts per prompt, and the outputs; one engine for all prompts, or one for each."""
+    """All drafts per prompt, the outputs, and the tokens before each draft; one engine for all, or one for each."""
     asked = SamplingParams(**{"max_tokens": 16, "seed": 3, "ignore_eos": True, **settings})
-    drafts, outputs = {}, []
+    drafts, contexts, outputs = {}, {}, []
     for group in [[prompt] for prompt in prompts] if alone else [prompts]:
         engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
         drafter = engine.drafter(spec)[1]
@@ -29,7 +29,9 @@ def recorded(llm, spec: str, prompts=PROMPTS, alone: bool = False, **settings):
         def note(requests, budgets, propose_all=drafter.propose_all):
             proposed = propose_all(requests, budgets)
             for request, draft in zip(requests, proposed, strict=True):
-                drafts.setdefault(tuple(request.tokens[: request.prompt_length]), []).append(draft)
+                prompt = tuple(request.tokens[: request.prompt_length])
+                drafts.setdefault(prompt, []).append(draft)
+                contexts.setdefault(prompt, []).append(list(request.tokens))
             return proposed
 
         drafter.propose_all = note
@@ -38,7 +40,7 @@ def recorded(llm, spec: str, prompts=PROMPTS, alone: bool = False, **settings):
             pass
         outputs += [request.output for request in requests]
         assert drafter.cache.used_bytes == 0
-    return drafts, outputs
+    return drafts, outputs, contexts
 
 
 # Refusals
@@ -115,38 +117,36 @@ def test_drafter_with_a_shorter_context(llm, variant):
 # Drafts
 
 
-@pytest.mark.parametrize("length", [1, 3, 6])
-def test_chain_of_the_drafters_own_argmax(llm, length):
-    drafts, outputs = recorded(llm, f"draft-model:length={length},confidence=0")
+@pytest.mark.parametrize("width, length", [(1, 1), (1, 6), (2, 3), (3, 4)])
+def test_children_are_the_drafters_own_likeliest(llm, width, length):
+    """Each expanded node's children are what the small model gives when it reads the node's path alone."""
+    drafts, _, contexts = recorded(llm, f"draft-model:width={width},length={length},confidence=0")
     small = llm.engine.drafter("draft-model")[1].model
-    prompt, output = PROMPTS[1], outputs[1]
-    first = drafts[tuple(prompt)][0]
-    # The first token comes with the prompt.
-    cache = llm.engine.cache.sequence()
-    tokens = [*prompt, output[0]]
-    for token in first.tokens:
-        cache.crop(0)
-        logits = small.forward(Rows.of(cache, tokens, 0), [len(tokens) - 1])
-        assert token == int(logits[0].argmax())
-        tokens.append(token)
-    cache.release()
-    assert first.is_chain
-    assert len(first) == length
+    for number in (1, 4):
+        for step, draft in enumerate(drafts[tuple(PROMPTS[number])][:2]):
+            assert max(draft.depths()) == length
+            known = contexts[tuple(PROMPTS[number])][step]
+            for node, children in draft.children().items():
+                path = [draft.tokens[each] for each in draft.path(node)]
+                cache = llm.engine.cache.sequence()
+                logits = small.forward(Rows.of(cache, known + path, 0), [len(known + path) - 1])[0]
+                cache.release()
+                assert [draft.tokens[child] for child in children] == logits.topk(width).indices.tolist()
 
 
 def test_confidence(llm):
     """A chain ends behind the first token that the drafter is not sure of."""
-    sure, _ = recorded(llm, "draft-model:confidence=1,length=6")
+    sure, *_ = recorded(llm, "draft-model:confidence=1,length=6")
     assert {len(draft) for own in sure.values() for draft in own} == {1}
-    free, _ = recorded(llm, "draft-model:confidence=0,length=6")
+    free, *_ = recorded(llm, "draft-model:confidence=0,length=6")
     assert {len(own[0]) for own in free.values()} == {6}
-    some, _ = recorded(llm, "draft-model:confidence=0.5,length=6")
+    some, *_ = recorded(llm, "draft-model:confidence=0.5,length=6")
     lengths = [len(draft) for own in some.values() for draft in own]
     assert 1 < sum(lengths) / len(lengths) < 6
 
 
 def test_budget_of_tokens(llm):
-    drafts, _ = recorded(llm, "draft-model:confidence=0,length=9", max_tokens=5)
+    drafts, *_ = recorded(llm, "draft-model:confidence=0,length=9", max_tokens=5)
     for own in drafts.values():
         # One token is the first step's, one the target's own.
         assert len(own[0]) == 3
@@ -155,7 +155,7 @@ def test_budget_of_tokens(llm):
 @pytest.mark.parametrize("temperature, acceptance", [(0.0, "match"), (1.0, "match"), (1.0, "max")])
 @pytest.mark.parametrize("width", [2, 4])
 def test_trees(llm, width, temperature, acceptance):
-    drafts, _ = recorded(
+    drafts, *_ = recorded(
         llm, f"draft-model:width={width},length=3", temperature=temperature, acceptance=acceptance, max_tokens=20
     )
     seen = [draft for own in drafts.values() for draft in own[:2]]
@@ -172,7 +172,7 @@ def test_trees(llm, width, temperature, acceptance):
 
 
 def test_widest_tree_stays_within_the_budget(llm):
-    _, outputs = recorded(llm, "draft-model:width=8,length=32", max_tokens=40, prompts=PROMPTS[:2])
+    _, outputs, _ = recorded(llm, "draft-model:width=8,length=32", max_tokens=40, prompts=PROMPTS[:2])
     assert outputs == recorded(llm, "draft-model", max_tokens=40, prompts=PROMPTS[:2])[1]
     engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
     drafter = engine.drafter("draft-model:width=8,length=32")[1]
@@ -188,8 +188,8 @@ def test_widest_tree_stays_within_the_budget(llm):
 @pytest.mark.parametrize("spec", ["draft-model", "draft-model:width=3,length=3"])
 def test_a_batch_is_drafted_as_each_alone(llm, spec, temperature, acceptance):
     settings = {"temperature": temperature, "acceptance": acceptance}
-    together, outputs = recorded(llm, spec, **settings)
-    alone, own_outputs = recorded(llm, spec, alone=True, **settings)
+    together, outputs, _ = recorded(llm, spec, **settings)
+    alone, own_outputs, _ = recorded(llm, spec, alone=True, **settings)
     assert outputs == own_outputs
     assert together.keys() == alone.keys()
     for prompt in together:

@@ -11,20 +11,13 @@ from hasten.engine import SamplingParams
 from hasten.llm import LLM
 
 DEFAULT_METHOD = "ngram"
-DEFAULT_PROMPT = """Text:
-name = river
-  width: 40
-item stone, 12 pieces
-set_lamp(table, 31)
-  height: 25
-item glass, 47 pieces
-color = green
-  depth: 18
-item bread, 90 pieces
-set_door(garden, 64)
-Change: replace glass by silver.
-Answer:"""
-"""An edit: most of the answer stands in the prompt, as it does when a model rewrites a file."""
+DEFAULT_PROMPT = (
+    "Copy the list: seed game grass mark color root mask boat lake plate coal grass park cold corn form "
+    "club lamp salt cloud gate lock pink coin green name coin heat hour coat bell lake jar film pipe cook "
+    "coin port dog date key cold field roof page cold plan back game floor dish gray hour tree box night "
+    "bench chair table path bell\nAnswer:"
+)
+"""All of the answer stands in the prompt: the best case of lookup, as when a model repeats a passage or a file."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -111,8 +112,8 @@ def _part(grouped: Tensor, folded: Tensor, part: Part, kernel: Kernel) -> tuple[
             pieces = [kernel(grouped[:, g], part.keys, part.values, "causal") for g in range(group)]
             return torch.cat([out for out, _ in pieces], 1), torch.cat([lse for _, lse in pieces], 1)
         elif group > 1:
-            mask = causal_mask(rows, part.keys.dtype, part.keys.device)
-    if isinstance(mask, Tensor) and group > 1:
+            mask = _grouped_causal_mask(rows, group, part.keys.dtype, part.keys.device)
+    elif mask is not None and group > 1:
         mask = mask.repeat(group, 1)
     out, lse = kernel(folded, part.keys, part.values, mask)
     if part.blind is not None:
@@ -132,6 +133,12 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 def causal_mask(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive [rows, rows] with -inf above the diagonal."""
     return torch.full((rows, rows), -torch.inf, dtype=dtype, device=device).triu_(1)
+
+
+@lru_cache(maxsize=256)
+def _grouped_causal_mask(rows: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The causal mask for each of `group` query heads, one below the other; every layer of every step wants it."""
+    return causal_mask(rows, dtype, device).repeat(group, 1)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

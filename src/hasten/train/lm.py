@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
 import threading
 import time
@@ -199,8 +200,8 @@ class Trainer:
         """
         try:
             state = torch.load(self.folder / CHECKPOINT, weights_only=True)
-        except (OSError, RuntimeError, EOFError, KeyError) as error:
-            raise UserError(f"cannot read {self.folder / CHECKPOINT}: {error}") from error
+        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise UserError(f"cannot read {self.folder / CHECKPOINT}: it is damaged, or no checkpoint") from error
         if state["config"] != asdict(self.config):
             changed = [key for key, value in asdict(self.config).items() if state["config"].get(key) != value]
             raise UserError(f"the checkpoint in {self.folder} was made with another {', '.join(changed)}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -81,6 +82,11 @@ class DraftModel(Drafter):
             if target.folder is None:
                 raise UserError("draft-model needs a model: use draft-model:model=FOLDER")
             name = f"{target.folder.rstrip('/')}-draft"
+            if not Path(name).is_dir():
+                raise UserError(
+                    f"draft-model finds no drafter at {name}: name one (draft-model:model=FOLDER), or train one with "
+                    f"'hasten train lm --output {name} --tokenizer {target.folder}'"
+                )
         folder = resolve(name)
         if target.tokenizer is not None and not same_vocabulary(load_tokenizer(folder), target.tokenizer):
             raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
