@@ -63,7 +63,7 @@ def test_generate_reads_stdin(hasten, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_generate_choices_and_seed(hasten):
-    command = ("generate", PROMPT, "--json", "--temperature", "1.2", "--n", "3", "--max-tokens", "12")
+    command = ("generate", "import os\n", "--json", "--temperature", "1.2", "--n", "3", "--max-tokens", "12")
     first, again = (hasten(*command, "--seed", "5").json() for _ in range(2))
     other = hasten(*command, "--seed", "6").json()
     ids = [choice["token_ids"] for choice in first["choices"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,14 @@ def llm() -> LLM:
 
 def test_perplexity_of_prose(llm: LLM):
     measured = card.perplexity(llm, chunks=3)
-    assert 1 < measured < math.sqrt(llm.model.config.vocab_size)
+    # Knowing only how often each token occurs in prose gives about 300.
+    assert 1 < measured < 150
 
 
 def test_scores_count_held_out_examples(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(card, "TASKS", {name: TASKS[name] for name in ("copy", "sql")})
+    monkeypatch.setattr(card, "TASKS", {name: TASKS[name] for name in ("copy", "reverse")})
     scores = card.task_scores(llm, per_task=4)
-    assert scores.keys() == {"copy", "sql"}
+    assert scores.keys() == {"copy", "reverse"}
     for score in scores.values():
         assert 0 < score["right"] <= score["of"] == sum(of for _, of in score["by_length"].values()) == 4
 
