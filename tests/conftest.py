@@ -25,6 +25,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hasten import LLM
+from helpers import save_checkpoint
+
 # One thread: the models are tiny, and suites that run side by side must not wait for each other at barriers.
 torch.set_num_threads(1)
 
@@ -99,3 +102,15 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., C
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with tokenizer; `tiny-draft` lies beside it. Copy it before changing anything."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def llm(tiny: Path) -> LLM:
+    """The model of that checkpoint, shared by all tests of engine, methods and conformance."""
+    return LLM(tiny, dtype="float32")

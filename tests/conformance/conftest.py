@@ -1,28 +1,15 @@
-"""One model for all conformance tests, and what plain decoding makes of their prompts."""
+"""What plain decoding makes of the conformance tests' prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 from cases import PROMPTS, params
 
 from hasten import LLM
 from hasten.llm import Completion
-from helpers import save_checkpoint
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder; `tiny-draft` lies beside it."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="session")
-def llm(tiny: Path) -> LLM:
-    return LLM(tiny, dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,28 @@ def test_whole_engine(name):
     table = LAW.table(settings.get("temperature", 1.0), settings.get("top_k", 0))
     check_law(groups, joint(table, skipped=1))
     assert accepted > 300 or method == "plain"
+
+
+@pytest.mark.parametrize(
+    "method, acceptance",
+    [("plain", "match"), (draft_model(OTHER, width=2, length=3), "max"), (draft_model(OTHER, length=3), "match")],
+    ids=["plain", "tree, max", "chain, match"],
+)
+def test_penalties_inside_a_draft(method, acceptance):
+    """A node's distribution is penalised for the tokens of its own branch."""
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+
+    def chance(output: list[int], token: int) -> float:
+        counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=5)
+        logits = LAW((*PROMPT, *output)) - 1.5 * (counts > 0) - 0.5 * counts
+        return float(logits.double().softmax(0)[token])
+
+    exact = np.zeros((5,) * 3)
+    for first, *kept in product(range(5), repeat=4):
+        output = [first, *kept]
+        exact[tuple(kept)] += np.prod([chance(output[:at], output[at]) for at in range(4)])
+    groups, _, _ = by_engine(LAW, method, groups=20, count=100, acceptance=acceptance, **penalties)
+    check_law(groups, exact)
 
 
 def test_choices_are_independent():

@@ -165,6 +165,17 @@ def test_abort():
     assert made.cache.used_bytes == 0
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 6])
+def test_drafts_are_cut_to_what_may_come(most):
+    """The target adds a token of its own, so the last that may come is never drafted."""
+    made = engine()
+    drafter = Scripted(lambda request: Draft.chain([next_token(request.tokens[-1]) ^ 1] * 9))
+    (request,) = made.add([5], SamplingParams(max_tokens=most), drafter)
+    finish(made)
+    assert request.statistics.proposed == sum(range(most - 1))
+    assert request.output == chain_from(5, most)
+
+
 def test_logprobs():
     """The model's own, whatever is done to the distribution; no more of them than tokens."""
     made = engine()

@@ -83,7 +83,8 @@ def compare(
                 for category in (prompt.category, OVERALL):
                     tallies.setdefault((name, category), _Tally()).add(lane, lanes["plain"], right)
             report(1)
-    return [_row(name, category, tally) for (name, category), tally in tallies.items()]
+    order = sorted(tallies, key=lambda key: (names.index(key[0]), key[1] == OVERALL, key[1]))
+    return [_row(name, category, tallies[name, category]) for name, category in order]
 
 
 def _row(name: str, category: str, tally: _Tally) -> dict[str, Any]:
