@@ -32,17 +32,20 @@ class Draft:
     """Node i is `tokens[i]` below node `parents[i]` (ROOT or an earlier node).
 
     A node listed in `drawn` (or ROOT) has sampled children; all other nodes have deterministic ones (top-k, lookup).
-    The acceptance rule follows from that, per node.
+    The acceptance rule follows from that, per node. `estimates` are the drafter's own, one per node or none at all: the
+    probability that verification accepts the node and all above it. Their sum is the expected number of accepted
+    tokens; planners read them.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     drawn: dict[int, Drawn] = field(default_factory=dict)
+    estimates: list[float] = field(default_factory=list)
 
     @classmethod
-    def chain(cls, tokens: Sequence[int]) -> Draft:
+    def chain(cls, tokens: Sequence[int], estimates: Sequence[float] = ()) -> Draft:
         """Each token below the one before."""
-        return cls(list(tokens), list(range(-1, len(tokens) - 1)))
+        return cls(list(tokens), list(range(-1, len(tokens) - 1)), estimates=list(estimates))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -110,6 +113,7 @@ class Draft:
             number[node] = len(kept)
             kept.tokens.append(token)
             kept.parents.append(number[parent])
+            kept.estimates += self.estimates[node : node + 1]
         if len(kept) == len(self.tokens) == len(self.parents):
             return self
         kept.drawn = {number[node]: drawn for node, drawn in self.drawn.items() if node in number}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -42,14 +42,22 @@ class Drafter:
     demand) and dropped in `end`; state that outlives requests must be bounded.
     """
 
-    taps: ClassVar[tuple[tuple[Site, int], ...]] = ()
+    taps: tuple[tuple[Site, int], ...] = ()
     """Hidden states that `observe` and `observe_prompt` are given."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of state held now (tables, caches; not the weights of the target), for reports and budgets."""
+        return 0
 
     def begin(self, request: Request) -> None:
         """A request starts; `request.tokens` is its prompt."""
 
     def propose(self, request: Request, budget: int) -> Draft:
-        """A draft of at most `budget` nodes below `request.tokens[-1]`; may be empty, and is clamped anyway."""
+        """A draft of at most `budget` nodes below `request.tokens[-1]`; may be empty, and is clamped anyway.
+
+        Not every step asks: other drafters may take turns, and `observe` then shows what they drafted.
+        """
         raise NotImplementedError
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:

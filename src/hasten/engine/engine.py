@@ -24,7 +24,7 @@ from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
 
-MAX_DRAFT = 64
+MAX_DRAFT = 128
 """Nodes of one draft, whatever its drafter asks for."""
 
 

@@ -34,6 +34,8 @@ class SamplingParams:
             Log-probabilities are the model's own, before temperature, penalties and filters.
         acceptance: see `Acceptance`; it matters only when sampling.
         typical_epsilon, typical_delta: of the typical rule, p(x) > min(epsilon, delta * exp(-entropy)).
+        tenant: requests of different tenants never share what a drafter has learned from text. It changes speed only,
+            but speed can tell one user what another one wrote.
 
     Raises:
         UserError: a value out of range.
@@ -56,6 +58,7 @@ class SamplingParams:
     acceptance: Acceptance = "match"
     typical_epsilon: float = 0.09
     typical_delta: float = 0.3
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

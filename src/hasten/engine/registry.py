@@ -1,4 +1,4 @@
-"""The registry of methods: what exists, how it is named, and how `slug:key=value` becomes a drafter."""
+"""The registry of methods: what exists, how it is named, and how `slug:key=value+slug` becomes a drafter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
+from hasten.engine.composition import FirstOf
 from hasten.engine.drafter import Drafter
 from hasten.errors import UserError
 
@@ -147,7 +148,30 @@ def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
     return text
 
 
+def split(spec: str) -> list[str]:
+    """The parts of a composition `a+b:key=value`; a `+` inside a value (a file name) separates nothing."""
+    parts: list[str] = []
+    for piece in spec.split("+"):
+        slug = piece.partition(":")[0].strip()
+        if parts and ":" in parts[-1] and slug not in methods():
+            parts[-1] += "+" + piece
+        else:
+            parts.append(piece)
+    return parts
+
+
 def create(spec: str, target: Target) -> Drafter:
-    """The drafter of a method specification, for one target."""
-    method, parameters = parse(spec)
-    return method.create(target, parameters)
+    """The drafter of a method specification, for one target.
+
+    `a+b` is a composition: where `a` has nothing to propose, `b` is asked.
+
+    Raises:
+        UserError: unknown method or key, a value of the wrong type or out of range.
+    """
+    drafters = [method.create(target, parameters) for method, parameters in map(parse, split(spec))]
+    return drafters[0] if len(drafters) == 1 else FirstOf(drafters)
+
+
+def is_lossless(spec: str) -> bool:
+    """Whether every part of a specification gives plain decoding's tokens."""
+    return all(parse(part)[0].exactness == "lossless" for part in split(spec))

@@ -1,0 +1,59 @@
+"""Several drafters in one: the first that has something to say is heard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hasten.engine.draft import Draft
+from hasten.engine.drafter import Drafter, Observation
+from hasten.model.taps import Taps
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Request
+
+
+class FirstOf(Drafter):
+    """Asks its drafters in order, each for the requests that those before it left without a draft.
+
+    All of them see every prompt and every verification, so that each one's state is whole whenever its turn comes.
+    Exactness: that of its parts, since one draft always comes from one drafter.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self.drafters = list(drafters)
+        self.taps = tuple({site: None for drafter in drafters for site in drafter.taps})
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(drafter.memory_bytes for drafter in self.drafters)
+
+    def begin(self, request: Request) -> None:
+        for drafter in self.drafters:
+            drafter.begin(request)
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        return self.propose_all([request], [budget])[0]
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        drafts = [Draft() for _ in requests]
+        for drafter in self.drafters:
+            silent = [index for index, draft in enumerate(drafts) if not draft]
+            if not silent:
+                break
+            asked = drafter.propose_all([requests[i] for i in silent], [budgets[i] for i in silent])
+            for index, draft in zip(silent, asked, strict=True):
+                drafts[index] = draft
+        return drafts
+
+    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
+        for drafter in self.drafters:
+            drafter.observe_prompt(request, start, taps)
+
+    def observe(self, request: Request, seen: Observation) -> None:
+        for drafter in self.drafters:
+            drafter.observe(request, seen)
+
+    def end(self, request: Request) -> None:
+        for drafter in self.drafters:
+            drafter.end(request)
