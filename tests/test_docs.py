@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import sys
 import types
@@ -52,3 +54,13 @@ def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_structured_output_as_shown(capsys: pytest.CaptureFixture[str]):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/structured-output.md").read_text(), re.DOTALL)
+    assert code is not None
+    exec(compile(code[1], "structured-output.md", "exec"), {})
+    person, answer, empty, *lines = capsys.readouterr().out.splitlines()
+    assert set(ast.literal_eval(person)) == {"name", "age"}
+    assert answer in (" yes", " no") and empty == ""
+    assert [set(json.loads(line)) for line in lines] == [{"name", "age"}] * 2

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
-    from hasten.engine import SamplingParams, methods
+    from hasten.engine import Constraint, SamplingParams, methods
     from hasten.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "UserError", "methods"]
+__all__ = ["LLM", "Constraint", "SamplingParams", "UserError", "methods"]
 __version__ = "0.1.0"
 
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
         from hasten.llm import LLM
 
         return LLM
-    if name in ("SamplingParams", "methods"):
+    if name in ("Constraint", "SamplingParams", "methods"):
         from hasten import engine
 
         return getattr(engine, name)

@@ -136,10 +136,11 @@ def test_doctor(hasten):
     assert document["verify_cost"]["1"] == 1 and "32" in document["verify_cost"]
 
 
-def test_the_installed_program_prints_one_document(tmp_path: Path):
+@pytest.mark.parametrize("program", [[Path(sys.executable).parent / "hasten"], [sys.executable, "-m", "hasten"]])
+def test_the_installed_program_prints_one_document(tmp_path: Path, program: list[str | Path]):
     """From a shell, elsewhere: nothing but JSON on stdout."""
     ran = subprocess.run(
-        [Path(sys.executable).parent / "hasten", "generate", PROMPT, "--json", "--max-tokens", "4"],
+        [*program, "generate", PROMPT, "--json", "--max-tokens", "4"],
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
     assert len(json.loads(ran.stdout)["token_ids"]) == 4

@@ -31,6 +31,9 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="Independent completions.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End at this string (may be given several times).")] = None,
     logprobs: Annotated[int | None, typer.Option(help="Report this many likeliest tokens per position.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="JSON of this schema: a file, or the schema itself.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Text that this regular expression matches.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="Text of the grammar in this file (Lark or GBNF).")] = None,
     acceptance: Annotated[str, typer.Option(help="match, max or typical.")] = "match",
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
@@ -46,6 +49,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UserError("the prompt is empty")
+    constraint = options.constraint(json_schema, regex, grammar)
     llm = options.load(model, dtype, device, threads)
     llm.engine.drafter(method)
     given: dict[str, Any] = {
@@ -58,6 +62,7 @@ def generate(
         **{name: value for name, value in given.items() if value is not None},
         n=n,
         stop=tuple(stop or ()),
+        constraint=constraint,
         acceptance=acceptance,  # type: ignore[arg-type]  # SamplingParams says which are known
         ignore_eos=ignore_eos,
     )

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
+    from hasten.engine import Constraint
     from hasten.llm import LLM
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or a shipped model's name.")]
@@ -41,6 +43,29 @@ def load(model: str, dtype: str, device: str, threads: int) -> LLM:
     if threads:
         torch.set_num_threads(threads)
     return LLM(model, dtype=dtype, device=device)
+
+
+def constraint(json_schema: str | None, regex: str | None, grammar: str | None) -> Constraint | None:
+    """The one constraint that was given, if any; a schema that does not begin like one is a file's name.
+
+    Raises:
+        UserError: several constraints, a file that cannot be read, a schema that is not JSON.
+    """
+    if json_schema is None and regex is None and grammar is None:
+        return None
+    from hasten.engine import Constraint
+
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        json_schema = _read(json_schema)
+    return Constraint(json_schema, regex, None if grammar is None else _read(grammar))
+
+
+def _read(path: str) -> str:
+    """A file's text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def emit(document: Any) -> None:

@@ -90,6 +90,16 @@ class Draft:
             mask[node + 1] |= mask[parent + 1]
         return mask
 
+    def subset(self, nodes: Sequence[int]) -> Draft:
+        """The draft of these nodes alone, in this order; each comes after its parent, which must be among them."""
+        number = {ROOT: ROOT} | {node: index for index, node in enumerate(nodes)}
+        return Draft(
+            [self.tokens[node] for node in nodes],
+            [number[self.parents[node]] for node in nodes],
+            {number[node]: drawn for node, drawn in self.drawn.items() if node in number},
+            [self.estimates[node] for node in nodes] if self.estimates else [],
+        )
+
     def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
         """What is fit for verification: at most so many nodes and levels, ids inside the vocabulary, sound parents.
 

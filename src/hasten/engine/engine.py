@@ -15,6 +15,7 @@ from hasten.cache import Cache
 from hasten.engine import registry, verification
 from hasten.engine.draft import ROOT, Draft
 from hasten.engine.drafter import Drafter, Observation
+from hasten.engine.grammar import Grammars, GrammarState
 from hasten.engine.params import SamplingParams
 from hasten.engine.request import Request, TokenKind, TokenLogprobs
 from hasten.engine.sampling import Sampler
@@ -65,6 +66,7 @@ class Engine:
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
         self.target = registry.Target(model, tokenizer, folder)
         self._drafters: dict[str, Drafter] = {}
+        self._grammars: Grammars | None = None
         self._next_id = 0
 
     # Requests
@@ -76,6 +78,14 @@ class Engine:
         if method not in self._drafters:
             self._drafters[method] = registry.create(method, self.target)
         return method, self._drafters[method]
+
+    def _grammar(self, params: SamplingParams) -> GrammarState | None:
+        """A constraint's state at the start of a request."""
+        if params.constraint is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.end_ids)
+        return self._grammars.start(params.constraint)
 
     def add(
         self,
@@ -94,7 +104,7 @@ class Engine:
 
         Raises:
             UserError: an empty prompt, ids outside the vocabulary (of prompt or logit_bias), no room left in the
-                context, unknown method.
+                context, unknown method, a constraint that cannot be used.
         """
         config = self.model.config
         room = config.max_positions - len(prompt)
@@ -125,7 +135,7 @@ class Engine:
                 drafter=drafter,
                 method=name,
                 sequence=sequence,
-                sampler=Sampler(params, choice, prompt, config.vocab_size),
+                sampler=Sampler(params, choice, prompt, config.vocab_size, self._grammar(params)),
                 stopper=stopper,
                 leader=requests[0] if requests else None,
             )
@@ -209,6 +219,8 @@ class Engine:
             seconds = (time.perf_counter() - started) / len(requests)
             for index, request, draft, depth in zip(indices, requests, proposed, depths, strict=True):
                 drafts[index] = draft.clamped(MAX_DRAFT, depth, self.model.config.vocab_size)
+                if request.sampler.grammar is not None:
+                    drafts[index] = request.sampler.grammar.fit(drafts[index])
                 request.statistics.draft_seconds += seconds
         return drafts
 
@@ -295,7 +307,8 @@ class Engine:
         verdict = self._verify(request, draft, logits, best)
         accepted = [draft.tokens[node] for node in verdict.path]
         emitted = [*accepted, verdict.token]
-        kept = request.stopper.accept(emitted)
+        grammar = request.sampler.grammar
+        kept = request.stopper.accept(emitted, None if grammar is None else grammar.length(emitted))
         tokens = emitted[:kept]
         kinds: list[TokenKind] = ["accepted"] * min(kept, len(accepted))
         if kept > len(accepted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 
 import torch
 from torch import Tensor
@@ -57,6 +58,18 @@ def uniform(keys: Sequence[int], counters: Tensor) -> Tensor:
 def gumbel(keys: Sequence[int], counters: Tensor) -> Tensor:
     """Standard Gumbel noise as `uniform`, float32."""
     return -torch.log(-torch.log(uniform(keys, counters))).float()
+
+
+def gumbels(key: int, counters: Sequence[int]) -> list[float]:
+    """`gumbel` of one key at a few counters, in plain integers: there, tensors cost more than they save. float64."""
+    noise = []
+    for counter in counters:
+        z = (key + (counter + 1) * _GOLDEN) & _MASK
+        z = ((z ^ (z >> 30)) * _MIX1) & _MASK
+        z = ((z ^ (z >> 27)) * _MIX2) & _MASK
+        z ^= z >> 31
+        noise.append(-log(-log(((z >> 11) + 0.5) * 2.0**-53)))
+    return noise
 
 
 class Uniforms:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hasten.engine.grammar import Constraint
 from hasten.errors import UserError
 
 Acceptance = Literal["match", "max", "typical"]
@@ -32,6 +33,8 @@ class SamplingParams:
         ignore_eos: go on after end-of-text.
         logprobs: report this many likeliest tokens per position, with the chosen one; None reports nothing.
             Log-probabilities are the model's own, before temperature, penalties and filters.
+        constraint: what the output must be (a JSON schema, a regular expression, a grammar). The output ends as soon as
+            nothing more may follow, with finish reason `stop`.
         acceptance: see `Acceptance`; it matters only when sampling.
         typical_epsilon, typical_delta: of the typical rule, p(x) > min(epsilon, delta * exp(-entropy)).
         tenant: requests of different tenants never share what a drafter has learned from text. It changes speed only,
@@ -55,6 +58,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
     acceptance: Acceptance = "match"
     typical_epsilon: float = 0.09
     typical_delta: float = 0.3
@@ -75,6 +79,10 @@ class SamplingParams:
             (all(self.stop), "stop strings must not be empty"),
             (self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs must be between 0 and 100"),
             (self.acceptance in ("match", "max", "typical"), "acceptance must be match, max or typical"),
+            (
+                self.constraint is None or not self.ignore_eos,
+                "ignore_eos and a constraint exclude each other: the constraint says where the text may end",
+            ),
             (
                 self.typical_epsilon > 0 and self.typical_delta > 0,
                 "typical_epsilon and typical_delta must be positive",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine.noise import Uniforms, gumbel, mix
+from hasten.engine.grammar import GrammarState
+from hasten.engine.noise import Uniforms, gumbel, gumbels, mix
 from hasten.engine.params import SamplingParams
 from hasten.errors import UserError
 
@@ -43,13 +44,21 @@ class Sampler:
         choice: which of the n choices this is.
         prompt: token ids, for the repetition penalty.
         vocabulary: size of the logits.
+        grammar: masks what the request's constraint forbids.
 
     Raises:
         UserError: logit_bias names a token outside the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, choice: int, prompt: Sequence[int], vocabulary: int) -> None:
-        self.params, self.choice, self.vocabulary = params, choice, vocabulary
+    def __init__(
+        self,
+        params: SamplingParams,
+        choice: int,
+        prompt: Sequence[int],
+        vocabulary: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
+        self.params, self.choice, self.vocabulary, self.grammar = params, choice, vocabulary, grammar
         self.seed = params.seed or 0
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
@@ -66,17 +75,25 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """Whether the raw argmax is the answer."""
-        return self.params.greedy and self._bias is None and self._seen is None
+        return self.params.greedy and self._bias is None and self._seen is None and self.grammar is None
 
     def committed(self, tokens: Sequence[int]) -> None:
-        """Tell the penalties about new output tokens."""
+        """Tell the penalties and the grammar about new output tokens."""
+        if self.grammar is not None:
+            self.grammar.commit(tokens)
         if self._seen is not None and self._counts is not None and tokens:
             ids = torch.tensor(tokens)
             self._seen[ids] = True
             self._counts.index_add_(0, ids, torch.ones(len(tokens)))
 
     def adjusted(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, vocabulary] with bias and penalties; `paths[i]` are row i's uncommitted tokens."""
+        """Logits [rows, vocabulary] with bias, penalties and grammar; `paths[i]` are row i's uncommitted tokens."""
+        logits = self._penalised(logits, paths)
+        if self.grammar is None:
+            return logits
+        return logits.masked_fill(~self.grammar.masks(paths).to(logits.device), -torch.inf)
+
+    def _penalised(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
         if self._bias is not None:
             ids, values = (part.to(logits.device) for part in self._bias)
             logits = logits.index_add(1, ids, values.expand(logits.shape[0], -1))
@@ -128,13 +145,17 @@ class Sampler:
             return distribution.scores + noise
         return distribution.scores + gumbel([keys[position] for position in positions], distribution.ids)
 
+    def noise(self, position: int, tokens: Sequence[int]) -> list[float]:
+        """The Gumbel noise of a few tokens at an absolute position, as `perturbed` adds it; for drafters."""
+        return gumbels(mix(self.seed, self.choice, TOKEN_STREAM, position), tokens)
+
     def choose(self, logits: Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]]) -> list[int]:
         """The token of each row: argmax, or the keyed Gumbel draw.
 
         Args:
             logits: float32 [rows, vocabulary].
             positions: absolute position of the token each row chooses.
-            paths: uncommitted tokens above each row, for penalties.
+            paths: uncommitted tokens above each row, for penalties and grammar.
         """
         if self.params.greedy:
             return [int(token) for token in self.adjusted(logits, paths).argmax(-1).tolist()]

@@ -1,4 +1,4 @@
-"""End of text, stop strings, token budget and context limit: applied in one place, inside the accepted run."""
+"""End of text, stop strings, grammar's end, token budget, context limit: in one place, inside the accepted run."""
 
 from __future__ import annotations
 
@@ -36,14 +36,20 @@ class Stopper:
         """How many more tokens may come."""
         return self._left
 
-    def accept(self, tokens: Sequence[int]) -> int:
-        """Take new tokens in order and return how many belong to the output; sets `reason` at the end."""
+    def accept(self, tokens: Sequence[int], last: int | None = None) -> int:
+        """Take new tokens in order and return how many belong to the output; sets `reason` at the end.
+
+        Args:
+            last: the output's grammar ends with this many of them.
+        """
         for count, token in enumerate(tokens, 1):
             self._left -= 1
             if token in self._end:
                 self.reason = "stop"
             elif self._detokenizer is not None and self._detokenizer.push(token):
                 self._find_stop(self._detokenizer)
+            if self.reason is None and count == last:
+                self.reason = "stop"
             if self.reason is None and self._left <= 0:
                 self.reason = "length"
             if self.reason is not None:
