@@ -1,8 +1,6 @@
-"""The measuring code: lanes, suites, the exactness check's report, the doctor's figures."""
+"""The measuring code: lanes, the exactness check's report, the rows of a comparison, the doctor's figures."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -10,19 +8,20 @@ from hasten import LLM, UserError
 from hasten.bench import doctor
 from hasten.bench.compare import compare
 from hasten.bench.lane import Lane, engine_for, interleave
-from hasten.bench.suite import load_prompts, load_suite
+from hasten.bench.prediction import cost_of, predicted_speedup
+from hasten.bench.prompts import BenchPrompt
 from hasten.bench.verify import verify
 from hasten.cli.bench import split_methods
 from hasten.engine import Draft, Drafter, SamplingParams
 from hasten.engine.verification import Verdict
-from hasten.tasks import CATEGORIES, TASKS
 
-PROMPT = "Copy the list: red cat moon salt red cat sun\nAnswer:"
+PROMPT = "the cat and the moon and the cat and the"
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+CURVE = {1: 1.0, 2: 1.1, 64: 3.0}
 
 
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM("tiny", dtype="float32")
+def prompts(*texts: str, grade=None) -> list[BenchPrompt]:
+    return [BenchPrompt("words", "words", text, grade) for text in texts]
 
 
 def test_lanes_take_turns_by_their_own_clocks(llm: LLM):
@@ -34,24 +33,52 @@ def test_lanes_take_turns_by_their_own_clocks(llm: LLM):
     assert order[:8] != [lanes[0]] * 8
 
 
-def test_suites():
-    whole = load_suite("tasks", 2)
-    assert len(whole) == 2 * len(TASKS) and {item.category for item in whole} == set(CATEGORIES)
-    assert [item.prompt for item in whole] == [item.prompt for item in load_suite("tasks", 2)]
-    assert {item.task for item in load_suite("copy", 3)} == {"copy"}
-    assert all(item.grade is not None for item in whole)
+def test_a_runs_seconds_add_up(llm: LLM):
+    """Prompt and steps make the whole; the parts of the steps are within them."""
+    lane = Lane(llm, engine_for(llm), "ngram", llm.encode(PROMPT), PARAMS)
+    while not lane.done:
+        lane.step()
+    run = lane.run()
+    assert run.seconds == pytest.approx(run.prompt_seconds + run.decode_seconds)
+    assert 0 < run.draft_seconds + run.forward_seconds + run.verify_seconds < run.decode_seconds
+    assert len(run.step_seconds) == len(run.accepted) == lane.request.statistics.steps - 1
+    assert run.proposed == lane.request.statistics.proposed
+    assert len(run.tokens) == 12
 
 
-def test_prompt_files(tmp_path: Path):
-    text = tmp_path / "prompts.txt"
-    text.write_text("one\n\ntwo\n")
-    assert [item.prompt for item in load_prompts(text)] == ["one", "two"]
-    lines = tmp_path / "prompts.jsonl"
-    lines.write_text('{"prompt": "a", "category": "x"}\n{"prompt": "b"}\n')
-    assert [item.category for item in load_prompts(lines)] == ["x", "file"]
-    lines.write_text("not json\n")
-    with pytest.raises(UserError, match="line 1"):
-        load_prompts(lines)
+def test_an_aborted_lane_gives_its_memory_back(llm: LLM):
+    engine = engine_for(llm)
+    lane = Lane(llm, engine, "plain", llm.encode(PROMPT), PARAMS)
+    lane.step()
+    assert engine.cache.used_bytes > 0
+    lane.abort()
+    assert engine.cache.used_bytes == 0 and not engine.busy
+
+
+class Hoarder(Drafter):
+    """Holds a kilobyte per token while a request lasts, and one for good."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        return 1024 + 1024 * self.held
+
+    def propose(self, request, budget):
+        self.held = len(request.tokens)
+        return Draft()
+
+    def end(self, request):
+        self.held = 0
+
+
+def test_memory_is_that_of_the_fullest_moment(llm: LLM):
+    lane = Lane(llm, engine_for(llm), "plain", llm.encode(PROMPT), SamplingParams(max_tokens=20, ignore_eos=True))
+    lane.request.drafter = Hoarder()
+    while not lane.done:
+        lane.step()
+    assert lane.run().memory_bytes > 1024 * (1 + len(llm.encode(PROMPT)))
 
 
 def test_verify_reports_the_first_divergence(llm: LLM, monkeypatch: pytest.MonkeyPatch):
@@ -67,21 +94,70 @@ def test_verify_reports_the_first_divergence(llm: LLM, monkeypatch: pytest.Monke
     monkeypatch.setattr("hasten.engine.verification.match", gullible)
     monkeypatch.setattr("hasten.engine.registry.create", lambda spec, target: Wrong() if spec == "wrong" else plain)
     plain = type("Nothing", (Drafter,), {"propose": lambda self, request, budget: Draft()})()
-    result = verify(llm, "wrong", [PROMPT, PROMPT + " red"], max_tokens=6)
+    result = verify(llm, "wrong", [PROMPT, llm.encode(PROMPT + " red")], max_tokens=6)
     assert result.identical == 0 and result.prompts == 2
     found = result.first_divergence
     assert found is not None and found["prompt"] == 0 and found["mode"] == "greedy"
     assert found["got"] != found["expected"] and found["top2_gap"] >= 0
 
 
-def test_compare_counts(llm: LLM):
-    prompts = load_suite("copy", 2)
-    rows = compare(llm, ["ngram"], prompts, SamplingParams(max_tokens=32))
-    by_key = {(row["method"], row["category"]): row for row in rows}
-    assert by_key["plain", "overall"]["tokens_per_step"] == 1
-    assert by_key["plain", "overall"]["speedup"] == 1
-    assert by_key["ngram", "overall"]["prompts"] == 2
-    assert by_key["ngram", "lists"]["tokens_per_step"] >= 1
+def test_rows_count_what_happened(llm: LLM):
+    texts = (PROMPT, "stars and stars and stars and")
+    rows = compare(llm, ["ngram"], prompts(*texts, grade=lambda output: "a" in output), PARAMS, curve=CURVE)
+    assert [(row["method"], row["category"]) for row in rows] == [
+        (method, category) for method in ("plain", "ngram") for category in ("words", "overall")
+    ]
+    plain, fast = rows[1], rows[3]
+    assert plain["tokens_per_step"] == plain["speedup"] == plain["speedup_of_rates"] == plain["decode_speedup"] == 1
+    assert plain["acceptance"] is None and plain["accepted_per_step"] == 0 and plain["accepted_histogram"] == [22]
+    assert plain["predicted_speedup"] == pytest.approx(1, abs=0.05)
+
+    expected = [llm.generate([text], PARAMS, "ngram")[0].choices[0].statistics for text in texts]
+    steps, accepted = sum(each.steps - 1 for each in expected), sum(each.accepted for each in expected)
+    histogram = fast["accepted_histogram"]
+    assert fast["tokens_per_step"] == pytest.approx(24 / (steps + 2), abs=1e-4)
+    assert sum(histogram) == steps
+    assert sum(count * times for count, times in enumerate(histogram)) == accepted
+    assert fast["accepted_per_step"] == pytest.approx(accepted / steps, abs=1e-4)
+    assert fast["proposed_per_step"] == pytest.approx(sum(each.proposed for each in expected) / steps, abs=1e-4)
+    assert fast["identical"] == fast["prompts"] == 2 and fast["accuracy"] == plain["accuracy"]
+    assert fast["time_split"].keys() == {"prompt", "draft", "forward", "verify", "other"}
+    total = sum(fast["time_split"].values())
+    assert total == pytest.approx(24 / fast["tokens_per_second"], rel=1e-2)
+    assert fast["draft_us_per_step"] == pytest.approx(fast["time_split"]["draft"] / steps * 1e6, rel=0.1)
+    assert fast["draft_overhead"] > 0 and fast["predicted_speedup"] > 0
+
+
+def test_an_answer_of_one_token_is_counted(llm: LLM):
+    """There is nothing to decode behind it, so nothing to predict."""
+    rows = compare(llm, ["ngram"], prompts(PROMPT), SamplingParams(max_tokens=1), curve=CURVE)
+    assert rows[-1]["tokens_per_step"] == 1 and rows[-1]["speedup"] > 0
+    assert rows[-1]["decode_speedup"] is rows[-1]["predicted_speedup"] is rows[-1]["accepted_per_step"] is None
+
+
+def test_every_round_starts_with_fresh_drafters(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """A drafter that remembers answers would replay the round before."""
+    made: list[Drafter] = []
+
+    def create(spec, target):
+        made.append(type("Nothing", (Drafter,), {"propose": lambda self, request, budget: Draft()})())
+        return made[-1]
+
+    monkeypatch.setattr("hasten.engine.registry.create", create)
+    rows = compare(llm, ["fake"], prompts(PROMPT), SamplingParams(max_tokens=2), rounds=3, curve=CURVE)
+    assert len(made) == 2 * 3 and rows[-1]["prompts"] == 3
+
+
+def test_predictions():
+    assert cost_of(CURVE, 1) == 1
+    assert cost_of(CURVE, 1.5) == pytest.approx(1.05)
+    assert cost_of(CURVE, 33) == pytest.approx(2.05)
+    assert cost_of(CURVE, 126) == pytest.approx(4.9)  # as between 2 and 64
+    assert cost_of({1: 1.0}, 9) == 1.0
+    # Free drafts and free rows: as many times sooner as there are tokens per step.
+    assert predicted_speedup({1: 1.0, 9: 1.0}, 2e-3, 1e-3, 4.0, 9, 0.0) == pytest.approx(4.0)
+    # A step of 2 ms, half of it the forward pass, which takes three times as long; and 1 ms for the draft.
+    assert predicted_speedup({1: 1.0, 9: 3.0}, 2e-3, 1e-3, 4.0, 9, 1e-3) == pytest.approx(4.0 * 2 / 5)
 
 
 def test_method_lists():

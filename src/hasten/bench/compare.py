@@ -1,48 +1,60 @@
-"""Methods side by side on a suite: tokens per step, tokens per second, speed-up, accuracy, per category."""
+"""Methods side by side on a suite: tokens per step, speed-up, accuracy, where the time goes, per category."""
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from hasten.bench.lane import Lane, engine_for, interleave
-from hasten.bench.suite import BenchPrompt
-from hasten.engine import SamplingParams
+from hasten.bench.doctor import machine
+from hasten.bench.lane import Lane, Run, engine_for, interleave
+from hasten.bench.prediction import VerifyCost, measure, predicted_speedup
+from hasten.bench.prompts import BenchPrompt, encode
+from hasten.engine import Engine, SamplingParams
 from hasten.llm import LLM
 
 OVERALL = "overall"
+WARM_UP = "Warm up: one two three four"
+"""A text of no suite: first passes are slow, and drafters must not have seen what they are timed on."""
 
 
-@dataclass
-class _Tally:
-    """Sums over the prompts of one method and category."""
+@dataclass(frozen=True)
+class _Pair:
+    """A method's run over a prompt, and plain decoding's of the same turns."""
 
-    tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    draft_seconds: float = 0.0
-    proposed: int = 0
-    accepted: int = 0
-    prompts: int = 0
-    identical: int = 0
-    graded: list[bool] = field(default_factory=list)
-    speedups: list[float] = field(default_factory=list)
+    run: Run
+    plain: Run
+    right: bool | None
 
-    def add(self, lane: Lane, plain: Lane, right: bool | None) -> None:
-        numbers = lane.request.statistics
-        self.tokens += numbers.tokens
-        self.steps += numbers.steps
-        self.seconds += lane.seconds
-        self.draft_seconds += numbers.draft_seconds
-        self.proposed += numbers.proposed
-        self.accepted += numbers.accepted
-        self.prompts += 1
-        self.identical += lane.tokens == plain.tokens
-        self.speedups.append(plain.seconds / lane.seconds)
-        if right is not None:
-            self.graded.append(right)
+    @property
+    def speedup(self) -> float:
+        return self.plain.seconds / self.run.seconds
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there was anything to decode behind the first token."""
+        return bool(self.run.step_seconds and self.plain.step_seconds)
+
+
+def bench(
+    llm: LLM,
+    methods: Sequence[str],
+    prompts: Sequence[BenchPrompt],
+    params: SamplingParams,
+    rounds: int = 1,
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """The JSON document of `hasten bench`, but for what the command line adds.
+
+    Raises:
+        UserError: unknown method, a prompt that is too long.
+    """
+    curve = measure(llm)
+    rows = compare(llm, methods, prompts, params, rounds, report, curve)
+    cost = {str(count): round(value, 4) for count, value in curve.items()}
+    return {"machine": machine(llm), "verify_cost": cost, "rows": rows}
 
 
 def compare(
@@ -52,51 +64,130 @@ def compare(
     params: SamplingParams,
     rounds: int = 1,
     report: Callable[[int], None] = lambda done: None,
+    curve: VerifyCost | None = None,
 ) -> list[dict[str, Any]]:
     """One row per method and category, plus `overall`.
 
-    All methods decode each prompt in turns (step by step, on their own clocks) beside plain decoding.
-    `tokens_per_second` is total tokens over total seconds; `speedup` is the median over prompts of plain seconds over
-    the method's seconds.
+    All methods decode each prompt in turns (step by step, on their own clocks) beside plain decoding. A drafter keeps
+    what it learns from prompt to prompt, and starts anew with every round: the answers of the round before would give
+    this one's away.
+
+    Args:
+        curve: v(n); measured here if None.
 
     Raises:
         UserError: unknown method, a prompt that is too long.
     """
     names = ["plain", *(method for method in methods if method != "plain")]
-    engines = {name: engine_for(llm) for name in names}
-    for engine, name in zip(engines.values(), names, strict=True):
-        engine.drafter(name)
-    tallies: dict[tuple[str, str], _Tally] = {}
-    warm = llm.encode(prompts[0].prompt)
-    for number in range(-1, rounds):
-        for prompt in prompts[: 1 if number < 0 else None]:
-            ids = warm if number < 0 else llm.encode(prompt.prompt)
-            lanes = {name: Lane(llm, engines[name], name, ids, params) for name in names}
-            for _ in interleave(list(lanes.values())):
-                pass
-            if number < 0:
-                continue
-            for name, lane in lanes.items():
+    ids = encode(llm, prompts, params)
+    curve = measure(llm) if curve is None else curve
+    pairs: dict[tuple[str, str], list[_Pair]] = {}
+    for _ in range(rounds):
+        engines = warm_engines(llm, names)
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            runs = _decode(llm, engines, tokens, params)
+            for name, run in runs.items():
                 right = None
                 if prompt.grade is not None:
-                    right = prompt.grade(llm.tokenizer.decode(lane.tokens, skip_special_tokens=True))
+                    right = prompt.grade(llm.tokenizer.decode(run.tokens, skip_special_tokens=True))
                 for category in (prompt.category, OVERALL):
-                    tallies.setdefault((name, category), _Tally()).add(lane, lanes["plain"], right)
+                    pairs.setdefault((name, category), []).append(_Pair(run, runs["plain"], right))
             report(1)
-    order = sorted(tallies, key=lambda key: (names.index(key[0]), key[1] == OVERALL, key[1]))
-    return [_row(name, category, tallies[name, category]) for name, category in order]
+    order = sorted(pairs, key=lambda key: (names.index(key[0]), key[1] == OVERALL, key[1]))
+    return [{"method": name, "category": category} | _figures(pairs[name, category], curve) for name, category in order]
 
 
-def _row(name: str, category: str, tally: _Tally) -> dict[str, Any]:
-    return {
-        "method": name,
-        "category": category,
-        "prompts": tally.prompts,
-        "tokens_per_step": round(tally.tokens / tally.steps, 4),
-        "tokens_per_second": round(tally.tokens / tally.seconds, 2),
-        "speedup": round(statistics.median(tally.speedups), 4),
-        "accuracy": round(sum(tally.graded) / len(tally.graded), 4) if tally.graded else None,
-        "acceptance": round(tally.accepted / tally.proposed, 4) if tally.proposed else None,
-        "draft_share": round(tally.draft_seconds / tally.seconds, 4),
-        "identical": tally.identical,
+def warm_engines(llm: LLM, methods: Sequence[str]) -> dict[str, Engine]:
+    """An engine per method, its drafter loaded, and each used once.
+
+    Raises:
+        UserError: a method that is unknown or lacks something.
+    """
+    engines = {method: engine_for(llm) for method in methods}
+    for method, engine in engines.items():
+        engine.drafter(method)
+        engine.add(llm.encode(WARM_UP), SamplingParams(max_tokens=8, ignore_eos=True), method)
+        for _ in engine.run():
+            pass
+    return engines
+
+
+def _decode(llm: LLM, engines: dict[str, Engine], tokens: list[int], params: SamplingParams) -> dict[str, Run]:
+    """One prompt by all methods, in turns."""
+    lanes = [Lane(llm, engine, method, tokens, params) for method, engine in engines.items()]
+    for _ in interleave(lanes):
+        pass
+    return {lane.method: lane.run() for lane in lanes}
+
+
+def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
+    """What a row says of one method and category. Its keys are explained in docs/benchmarks.md."""
+    runs = [pair.run for pair in pairs]
+    tokens = sum(len(run.tokens) for run in runs)
+    seconds = sum(run.seconds for run in runs)
+    decoded = [pair for pair in pairs if pair.decodes]
+    steps = sum(len(run.step_seconds) for run in runs)
+    accepted = Counter(count for run in runs for count in run.accepted)
+    proposed = sum(run.proposed for run in runs)
+    graded = [pair.right for pair in pairs if pair.right is not None]
+    plain_step, plain_forward = _plain_step([pair.plain for pair in pairs])
+    split = {
+        "prompt": sum(run.prompt_seconds for run in runs),
+        "draft": sum(run.draft_seconds for run in runs),
+        "forward": sum(run.forward_seconds for run in runs),
+        "verify": sum(run.verify_seconds for run in runs),
     }
+    split["other"] = max(seconds - sum(split.values()), 0.0)
+    draft_step = split["draft"] / steps if steps else 0.0
+    rates = statistics.mean(run.tokens_per_second for run in runs)
+    return {
+        "prompts": len(pairs),
+        # Every prompt's own step gives its first token.
+        "tokens_per_step": round(tokens / (steps + len(runs)), 4),
+        "tokens_per_second": round(tokens / seconds, 2),
+        "speedup": round(statistics.median(pair.speedup for pair in pairs), 4),
+        "speedup_of_rates": round(rates / statistics.mean(pair.plain.tokens_per_second for pair in pairs), 4),
+        "decode_speedup": _median([pair.plain.decode_seconds / pair.run.decode_seconds for pair in decoded]),
+        "predicted_speedup": _median([_predicted(pair, curve, plain_step, plain_forward) for pair in decoded]),
+        "accuracy": round(sum(graded) / len(graded), 4) if graded else None,
+        "acceptance": round(_sum(accepted) / proposed, 4) if proposed else None,
+        "accepted_per_step": round(_sum(accepted) / steps, 4) if steps else None,
+        "accepted_histogram": [accepted[count] for count in range(max(accepted, default=-1) + 1)],
+        "proposed_per_step": round(proposed / steps, 4) if steps else None,
+        "draft_us_per_step": round(draft_step * 1e6, 2),
+        "draft_overhead": round(draft_step / plain_step, 4) if plain_step else None,
+        "draft_share": round(split["draft"] / seconds, 4),
+        "time_split": {part: round(value, 6) for part, value in split.items()},
+        "memory_bytes": max(run.memory_bytes for run in runs),
+        "identical": sum(pair.run.tokens == pair.plain.tokens for pair in pairs),
+    }
+
+
+def _plain_step(runs: Sequence[Run]) -> tuple[float, float]:
+    """Median seconds of a step of plain decoding, and its forward pass's share of them; 0 if there was none."""
+    steps = [step for run in runs for step in run.step_seconds]
+    if not steps:
+        return 0.0, 0.0
+    median = statistics.median(steps)
+    return median, median * sum(run.forward_seconds for run in runs) / sum(steps)
+
+
+def _predicted(pair: _Pair, curve: VerifyCost, plain_step: float, plain_forward: float) -> float:
+    """One prompt's speed-up of decoding as its own figures predict it."""
+    run, steps = pair.run, len(pair.run.step_seconds)
+    return predicted_speedup(
+        curve,
+        plain_step,
+        plain_forward,
+        tokens_per_step=(len(run.tokens) - 1) / steps,
+        rows_per_step=1 + run.proposed / steps,
+        draft_seconds=run.draft_seconds / steps,
+    )
+
+
+def _sum(histogram: Counter[int]) -> int:
+    return sum(value * times for value, times in histogram.items())
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return round(statistics.median(values), 4) if values else None

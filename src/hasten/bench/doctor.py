@@ -85,6 +85,18 @@ def doctor(llm: LLM, report: Callable[[str], None] = lambda stage: None) -> dict
     report("timing steps of 1 to 32 rows")
     costs = step_costs(llm)
     weight_bytes = llm.model.weight_bytes()
+    return machine(llm) | {
+        "weight_bytes": weight_bytes,
+        "bandwidth_gbs": round(bandwidth, 2),
+        "step_ms": round(costs[1] * 1e3, 4),
+        "roofline_ms": round(weight_bytes / bandwidth / 1e6, 4),
+        "verify_cost": {str(count): round(seconds / costs[1], 4) for count, seconds in costs.items()},
+        "row_invariant": row_invariant(llm),
+    }
+
+
+def machine(llm: LLM) -> dict[str, Any]:
+    """What is measured on: device, software and model."""
     return {
         "device": str(llm.model.device),
         "processor": _processor(),
@@ -93,12 +105,6 @@ def doctor(llm: LLM, report: Callable[[str], None] = lambda stage: None) -> dict
         "backend": llm.model.backend.name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "model": str(llm.folder),
-        "weight_bytes": weight_bytes,
-        "bandwidth_gbs": round(bandwidth, 2),
-        "step_ms": round(costs[1] * 1e3, 4),
-        "roofline_ms": round(weight_bytes / bandwidth / 1e6, 4),
-        "verify_cost": {str(count): round(seconds / costs[1], 4) for count, seconds in costs.items()},
-        "row_invariant": row_invariant(llm),
     }
 
 

@@ -7,9 +7,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from hasten.engine import Engine, Progress, Request, SamplingParams
 from hasten.llm import LLM
+
+MEMORY_EVERY = 16
+"""Steps between two looks at a drafter's memory (off the clock): adding up its tables may take a while."""
+
+
+@dataclass
+class Run:
+    """What a lane did, in numbers. All seconds are of the lane's own clock.
+
+    Attributes:
+        tokens: that came out.
+        seconds: in all.
+        prompt_seconds: until the first token was out.
+        step_seconds: of each step after that.
+        accepted: draft tokens that each of those steps took over.
+        proposed: nodes that those steps drafted in all.
+        draft_seconds, forward_seconds, verify_seconds: of those steps, by what they went into.
+        memory_bytes: of the drafter, at its fullest.
+    """
+
+    tokens: list[int]
+    seconds: float
+    prompt_seconds: float
+    step_seconds: list[float]
+    accepted: list[int]
+    proposed: int
+    draft_seconds: float
+    forward_seconds: float
+    verify_seconds: float
+    memory_bytes: int
+
+    @property
+    def decode_seconds(self) -> float:
+        """Since the first token."""
+        return sum(self.step_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
 class Lane:
@@ -31,6 +71,9 @@ class Lane:
         read: bool = False,
     ) -> None:
         self.method, self.engine, self.seconds = method, engine, 0.0
+        self._step_seconds: list[float] = []
+        self._until_first: tuple[float, float, float, float] | None = None
+        self._memory_bytes = 0
         started = time.perf_counter()
         self.request: Request = engine.add(prompt, params, method, read=read)[0]
         self.seconds += time.perf_counter() - started
@@ -41,10 +84,47 @@ class Lane:
 
     def step(self) -> list[Progress]:
         """One step of the lane, on its clock."""
+        if len(self._step_seconds) % MEMORY_EVERY == 1:
+            self._look_at_memory()
+        decoding = self.request.started
         started = time.perf_counter()
         progress = self.engine.step()
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        if decoding:
+            self._step_seconds.append(seconds)
+        elif self.request.started:
+            numbers = self.request.statistics
+            self._until_first = (
+                self.seconds, numbers.draft_seconds, numbers.forward_seconds, numbers.verify_seconds
+            )  # fmt: skip
+        if self.done:
+            self._look_at_memory()
         return progress
+
+    def _look_at_memory(self) -> None:
+        self._memory_bytes = max(self._memory_bytes, self.request.drafter.memory_bytes)
+
+    def abort(self) -> None:
+        """End the request now; harmless if it has ended."""
+        self.engine.abort(self.request)
+
+    def run(self) -> Run:
+        """The figures so far."""
+        numbers = self.request.statistics
+        prompt, draft, forward, verify = self._until_first or (self.seconds, 0.0, 0.0, 0.0)
+        return Run(
+            tokens=self.tokens,
+            seconds=self.seconds,
+            prompt_seconds=prompt,
+            step_seconds=self._step_seconds,
+            accepted=numbers.accepted_per_step[1:],
+            proposed=numbers.proposed,
+            draft_seconds=numbers.draft_seconds - draft,
+            forward_seconds=numbers.forward_seconds - forward,
+            verify_seconds=numbers.verify_seconds - verify,
+            memory_bytes=self._memory_bytes,
+        )
 
     @property
     def tokens(self) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 
 from hasten.bench.lane import engine_for
 from hasten.engine import Engine, SamplingParams
-from hasten.llm import LLM
+from hasten.llm import LLM, Prompt
 from hasten.model import Rows
 
 BATCH = 8
@@ -46,7 +46,7 @@ def modes_of(max_tokens: int, seed: int) -> dict[str, SamplingParams]:
 def verify(
     llm: LLM,
     method: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_tokens: int = 64,
     seed: int = 1,
     report: Callable[[int], None] = lambda done: None,
@@ -54,6 +54,7 @@ def verify(
     """Decode every prompt plainly, with the method alone, and with the method in mixed batches of eight.
 
     Args:
+        prompts: texts or token ids.
         report: called with the number of prompts done in a mode, for progress bars.
 
     Raises:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +15,11 @@ from hasten.errors import UserError
 
 def bench(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas (parameters: slug:key=value).")] = "ngram",
-    suite: Annotated[str, typer.Option(help="tasks, a category, a task, or a file of prompts.")] = "tasks",
+    suite: Annotated[
+        str, typer.Option(help="tasks, spec, redundant, agent, prose, a task or its category, or a file of prompts.")
+    ] = "tasks",
     model: options.Model = "tiny",
-    per_task: Annotated[int, typer.Option(help="Held-out prompts of each task.")] = 8,
+    per_task: Annotated[int | None, typer.Option(help="Held-out prompts of each task or kind.")] = None,
     rounds: Annotated[int, typer.Option(help="Times the suite is decoded.")] = 1,
     max_tokens: options.MaxTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -22,14 +27,19 @@ def bench(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 0,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots here.")] = None,
     json: options.Json = False,
 ) -> None:
     """Compare methods with plain decoding on a suite, in turns within one run."""
-    if per_task < 1 or rounds < 1:
+    if rounds < 1 or (per_task is not None and per_task < 1):
         raise UserError("per-task and rounds must be at least 1")
+    if report is not None:
+        from hasten.bench.report import check_target, write_report
+
+        check_target(report)
     llm = options.load(model, dtype, device, threads)
 
-    from hasten.bench.compare import compare
+    from hasten.bench.compare import bench as measure
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
 
@@ -37,11 +47,15 @@ def bench(
     prompts = load_suite(suite, per_task)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with options.progress("decoding", len(prompts) * rounds, quiet=json) as advance:
-        rows = compare(llm, names, prompts, params, rounds, advance)
+        measured = measure(llm, names, prompts, params, rounds, advance)
+    command = shlex.join(["hasten", *sys.argv[1:]])
+    document = {"model": model, "suite": suite, "command": command} | measured
+    if report is not None:
+        write_report(document, report)
     if json:
-        options.emit({"model": model, "suite": suite, "rows": rows})
+        options.emit(document)
     else:
-        _print(rows)
+        _print(document["rows"])
 
 
 def split_methods(text: str) -> list[str]:
@@ -58,25 +72,31 @@ def split_methods(text: str) -> list[str]:
     return names
 
 
-def _print(rows: list[dict[str, object]]) -> None:
+COLUMNS = {
+    "tokens\n/step": ("tokens_per_step", "{:.2f}"),
+    "tokens\n/s": ("tokens_per_second", "{:.0f}"),
+    "speedup": ("speedup", "{:.2f}"),
+    "predicted": ("predicted_speedup", "{:.2f}"),
+    "accepted": ("acceptance", "{:.0%}"),
+    "right": ("accuracy", "{:.0%}"),
+}
+"""Heads of the table, with the rows' keys and how they are written."""
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """A block per method, a line per category; 80 characters wide."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("method", "category"):
-        table.add_column(column)
-    figures = (
-        "tokens_per_step",
-        "tokens_per_second",
-        "speedup",
-        "accuracy",
-        "acceptance",
-        "identical",
-        "prompts",
-    )
-    for column in figures:
-        table.add_column(column.replace("_", " "), justify="right")
+    table.add_column("category")
+    for head in (*COLUMNS, "identical"):
+        table.add_column(head, justify="right", no_wrap=True)
+    method = None
     for row in rows:
-        cells = ["-" if row[key] is None else str(row[key]) for key in figures]
-        table.add_row(str(row["method"]), str(row["category"]), *cells)
-    Console().print(table)
+        if row["method"] != method:
+            method = row["method"]
+            table.add_row(method, style="bold")
+        cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in COLUMNS.values()]
+        table.add_row(f"  {row['category']}", *cells, f"{row['identical']}/{row['prompts']}")
+    Console(highlight=False).print(table)

@@ -29,14 +29,16 @@ def verify(
     llm = options.load(model, dtype, device, threads)
 
     from hasten.bench import verify as check
-    from hasten.bench.suite import load_prompts, load_suite
+    from hasten.bench.prompts import encode, load_prompts
+    from hasten.bench.suite import load_suite
+    from hasten.engine import SamplingParams
 
     llm.engine.drafter(method)
     suite = load_prompts(prompts) if prompts is not None else load_suite("tasks", per_task)
-    texts = [item.prompt for item in suite]
+    ids = encode(llm, suite, SamplingParams(max_tokens=max_tokens))
     modes = len(check.modes_of(max_tokens, seed))
-    with options.progress(f"verifying {method}", len(texts) * modes, quiet=json) as advance:
-        result = check.verify(llm, method, texts, max_tokens, seed, advance)
+    with options.progress(f"verifying {method}", len(ids) * modes, quiet=json) as advance:
+        result = check.verify(llm, method, ids, max_tokens, seed, advance)
     if json:
         options.emit(result.document())
     else:

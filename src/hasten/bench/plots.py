@@ -1,0 +1,227 @@
+"""The plots of a report, by matplotlib, each as one SVG element."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+COLOURS = (
+    "#2f6db5", "#dd7a2b", "#2f9d72", "#b0508e", "#8c6f3d", "#58b3cc", "#c2484d", "#6c6f7a", "#9a8fd1", "#a4b53a",
+)  # fmt: skip
+"""Of methods, in the order of their rows."""
+PARTS = {"prompt": "#c3c8d0", "draft": "#dd7a2b", "forward": "#2f6db5", "verify": "#2f9d72", "other": "#8d95a3"}
+INK, FAINT = "#3a3f4a", "#e3e6eb"
+WIDTH = 8.6
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "axes.edgecolor": "#b8bec8",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def require() -> None:
+    """Fail now rather than after a long measurement.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("a report needs matplotlib: pip install 'hasten[plots]'") from None
+
+
+def speedups(rows: Sequence[Row], overall: str) -> str:
+    """Speed-up by category, a dot per method; `overall` comes last."""
+    names = _methods(rows)
+    found = dict.fromkeys(row["category"] for row in rows)
+    categories = [*(category for category in found if category != overall), overall]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        reach = 0.5 * (len(names) - 1) / max(len(names), 4)
+        for number, name in enumerate(names):
+            own = {row["category"]: row["speedup"] for row in rows if row["method"] == name}
+            shift = reach * (2 * number / (len(names) - 1) - 1) if len(names) > 1 else 0.0
+            heights = [place + 0.55 * shift for place, category in enumerate(categories) if category in own]
+            values = [own[category] for category in categories if category in own]
+            axes.hlines(heights, 1, values, color=_colour(number), linewidth=1.6, alpha=0.45)
+            axes.plot(values, heights, "o", color=_colour(number), markersize=6, label=name)
+        for place in range(1, len(categories)):
+            axes.axhline(place - 0.5, color=FAINT, linewidth=0.8)
+        axes.axvline(1, color=INK, linewidth=1)
+        axes.set_yticks(range(len(categories)), categories)
+        axes.set_ylim(len(categories) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("times as fast as plain decoding (median over prompts)")
+        _legend(figure, len(names))
+
+    height = 0.9 + len(categories) * max(0.34, 0.13 * len(names)) + 0.25 * ((len(names) + 3) // 4)
+    return _svg("speedups", height, draw)
+
+
+def histograms(rows: Sequence[Row]) -> str:
+    """Accepted draft tokens per step: the share of steps by count, a panel per method."""
+    drafting = [row for row in rows if row["proposed_per_step"]]
+    across = min(3, max(len(drafting), 1))
+    down = (len(drafting) + across - 1) // across or 1
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+        for axes in panels[len(drafting) :]:
+            axes.set_visible(False)
+        for axes, row in zip(panels, drafting, strict=False):
+            counts = row["accepted_histogram"]
+            shares = [count / sum(counts) for count in counts]
+            axes.bar(range(len(shares)), shares, color=_colour(_methods(rows).index(row["method"])), width=0.8)
+            axes.set_title(row["method"], fontsize=9.5, loc="left")
+            axes.yaxis.set_major_formatter(_percent)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_xlim(-0.6, max(len(shares) - 0.4, 4.6))
+            axes.grid(axis="x", visible=False)
+        figure.supxlabel("accepted draft tokens in a step", fontsize=9.5)
+        figure.supylabel("share of steps", fontsize=9.5)
+
+    return _svg("histograms", 0.5 + 1.75 * down, draw)
+
+
+def time_split(rows: Sequence[Row]) -> str:
+    """Where the time of a token goes: stacked bars, one per method, plain decoding first."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        tokens = [row["tokens_per_second"] * sum(row["time_split"].values()) for row in rows]
+        left = [0.0] * len(rows)
+        for part, colour in PARTS.items():
+            widths = [row["time_split"][part] / count * 1e3 for row, count in zip(rows, tokens, strict=True)]
+            axes.barh(range(len(rows)), widths, left=left, color=colour, height=0.62, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("milliseconds per token")
+        _legend(figure, len(PARTS), columns=len(PARTS))
+
+    return _svg("time", 1.0 + 0.36 * len(rows), draw)
+
+
+def verify_cost(costs: Mapping[str, float], rows: Sequence[Row]) -> str:
+    """v(n), and where on it each method's average step lies."""
+    points = [(int(count), cost) for count, cost in costs.items()]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), "o-", color="#8d95a3", markersize=3.5, linewidth=1.6)
+        for number, name in enumerate(_methods(rows)):
+            row = next(row for row in rows if row["method"] == name)
+            at = 1 + (row["proposed_per_step"] or 0.0)
+            axes.plot(at, _on(points, at), "o", color=_colour(number), markersize=8, label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows of a step: the draft's nodes and one (dots: each method's average)")
+        axes.set_ylabel("cost over a step of one row")
+        _legend(figure, len(_methods(rows)))
+
+    return _svg("verify-cost", 3.4, draw)
+
+
+def predictions(rows: Sequence[Row], overall: str) -> str:
+    """Predicted against measured speed-up of decoding: a dot per method and category, overall ones larger."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        top = 1.0
+        for number, name in enumerate(_methods(rows)):
+            shown = [row for row in rows if row["method"] == name and row["decode_speedup"] is not None]
+            predicted = [row["predicted_speedup"] for row in shown]
+            measured = [row["decode_speedup"] for row in shown]
+            sizes = [70 if row["category"] == overall else 18 for row in shown]
+            axes.scatter(predicted, measured, s=sizes, color=_colour(number), alpha=0.8, linewidths=0, label=name)
+            top = max([top, *predicted, *measured])
+        line = [0.0, top * 1.08]
+        axes.plot(line, line, color=INK, linewidth=1)
+        axes.fill_between(line, [0.9 * x for x in line], [1.1 * x for x in line], color=INK, alpha=0.07, linewidth=0)
+        axes.set_xlim(*line)
+        axes.set_ylim(*line)
+        axes.set_aspect("equal")
+        axes.set_xlabel("predicted speed-up of decoding")
+        axes.set_ylabel("measured")
+        _legend(figure, len(_methods(rows)), marker=35.0)
+
+    return _svg("predictions", 4.6, draw)
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    """All but plain decoding, in order."""
+    return list(dict.fromkeys(row["method"] for row in rows if row["method"] != "plain"))
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _percent(value: float, place: int) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _on(points: Sequence[tuple[int, float]], at: float) -> float:
+    """The curve's value between its points; its last one beyond them."""
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if at <= high:
+            return before + (at - low) / (high - low) * (after - before)
+    return points[-1][1]
+
+
+def _legend(figure: Figure, entries: int, columns: int = 4, marker: float | None = None) -> None:
+    """Above the plot, where it hides nothing."""
+    axes: Axes = figure.axes[0]
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(entries, columns) or 1)
+    if marker is not None:
+        for handle in legend.legend_handles:
+            handle.set_sizes([marker])  # type: ignore[union-attr]
+
+
+def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
+    """One figure as an SVG element that needs nothing from elsewhere."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # The salt makes the identifiers inside reproducible, and different from those of the page's other figures.
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure)
+        paper = io.StringIO()
+        figure.savefig(paper, format="svg", transparent=True, metadata={"Date": None})
+    svg = paper.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1).strip()

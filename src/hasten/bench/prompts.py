@@ -1,0 +1,106 @@
+"""Prompts to measure on: how one is held, read from a file, and turned into token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.engine import SamplingParams
+from hasten.errors import UserError
+from hasten.llm import LLM
+
+
+@dataclass(frozen=True)
+class BenchPrompt:
+    """A prompt, the category it is reported under, and a grader where the right answer is known.
+
+    `turns` are the user's turns of a conversation so far, this one (`prompt`) included; the answers between them are
+    plain decoding's own. Empty for a prompt that is taken as it stands.
+    """
+
+    category: str
+    task: str
+    prompt: str
+    grade: Callable[[str], bool] | None
+    turns: tuple[str, ...] = ()
+
+
+def load_prompts(path: Path) -> list[BenchPrompt]:
+    """Prompts from a file: plain text (`.txt`), one prompt per line, or JSON lines.
+
+    A line of JSON has `prompt`, a text that is taken as it stands, or `turns`, the user's texts of a conversation,
+    which give one prompt each; and perhaps `category`.
+
+    Raises:
+        UserError: no such file, bad JSON (with the line number), no prompts.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {path}: {error}") from error
+    prompts: list[BenchPrompt] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            prompts.append(BenchPrompt("file", path.stem, line, None))
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        prompts += _entry(entry, path, number)
+    if not prompts:
+        raise UserError(f"{path} has no prompts")
+    return prompts
+
+
+def _entry(entry: Any, path: Path, number: int) -> list[BenchPrompt]:
+    """The prompts of one line of JSON."""
+    if not isinstance(entry, dict):
+        entry = {}
+    category = str(entry.get("category", "file"))
+    if "turns" in entry:
+        turns = entry["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+            raise UserError(f"{path}, line {number}: 'turns' must be a list of non-empty strings")
+        return [
+            BenchPrompt(category, path.stem, turn, None, tuple(turns[: place + 1])) for place, turn in enumerate(turns)
+        ]
+    text = entry.get("prompt")
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{path}, line {number}: every line needs a non-empty string under 'prompt', or 'turns'")
+    return [BenchPrompt(category, path.stem, text, None)]
+
+
+def encode(llm: LLM, prompts: Sequence[BenchPrompt], params: SamplingParams) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    The earlier turns of a conversation are answered by plain decoding first. A checkpoint with a chat template gets the
+    conversation through it, another one the texts with empty lines between.
+
+    Raises:
+        UserError: a conversation that outgrows the context; the template refuses it.
+    """
+    answers: dict[tuple[str, ...], str] = {}
+
+    def ids(turns: tuple[str, ...]) -> list[int]:
+        texts: list[str] = []
+        for place, turn in enumerate(turns, 1):
+            texts.append(turn)
+            if place < len(turns):
+                texts.append(answer(turns[:place]))
+        if not getattr(llm.tokenizer, "chat_template", None):
+            return llm.encode("\n\n".join(texts))
+        roles = ("user", "assistant")
+        return llm.apply_chat_template([{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)])
+
+    def answer(turns: tuple[str, ...]) -> str:
+        if turns not in answers:
+            answers[turns] = llm.generate([ids(turns)], params, "plain")[0].text.strip()
+        return answers[turns]
+
+    return [ids(prompt.turns) if prompt.turns else llm.encode(prompt.prompt) for prompt in prompts]

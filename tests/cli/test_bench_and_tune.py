@@ -1,0 +1,105 @@
+"""The measuring commands as a user runs them: documents, the report, and what they refuse."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+
+PROMPTS = [f"Copy the list: red cat {word} salt red cat sun\nAnswer:" for word in ("moon", "tree", "road", "fish")]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in PROMPTS))
+    return str(path)
+
+
+def assert_refused(ran, *words: str) -> None:
+    assert ran.status == 2 and ran.out == ""
+    assert ran.err.startswith("hasten: ") and ran.err.count("\n") == 1, ran.err
+    for word in words:
+        assert word in ran.err
+
+
+def test_bench_document_and_report(hasten, tmp_path: Path):
+    page = tmp_path / "report.html"
+    options = ("--suite", "spec", "--per-task", "1", "--max-tokens", "8", "--report", str(page))
+    ran = hasten("bench", "--methods", "ngram", *options, "--json")
+    document = ran.json()
+    assert document.keys() >= {"model", "suite", "command", "machine", "verify_cost", "rows"}
+    assert document["verify_cost"]["1"] == 1 and document["command"].startswith("hasten bench --methods ngram")
+    assert len(document["rows"]) == 2 * 7
+    for row in document["rows"]:
+        assert row.keys() >= {
+            "method", "category", "tokens_per_step", "tokens_per_second", "speedup", "accuracy", "accepted_per_step",
+            "draft_us_per_step", "draft_overhead", "accepted_histogram", "time_split", "memory_bytes",
+            "predicted_speedup", "decode_speedup", "speedup_of_rates",
+        }  # fmt: skip
+    assert page.read_text().startswith("<!doctype html>") and "--suite spec" in page.read_text()
+
+
+def test_bench_of_a_conversation(hasten, tmp_path: Path):
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text(json.dumps({"turns": ["Copy the list: red cat", "Copy the list: moon salt"], "category": "talk"}))
+    rows = hasten("bench", "--suite", str(talk), "--max-tokens", "4", "--json").json()["rows"]
+    assert {(row["category"], row["prompts"]) for row in rows} == {("talk", 2), ("overall", 2)}
+    assert hasten("verify", "--prompts", str(talk), "--max-tokens", "4", "--json").json()["prompts"] == 2
+
+
+def test_bench_refuses(hasten, tmp_path: Path):
+    assert_refused(hasten("bench", "--report", str(tmp_path / "none" / "page.html")), "folder that exists")
+    assert_refused(hasten("bench", "--per-task", "0"), "at least 1")
+
+
+def test_a_report_needs_matplotlib(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert_refused(hasten("bench", "--report", str(tmp_path / "page.html")), "hasten[plots]")
+
+
+def test_tune(hasten, prompts: str):
+    command = ("tune", "--prompts", prompts, "--candidates", "ngram,ngram:length=3", "--max-tokens", "12")
+    document = hasten(*command, "--json").json()
+    assert document["choice"] in ("plain", "ngram", "ngram:length=3")
+    assert document["command"].endswith(f"--method {document['choice']}")
+    assert {entry["method"] for entry in document["candidates"]} == {"ngram", "ngram:length=3"}
+    for entry in document["candidates"]:
+        assert entry.keys() >= {"method", "speedup", "tokens_per_step", "prompts", "rung"}
+    assert document["interrupted"] is False
+    table = hasten(*command).out
+    assert "choice: " in table and "use it: hasten generate" in table and "ngram:length=3" in table
+
+
+def test_tune_tells_what_is_known_when_it_is_stopped(hasten, prompts: str, monkeypatch: pytest.MonkeyPatch):
+    from hasten.bench import tune
+
+    def stopped(*arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune._Search, "choose", stopped)
+    ran = hasten("tune", "--prompts", prompts, "--candidates", "ngram", "--json")
+    assert ran.status == 130
+    assert ran.json()["interrupted"] is True and ran.json()["choice"] == "plain"
+
+
+def test_tune_refuses(hasten, prompts: str, tmp_path: Path):
+    assert_refused(hasten("tune"), "--prompts")
+    assert_refused(hasten("tune", "--prompts", str(tmp_path / "none.jsonl")), "none.jsonl")
+    assert_refused(hasten("tune", "--prompts", prompts, "--seconds", "0"), "seconds must be positive")
+    assert_refused(hasten("tune", "--prompts", prompts, "--candidates", "ngrm"), "unknown method 'ngrm'", "ngram")
+    assert_refused(hasten("tune", "--prompts", prompts, "--candidates", "draft-model:model=none"), "none")
+    single = tmp_path / "single.txt"
+    single.write_text("one prompt\n")
+    assert_refused(hasten("tune", "--prompts", str(single)), "at least 2 prompts")
+    single.write_text("word " * 3000 + "\nshort\n")
+    assert_refused(hasten("tune", "--prompts", str(single), "--candidates", "ngram"), "no room in the context")
