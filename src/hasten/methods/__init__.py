@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from hasten.engine import registry
-from hasten.methods import drafters
+from hasten.methods import drafters, skipping
 
-__all__ = ["drafters"]
+__all__ = ["drafters", "skipping"]
 
 
 class _Methods(ModuleType):
