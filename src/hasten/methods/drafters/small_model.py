@@ -1,0 +1,293 @@
+"""What drafting with a small model needs, whatever the draft's shape: loading, caches, trees that grow in rounds.
+
+A drafter that stands on this says how a draft grows (`Growth`); `SmallModelDrafter` keeps the small model's caches and
+gives all growing drafts of a batch the logits they ask for, one forward pass per round.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.cache import Cache
+from hasten.cache import Sequence as CacheSequence
+from hasten.engine import ROOT, Draft, Drafter, Drawn, Request, Target
+from hasten.engine.sampling import Distribution, Sampler
+from hasten.errors import UserError
+from hasten.model import Model, Rows, Span, load_model
+from hasten.model.checkpoint import resolve
+from hasten.model.tokenizer import load_tokenizer, same_vocabulary
+
+DRAFT_PURPOSE = 1
+"""Coins of the drafter are another stream than the verifier's."""
+HEADROOM = 64
+"""Slots set aside for a draft's pending rows; a larger draft makes its cache grow."""
+
+
+def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
+    """The small model, after checking that it speaks the target's tokens.
+
+    Args:
+        slug: the method that asks, for messages.
+        name: folder or hub id; `auto` looks for a sibling folder named like the target's with `-draft`.
+        dtype: of the weights.
+
+    Raises:
+        UserError: none found, another tokenizer, a smaller vocabulary, or a checkpoint that cannot be loaded.
+    """
+    if name == "auto":
+        if target.folder is None:
+            raise UserError(f"{slug} needs a model: use {slug}:model=FOLDER")
+        name = f"{target.folder.rstrip('/')}-draft"
+        if not Path(name).is_dir():
+            raise UserError(
+                f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
+                f"'hasten train lm --output {name} --tokenizer {target.folder}'"
+            )
+    folder = resolve(name)
+    if target.tokenizer is not None and not same_vocabulary(load_tokenizer(folder), target.tokenizer):
+        raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
+    model = load_model(folder, dtype=dtype, device=str(target.model.device))
+    if model.config.vocab_size < target.model.config.vocab_size:
+        size = f"{model.config.vocab_size} < {target.model.config.vocab_size}"
+        raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
+    return model
+
+
+def processed(sampler: Sampler, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
+    """What a request's sampling makes of logits [rows, vocabulary]; untempered and unfiltered where it is greedy.
+
+    Args:
+        paths: per row, the drafted tokens above it.
+    """
+    if sampler.params.greedy:
+        return Distribution(sampler.adjusted(logits, paths), None, sampler.vocabulary)
+    return sampler.distribution(logits, paths)
+
+
+class Growth(ABC):
+    """The draft of one request while it grows.
+
+    Subclasses write `grow`: given the logits of the `frontier` (at first the root's), add children and set the next
+    frontier; an empty one ends the growth.
+
+    Args:
+        drafter: whose small model draws.
+        request: the draft's.
+        nodes, depth: limits; the depth is also kept within what may still come, and within the small model's context.
+
+    Attributes:
+        frontier: nodes whose logits come next.
+        paths: tokens from the root's child down, per node and ROOT.
+        values: product of the drafter's probabilities down to each node and ROOT.
+        rest: the drafter's probability that is not yet taken by children, per node and ROOT.
+        sampled: whether children are drawn by the drafter's own coins (otherwise they are given).
+    """
+
+    def __init__(self, drafter: SmallModelDrafter, request: Request, nodes: int, depth: int) -> None:
+        self.drafter, self.request, self.nodes = drafter, request, nodes
+        room = drafter.model.config.max_positions - len(request.tokens)
+        self.depth = min(depth, request.stopper.left - 1, room)
+        self.draft = Draft()
+        self.frontier = [ROOT] if self.depth > 0 and nodes > 0 else []
+        self.paths: dict[int, list[int]] = {ROOT: []}
+        self.values = {ROOT: 1.0}
+        self.rest = {ROOT: 1.0}
+        self.sampled = not request.params.greedy and request.params.acceptance != "match"
+        self._slots: dict[int, list[int]] = {ROOT: []}
+        self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
+
+    @abstractmethod
+    def grow(self, logits: Tensor) -> None:
+        """Add children and choose the next frontier; `logits` are float32 [frontier, small vocabulary]."""
+
+    def add(self, parent: int, token: int, probability: float) -> int:
+        """Append a node and return its number.
+
+        A given node's estimate is its path's probability. That of a sampled node is the probability that verification
+        reaches it, which was known before the draw: whoever cuts by it cuts without having looked at the token.
+        """
+        node, value = len(self.draft), self.values[parent] * probability
+        self.draft.tokens.append(token)
+        self.draft.parents.append(parent)
+        self.draft.estimates.append(self.values[parent] * self.rest[parent] if self.sampled else value)
+        self.paths[node] = [*self.paths[parent], token]
+        self.values[node], self.rest[node] = value, 1.0
+        self.rest[parent] = max(0.0, self.rest[parent] - probability)
+        return node
+
+    def children(self, logits: Tensor, most: int) -> list[Iterator[tuple[int, float]]]:
+        """Per frontier node, its possible children in draw order: (token, the drafter's probability).
+
+        Greedy requests get the likeliest; `match` the order that the target's own noise gives the drafter's
+        distribution; both end after `most`. With other rules children are drawn without replacement as they are asked
+        for, so that one that was not asked for was never drawn.
+        """
+        paths = [self.paths[node] for node in self.frontier]
+        distribution = self.drafter.distribution(self.request, logits, paths)
+        scores, ids = distribution.scores, distribution.ids
+        if self.sampled:
+            # Where nothing is allowed there is no distribution, and no child.
+            every = scores.double().softmax(-1).nan_to_num(0.0).cpu()
+            return [
+                self._drawn(node, every[row], None if ids is None else ids[row].cpu())
+                for row, node in enumerate(self.frontier)
+            ]
+        likelihoods, most = scores.softmax(-1), min(most, scores.shape[1])
+        if self.request.params.greedy:
+            likelihoods, columns = likelihoods.topk(most, -1)
+        else:
+            positions = [len(self.request.tokens) + len(path) for path in paths]
+            columns = self.request.sampler.perturbed(distribution, positions).topk(most, -1).indices
+            likelihoods = likelihoods.gather(1, columns)
+        tokens = columns if ids is None else ids.gather(1, columns)
+        # A filtered token has a place in the order all the same, but no probability (or none at all, if all are).
+        return [
+            iter([pair for pair in zip(*row, strict=True) if pair[1] > 0])
+            for row in zip(tokens.tolist(), likelihoods.tolist(), strict=True)
+        ]
+
+    def _drawn(self, node: int, q: Tensor, ids: Tensor | None) -> Iterator[tuple[int, float]]:
+        """Children drawn from q without replacement.
+
+        The residual stays implicit: a coin is a point of what is left of the unit interval, and skips the pieces of
+        it that earlier children have taken.
+        """
+        self.draft.drawn[node] = Drawn(q, ids, replacement=False)
+        piece, end = q.numpy(), q.cumsum(0).numpy()
+        taken: list[int] = []
+        left = float(end[-1])
+        while True:
+            point = self._coins.draw() * left
+            for column in sorted(taken):
+                if point < end[column] - piece[column]:
+                    break
+                point += piece[column]
+            column = int(np.searchsorted(end, point, side="right"))
+            if column == len(piece) or piece[column] <= 0 or column in taken:
+                # Rounding can miss by a hair, or nothing is left.
+                others = piece.copy()
+                others[taken] = 0
+                column = int(others.argmax())
+                if others[column] <= 0:
+                    return
+            taken.append(column)
+            left -= piece[column]
+            yield (column if ids is None else int(ids[column])), float(piece[column])
+
+    def feed(self) -> Tensor | None:
+        """Number the frontier behind the rows fed before; boolean [frontier, fed] says which rows each one sees.
+
+        None where a single row sees all of them.
+        """
+        for node in self.frontier:
+            self._slots[node] = [*self._slots[self.draft.parents[node]], len(self._slots) - 1]
+        fed = len(self._slots) - 1
+        if len(self.frontier) == 1 and len(self._slots[self.frontier[0]]) == fed:
+            return None
+        mask = np.zeros((len(self.frontier), fed), dtype=bool)
+        for row, node in enumerate(self.frontier):
+            mask[row, self._slots[node]] = True
+        return torch.from_numpy(mask)
+
+
+class SmallModelDrafter(Drafter):
+    """Grows the drafts of a whole batch together. Subclasses say how each one starts.
+
+    A request's cache holds committed tokens only, so it never has to be rolled back, and catches up by itself with
+    whatever other drafters got accepted; the nodes of a draft are pending rows behind it, round after round.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
+        self._sequences: dict[int, CacheSequence] = {}
+
+    def start(self, request: Request, budget: int) -> Growth:
+        """The seed of a request's draft of at most `budget` nodes."""
+        raise NotImplementedError
+
+    def distribution(self, request: Request, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
+        """The drafter's distribution over the target's tokens, from the small model's logits of some rows.
+
+        A small model may have more logits than the target has tokens (padding).
+        """
+        return processed(request.sampler, logits[:, : request.sampler.vocabulary], paths)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.cache.used_bytes
+
+    def end(self, request: Request) -> None:
+        sequence = self._sequences.pop(request.id, None)
+        if sequence is not None:
+            sequence.release()
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        return self.propose_all([request], [budget])[0]
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        """Round by round; a request leaves the batch when its draft is complete."""
+        growths = [self.start(request, budget) for request, budget in zip(requests, budgets, strict=True)]
+        active = [growth for growth in growths if growth.frontier]
+        evaluate = self._read
+        while active:
+            logits, offset = evaluate(active), 0
+            for growth in active:
+                stop = offset + len(growth.frontier)
+                growth.grow(logits[offset:stop])
+                offset = stop
+            active = [growth for growth in active if growth.frontier]
+            evaluate = self._expand
+        return [growth.draft for growth in growths]
+
+    def _read(self, growths: Sequence[Growth]) -> Tensor:
+        """Catch up with what was committed; logits behind the last token of each request."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for growth in growths:
+            sequence, known, start = self._sequence(growth.request), growth.request.tokens, len(tokens)
+            if sequence.length == len(known):
+                # Asked again about the same tokens: the last one is read anew for its logits.
+                sequence.crop(len(known) - 1)
+            cached = sequence.length
+            tokens += known[cached:]
+            positions += range(cached, len(known))
+            spans.append(Span(sequence, start, len(tokens)))
+        logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
+        for growth, span in zip(growths, spans, strict=True):
+            self._sequence(growth.request).commit(span.stop - span.start)
+        return logits
+
+    def _expand(self, growths: Sequence[Growth]) -> Tensor:
+        """Logits of all frontiers' nodes, which stay pending."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for growth in growths:
+            mask, start, root = growth.feed(), len(tokens), len(growth.request.tokens) - 1
+            tokens += [growth.draft.tokens[node] for node in growth.frontier]
+            positions += [root + len(growth.paths[node]) for node in growth.frontier]
+            if mask is not None:
+                mask = mask.to(self.model.device)
+            spans.append(Span(self._sequence(growth.request), start, len(tokens), mask, extend=True))
+        return self._forward(tokens, positions, spans, range(len(tokens)))
+
+    def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
+        device = self.model.device
+        rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
+        return self.model.forward(rows, wanted)
+
+    def _sequence(self, request: Request) -> CacheSequence:
+        """The small model's cache of a request."""
+        sequence = self._sequences.get(request.id)
+        if sequence is None:
+            sequence = self._sequences[request.id] = self.cache.sequence()
+            sequence.reserve(len(request.tokens) + min(request.stopper.left, 512) + HEADROOM)
+        return sequence

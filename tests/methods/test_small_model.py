@@ -1,0 +1,153 @@
+"""What drafters with a small model share: how children are drawn, what pending rows see, and its cache."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hasten import SamplingParams
+from hasten.engine import ROOT, Engine
+from hasten.engine.noise import Uniforms
+from hasten.engine.sampling import draw
+from hasten.methods.drafters.small_model import Growth, SmallModelDrafter
+from hasten.model import OracleModel, Rows
+
+
+class Random(Growth):
+    """Grows at random: some of the nodes, in any order, are expanded in each round."""
+
+    def __init__(self, drafter, request, nodes=40, depth=9, width=3):
+        super().__init__(drafter, request, nodes, depth)
+        self.width, self.rng = width, np.random.default_rng(len(request.tokens))
+        self.unread = []
+        self.logits = {}
+
+    def grow(self, logits):
+        for node, row, children in zip(self.frontier, logits, self.children(logits, self.width), strict=True):
+            self.logits[node] = row.clone()
+            for token, probability in islice(children, min(self.width, self.nodes - len(self.draft))):
+                child = self.add(node, token, probability)
+                if len(self.paths[child]) < self.depth:
+                    self.unread.append(child)
+        self.rng.shuffle(self.unread)
+        count = int(self.rng.integers(1, 4)) if len(self.draft) < self.nodes else 0
+        self.frontier, self.unread = self.unread[:count], self.unread[count:]
+
+
+class RandomDrafter(SmallModelDrafter):
+    def __init__(self, model):
+        super().__init__(model)
+        self.growths = []
+
+    def start(self, request, budget):
+        self.growths.append(Random(self, request))
+        return self.growths[-1]
+
+
+def grown(llm, prompts, **settings):
+    """One draft per prompt behind its first token: the growths."""
+    engine = Engine(llm.model)
+    drafter = RandomDrafter(llm.model)
+    asked = SamplingParams(max_tokens=40, seed=4, ignore_eos=True, **settings)
+    requests = [engine.add(prompt, asked, drafter)[0] for prompt in prompts]
+    engine.step()
+    drafter.growths.clear()
+    drafter.propose_all(requests, [128] * len(requests))
+    return drafter.growths, drafter, requests
+
+
+PROMPTS = [[5, 9, 20, 33], [7] * 30, list(range(2, 60))]
+
+
+def test_each_node_sees_its_own_path(llm):
+    """Whatever was fed before, and in whatever order: a node's logits are those of its path read alone."""
+    growths, _, _ = grown(llm, PROMPTS)
+    for growth in growths:
+        depths = growth.draft.depths()
+        assert len(growth.draft) == 40 and max(depths) > 3 and len(growth.logits) > 6
+        for node, logits in growth.logits.items():
+            cache = llm.engine.cache.sequence()
+            known = growth.request.tokens + growth.paths[node]
+            alone = llm.model.forward(Rows.of(cache, known, 0), [len(known) - 1])[0]
+            cache.release()
+            torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+            assert growth.paths[node] == [growth.draft.tokens[each] for each in growth.draft.path(node)]
+
+
+@pytest.mark.parametrize("temperature, acceptance", [(0.0, "match"), (0.7, "match"), (0.7, "max")])
+def test_estimates(llm, temperature, acceptance):
+    growths, _, _ = grown(llm, PROMPTS, temperature=temperature, acceptance=acceptance)
+    for growth in growths:
+        assert (set(growth.draft.drawn) == set(growth.draft.parents)) == growth.sampled == (acceptance == "max")
+        taken: dict[int, float] = {}
+        for node, (token, parent) in enumerate(zip(growth.draft.tokens, growth.draft.parents, strict=True)):
+            law = (growth.logits[parent] / (temperature or 1)).double().softmax(0)
+            value = float(law[token]) * growth.values[parent]
+            before = growth.values[parent] * (1 - taken.get(parent, 0.0))
+            assert growth.values[node] == pytest.approx(value, abs=1e-6)
+            assert growth.draft.estimates[node] == pytest.approx(before if growth.sampled else value, abs=1e-6)
+            taken[parent] = taken.get(parent, 0.0) + float(law[token])
+
+
+def test_children_with_shared_noise_are_the_targets_order(llm):
+    growths, _, requests = grown(llm, PROMPTS, temperature=0.7)
+    compared = 0
+    for growth, request in zip(growths, requests, strict=True):
+        for node, children in growth.draft.children().items():
+            position, path = len(request.tokens) + len(growth.paths[node]), growth.paths[node]
+            logits = growth.logits[node].unsqueeze(0)
+            first = request.sampler.choose(logits, [position], [path])[0]
+            assert growth.draft.tokens[children[0]] == first
+            compared += 1
+    assert compared > 20
+
+
+weights = st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0, 5.0, 0.1]), min_size=1, max_size=12).filter(sum)
+
+
+@given(weights, st.integers(0, 1000), st.booleans())
+def test_implicit_residual_is_the_explicit_one(weights, seed, named):
+    """The same coins give the same tokens as drawing from what is left, written out."""
+    q = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    ids = torch.arange(len(q)) * 3 + 1 if named else None
+    model = OracleModel(lambda history: None, 100)
+    (request,) = Engine(model).add([1, 2], SamplingParams(max_tokens=9, temperature=1.0, acceptance="max"))
+    growth = Random(SmallModelDrafter(model), request)
+    growth._coins = Uniforms(seed)
+    drawn = list(growth._drawn(ROOT, q, ids))
+    coins, rest = Uniforms(seed), q.clone()
+    for token, probability in drawn:
+        column = draw(rest, coins.draw())
+        assert token == (column if ids is None else int(ids[column]))
+        assert probability == float(q[column]) > 0
+        rest[column] = 0
+    assert not rest.any()
+    assert growth.draft.drawn[ROOT].probabilities is q
+
+
+def test_what_is_not_asked_for_is_not_drawn(llm):
+    """A coin is thrown for a child only when the child is asked for."""
+    growths, drafter, requests = grown(llm, PROMPTS[:1], temperature=1.0, acceptance="max")
+    growth = Random(drafter, requests[0])
+    thrown = growth._coins._count
+    children = growth.children(growths[0].logits[ROOT].unsqueeze(0), 3)[0]
+    assert growth._coins._count == thrown and not growth.draft.drawn
+    next(children)
+    assert growth._coins._count == thrown + 1 and list(growth.draft.drawn) == [ROOT]
+
+
+def test_asked_twice_and_memory(llm):
+    growths, drafter, requests = grown(llm, PROMPTS)
+    first = [growth.draft for growth in growths]
+    drafter.growths.clear()
+    again = drafter.propose_all(requests, [128] * 3)
+    assert [draft.tokens for draft in again] == [draft.tokens for draft in first]
+    assert drafter.memory_bytes == drafter.cache.used_bytes > 0
+    for request in requests:
+        drafter.end(request)
+    assert drafter.memory_bytes == 0
