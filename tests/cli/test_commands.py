@@ -148,5 +148,5 @@ def test_the_installed_program_prints_one_document(tmp_path: Path, program: list
 
 def test_version_and_help(hasten):
     assert hasten("--version").out.startswith("hasten ")
-    for command in ("race", "generate", "methods", "verify", "bench", "doctor", "train"):
+    for command in ("race", "generate", "methods", "verify", "bench", "tune", "doctor", "train"):
         assert command in hasten("--help").out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import KINDS, MAX_TOKENS, PROMPTS, SPECS, params
+from cases import INDEPENDENT, KINDS, MAX_TOKENS, PROMPTS, SPECS, params
 
 from hasten import LLM, SamplingParams
 from hasten.engine import Limits
@@ -36,11 +36,12 @@ def test_limits(tiny, plain, limits):
 @pytest.mark.parametrize("acceptance", ["match", "max", "typical"])
 def test_company(llm, acceptance):
     """The same figures, too: tokens, steps, what was proposed and accepted."""
-    together = decode(llm, WORK, acceptance=acceptance)
-    reversed_order = decode(llm, WORK[::-1], acceptance=acceptance)[::-1]
+    work = [(number, kind, INDEPENDENT[index % len(INDEPENDENT)]) for index, (number, kind, _) in enumerate(WORK)]
+    together = decode(llm, work, acceptance=acceptance)
+    reversed_order = decode(llm, work[::-1], acceptance=acceptance)[::-1]
     for index, completion in enumerate(together):
         same(reversed_order[index], completion)
-        alone = decode(llm, WORK[index : index + 1], acceptance=acceptance)[0]
+        alone = decode(llm, work[index : index + 1], acceptance=acceptance)[0]
         same(alone, completion)
         for other in (alone, reversed_order[index]):
             assert other.statistics.accepted_per_step == completion.statistics.accepted_per_step

@@ -10,9 +10,10 @@ from typing import Any
 
 from hasten.bench.doctor import machine
 from hasten.bench.lane import Lane, Run, engine_for, interleave
-from hasten.bench.prediction import VerifyCost, measure, predicted_speedup
+from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt, encode
 from hasten.engine import Engine, SamplingParams
+from hasten.engine.cost import VerifyCost, measure
 from hasten.llm import LLM
 
 OVERALL = "overall"
@@ -51,9 +52,9 @@ def bench(
     Raises:
         UserError: unknown method, a prompt that is too long.
     """
-    curve = measure(llm)
+    curve = measure(llm.model)
     rows = compare(llm, methods, prompts, params, rounds, report, curve)
-    cost = {str(count): round(value, 4) for count, value in curve.items()}
+    cost = {str(count): round(curve.ratio(count), 4) for count in curve.rows}
     return {"machine": machine(llm), "verify_cost": cost, "rows": rows}
 
 
@@ -73,14 +74,14 @@ def compare(
     this one's away.
 
     Args:
-        curve: v(n); measured here if None.
+        curve: what rows cost; measured here if None.
 
     Raises:
         UserError: unknown method, a prompt that is too long.
     """
     names = ["plain", *(method for method in methods if method != "plain")]
     ids = encode(llm, prompts, params)
-    curve = measure(llm) if curve is None else curve
+    curve = measure(llm.model) if curve is None else curve
     pairs: dict[tuple[str, str], list[_Pair]] = {}
     for _ in range(rounds):
         engines = warm_engines(llm, names)

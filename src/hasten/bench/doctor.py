@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from hasten.engine.cost import step_seconds
 from hasten.llm import LLM
 from hasten.model import Rows
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+CONTEXT = 256
+"""Cached tokens behind which steps are timed."""
 BANDWIDTH_BYTES = 512 * 2**20
 
 
@@ -26,30 +28,6 @@ def read_bandwidth(device: torch.device, repeats: int = 7) -> float:
         float(buffer.sum())
         best = max(best, buffer.nbytes / (time.perf_counter() - started))
     return best / 1e9
-
-
-@torch.inference_mode()
-def step_costs(llm: LLM, rows: Sequence[int] = ROWS, context: int = 256, repeats: int = 25) -> dict[int, float]:
-    """Median seconds of a forward pass with so many rows behind a context; the counts take turns."""
-    model = llm.model
-    context = min(context, model.config.max_positions - max(rows))
-    sequence = llm.engine.cache.sequence()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (context + max(rows),), generator=generator).tolist()
-    try:
-        model.forward(Rows.of(sequence, tokens[:context], 0, model.device), [context - 1])
-        sequence.commit(context)
-        times: dict[int, list[float]] = {count: [] for count in rows}
-        for repeat in range(repeats + 2):
-            for count in rows:
-                batch = Rows.of(sequence, tokens[context : context + count], context, model.device)
-                started = time.perf_counter()
-                float(model.forward(batch)[0, 0])
-                if repeat >= 2:
-                    times[count].append(time.perf_counter() - started)
-    finally:
-        sequence.release()
-    return {count: statistics.median(values) for count, values in times.items()}
 
 
 @torch.inference_mode()
@@ -83,7 +61,8 @@ def doctor(llm: LLM, report: Callable[[str], None] = lambda stage: None) -> dict
     report("measuring bandwidth")
     bandwidth = read_bandwidth(llm.model.device)
     report("timing steps of 1 to 32 rows")
-    costs = step_costs(llm)
+    context = min(CONTEXT, llm.model.config.max_positions - max(ROWS))
+    costs = {rows: seconds for (_, rows), seconds in step_seconds(llm.model, [(1, n) for n in ROWS], context).items()}
     weight_bytes = llm.model.weight_bytes()
     return machine(llm) | {
         "weight_bytes": weight_bytes,

@@ -1,5 +1,29 @@
 """Drafters: training-free and trained proposers, one file each."""
 
-from hasten.methods.drafters import draft_model, ngram, plain
+from hasten.methods.drafters import (
+    aded,
+    auto,
+    copyspec,
+    draft_model,
+    dyspec,
+    ngram,
+    plain,
+    stand,
+    suffix,
+    token_recycling,
+    vocabtrim,
+)
 
-__all__ = ["draft_model", "ngram", "plain"]
+__all__ = [
+    "aded",
+    "auto",
+    "copyspec",
+    "draft_model",
+    "dyspec",
+    "ngram",
+    "plain",
+    "stand",
+    "suffix",
+    "token_recycling",
+    "vocabtrim",
+]

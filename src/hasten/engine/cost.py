@@ -1,0 +1,201 @@
+"""The verify-cost curve: what a step of n rows costs on this machine with this model, measured and kept on disk."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hasten.cache import Cache
+from hasten.model import Rows, Span
+
+if TYPE_CHECKING:
+    from hasten.model import Model
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CONTEXTS = (64, 960)
+BATCH = 8
+MEASURE_SECONDS = 3.0
+"""About how long a measurement may take, where the model is fast enough for a few repetitions at all."""
+
+
+@dataclass(frozen=True)
+class VerifyCost:
+    """Seconds of a step by rows and context length; a further sequence in the batch adds `per_sequence`.
+
+    `seconds[c][r]` is for `contexts[c]` cached tokens and `rows[r]` rows of one sequence. Between the points the curve
+    is linear; beyond the last rows it goes on as it went before.
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    per_sequence: float
+
+    def of(self, rows: float, context: float, batch: int = 1) -> float:
+        """Seconds of a step.
+
+        Args:
+            rows: of all sequences together; a mean need not be whole.
+            context: cached tokens, the mean over the batch.
+            batch: sequences.
+        """
+        short, long = self._curve(0, rows), self._curve(len(self.contexts) - 1, rows)
+        low, high = self.contexts[0], self.contexts[-1]
+        share = min(max((context - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+        return short + share * (long - short) + (batch - 1) * self.per_sequence
+
+    def ratio(self, rows: float, context: float = CONTEXTS[0]) -> float:
+        """v(n): the cost of a step of n rows over that of one."""
+        return self.of(rows, context) / self.of(1, context)
+
+    def _curve(self, context: int, rows: float) -> float:
+        table = self._tables[context]
+        low = min(int(rows), len(table) - 2)
+        return table[low] + (rows - low) * (table[low + 1] - table[low])
+
+    @cached_property
+    def _tables(self) -> list[list[float]]:
+        """Per context, seconds for 0, 1, 2 ... rows; never falling, whatever the noise of a measurement."""
+        tables = []
+        for curve in self.seconds:
+            rising = [max(curve[: index + 1]) for index in range(len(curve))]
+            table = [rising[0]]
+            for rows in range(1, self.rows[-1] + 1):
+                right = bisect.bisect_left(self.rows, rows)
+                left = max(right - 1, 0)
+                width = self.rows[right] - self.rows[left]
+                share = (rows - self.rows[left]) / width if width else 0.0
+                table.append(rising[left] + share * (rising[right] - rising[left]))
+            tables.append(table)
+        return tables
+
+
+@torch.inference_mode()
+def step_seconds(
+    model: Model, shapes: Sequence[tuple[int, int]], context: int, repeats: int | None = None
+) -> dict[tuple[int, int], float]:
+    """Median seconds of a forward pass of each shape, all behind a context; the shapes take turns.
+
+    Args:
+        shapes: (sequences, rows of each).
+        context: cached tokens of every sequence.
+        repeats: passes per shape; None takes as many as fit into `MEASURE_SECONDS`, 3 to 25.
+    """
+    cache = Cache(model.config.layers, model.cache_dtype, model.device)
+    generator = torch.Generator().manual_seed(0)
+    longest = context + max(rows for _, rows in shapes)
+    tokens = torch.randint(model.config.vocab_size, (longest,), generator=generator).to(model.device)
+    sequences = []
+    for _ in range(max(count for count, _ in shapes)):
+        sequence = cache.sequence()
+        sequence.reserve(longest)
+        model.forward(Rows.of(sequence, tokens[:context].tolist(), 0, model.device), [context - 1])
+        sequence.commit(context)
+        sequences.append(sequence)
+    times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    began = time.perf_counter()
+    turn = 0
+    while True:
+        for count, rows in shapes:
+            spans = [Span(sequence, i * rows, (i + 1) * rows) for i, sequence in enumerate(sequences[:count])]
+            positions = torch.arange(context, context + rows, device=model.device).repeat(count)
+            batch = Rows(tokens[context : context + rows].repeat(count), positions, spans)
+            started = time.perf_counter()
+            # Reading a value waits for the device.
+            float(model.forward(batch)[0, 0])
+            if turn > 0:
+                times[count, rows].append(time.perf_counter() - started)
+        turn += 1
+        if turn == 2 and repeats is None:
+            a_turn = sum(values[-1] for values in times.values())
+            repeats = int(min(max(MEASURE_SECONDS / len(CONTEXTS) / max(a_turn, 1e-9), 3), 25))
+        if repeats is not None and turn > repeats:
+            break
+        if repeats is None and time.perf_counter() - began > 60:
+            break
+    for sequence in sequences:
+        sequence.release()
+    return {shape: statistics.median(values) for shape, values in times.items()}
+
+
+def measure(model: Model) -> VerifyCost:
+    """The curve of a model, now."""
+    longest = model.config.max_positions - ROWS[-1]
+    contexts = tuple(sorted({max(1, min(context, longest)) for context in CONTEXTS}))
+    curves = []
+    per_sequence = 0.0
+    for context in contexts:
+        spread = (BATCH, ROWS[-1] // BATCH)
+        times = step_seconds(model, [*((1, rows) for rows in ROWS), spread], context)
+        curves.append(tuple(times[1, rows] for rows in ROWS))
+        per_sequence = max(per_sequence, (times[spread] - times[1, ROWS[-1]]) / (BATCH - 1))
+    return VerifyCost(ROWS, contexts, tuple(curves), per_sequence)
+
+
+def verify_cost(model: Model, folder: str | None) -> VerifyCost:
+    """The curve of a model on this machine: from disk if it was measured before, else measured now.
+
+    Args:
+        folder: the checkpoint's; None (an oracle) is measured without a record.
+    """
+    if folder is None:
+        return measure(model)
+    subject = {
+        "model": str(Path(folder).resolve()),
+        "weights": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
+        "dtype": str(getattr(model, "dtype", model.cache_dtype)),
+        "backend": getattr(getattr(model, "backend", None), "name", ""),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:24]
+    file = record_folder() / f"{name}.json"
+    known = _read(file)
+    if known is None:
+        known = measure(model)
+        _write(file, {"subject": subject, **asdict(known)})
+    return known
+
+
+def record_folder() -> Path:
+    """Where measured curves are kept: `$HASTEN_CACHE/verify-cost`, by default in the user's cache folder."""
+    base = os.environ.get("HASTEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hasten"
+    return Path(base) / "verify-cost"
+
+
+def _processor() -> str:
+    return f"{os.cpu_count()} x {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _read(file: Path) -> VerifyCost | None:
+    """A recorded curve; None where there is none, or none that can be read."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        seconds = tuple(tuple(float(value) for value in curve) for curve in record["seconds"])
+        return VerifyCost(tuple(record["rows"]), tuple(record["contexts"]), seconds, float(record["per_sequence"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    """Keep a curve; a folder that cannot be written costs a measurement next time, no more."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as fresh:
+            json.dump(record, fresh, indent=1)
+        os.replace(fresh.name, file)
+    except OSError:
+        return

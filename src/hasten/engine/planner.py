@@ -1,0 +1,107 @@
+"""The planner: how much of a draft to verify, from the measured cost of rows and the acceptance seen so far."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hasten.engine.cost import VerifyCost
+from hasten.engine.draft import ROOT, Draft
+
+BINS = 12
+"""Of a drafter's own estimates; a draft without estimates is judged by the depth of its nodes."""
+PRIOR = 4.0
+"""How many observations the drafter's own estimate is worth."""
+MEMORY = 400.0
+"""Observations of a bin after which old ones fade."""
+
+
+@dataclass
+class Calibration:
+    """How often nodes of a drafter are accepted, by what it promised: a measured map from estimate to probability."""
+
+    accepted: dict[int, float] = field(default_factory=dict)
+    seen: dict[int, float] = field(default_factory=dict)
+
+    def probabilities(self, draft: Draft, trust: float = 1.0) -> list[float]:
+        """Probability that each node is accepted; never above its parent's.
+
+        Args:
+            trust: factor on all of them, such as a request's own record.
+        """
+        result: list[float] = []
+        for node, (bin_, promised) in enumerate(_bins(draft)):
+            rate = (PRIOR * promised + self.accepted.get(bin_, 0.0)) / (PRIOR + self.seen.get(bin_, 0.0))
+            parent = draft.parents[node]
+            result.append(min(rate * trust, 0.99 if parent == ROOT else result[parent]))
+        return result
+
+    def observe(self, draft: Draft, path: Sequence[int]) -> None:
+        """Count a verified draft."""
+        kept = set(path)
+        for node, (bin_, _) in enumerate(_bins(draft)):
+            seen = self.seen.get(bin_, 0.0) + 1.0
+            accepted = self.accepted.get(bin_, 0.0) + (node in kept)
+            fade = 0.5 if seen > MEMORY else 1.0
+            self.seen[bin_], self.accepted[bin_] = seen * fade, accepted * fade
+
+
+def _bins(draft: Draft) -> list[tuple[int, float]]:
+    """Bin and promise of each node."""
+    if draft.estimates:
+        return [(min(int(estimate * BINS), BINS - 1), min(estimate, 1.0)) for estimate in draft.estimates]
+    return [(-depth, 0.5**depth) for depth in draft.depths()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`nodes` of each request's draft that are worth verifying, and the tokens per second to expect then."""
+
+    nodes: list[list[int]]
+    rate: float
+
+
+class Planner:
+    """Chooses drafts' sizes so that a step's expected tokens per second are highest; no nodes at all is one choice.
+
+    With tokens E(n) expected from the n likeliest nodes of the batch and T(rows) seconds for a step, it maximises
+    (batch + E(n)) / T(batch + n). Nodes enter in the order of their probabilities, so that every prefix is the best
+    choice of its size, and ancestors come before their descendants.
+    """
+
+    def __init__(self, cost: VerifyCost) -> None:
+        self.cost = cost
+
+    def rate(self, tokens: float, rows: int, context: float, batch: int = 1, spent: float = 0.0) -> float:
+        """Tokens per second of a step of `rows` rows that gives `tokens`, with `spent` seconds of drafting."""
+        return tokens / (self.cost.of(rows, context, batch) + spent)
+
+    def plan(
+        self, probabilities: Sequence[Sequence[float]], context: float, spent: float = 0.0, others: int = 0
+    ) -> Plan:
+        """Which nodes of each draft to keep.
+
+        Args:
+            probabilities: per request, of its draft's nodes; none above its parent's.
+            context: mean cached tokens.
+            spent: seconds that drafting took.
+            others: further requests of the batch, without drafts.
+        """
+        batch = len(probabilities) + others
+        heap = [(-p, index, node) for index, each in enumerate(probabilities) for node, p in enumerate(each)]
+        heapq.heapify(heap)
+        tokens, rows = float(batch), batch
+        best_rate, best_size = self.rate(tokens, rows, context, batch, spent), 0
+        order: list[tuple[int, int]] = []
+        while heap:
+            negative, index, node = heapq.heappop(heap)
+            order.append((index, node))
+            tokens, rows = tokens - negative, rows + 1
+            rate = self.rate(tokens, rows, context, batch, spent)
+            if rate > best_rate:
+                best_rate, best_size = rate, len(order)
+        nodes: list[list[int]] = [[] for _ in probabilities]
+        for index, node in order[:best_size]:
+            nodes[index].append(node)
+        return Plan([sorted(each) for each in nodes], best_rate)

@@ -1,0 +1,122 @@
+"""Auto: which drafter is heard, how much of its draft is verified, and when it keeps quiet."""
+
+from __future__ import annotations
+
+import pytest
+
+from hasten import SamplingParams, UserError
+from hasten.engine import Draft, Drafter, Engine, Target
+from hasten.engine.cost import VerifyCost
+from hasten.methods.drafters import auto
+from hasten.methods.drafters.auto import Auto, AutoParameters
+
+FREE = VerifyCost((1, 2, 64), (64,), ((1.0, 1.0, 1.0),), 0.0)
+DEAR = VerifyCost((1, 2, 64), (64,), ((1.0, 1.9, 58.0),), 0.0)
+
+
+class Guesser(Drafter):
+    """Proposes a chain: the known answer of the first `right` steps, wrong tokens after them."""
+
+    def __init__(self, answers, right: bool, estimate: float, length: int = 4) -> None:
+        self.answers, self.right, self.estimate, self.length = answers, right, estimate, length
+        self.asked = 0
+
+    def propose(self, request, budget):
+        self.asked += 1
+        prompt = tuple(request.tokens[: request.prompt_length])
+        done = len(request.output)
+        tokens = self.answers[prompt][done : done + self.length]
+        if not self.right:
+            tokens = [(token + 1) % 150 for token in tokens]
+        return Draft.chain(tokens, [self.estimate**depth for depth in range(1, len(tokens) + 1)])
+
+
+PROMPTS = [[2, 3, 4] * 4, [9] * 7, list(range(10, 30))]
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+def make(llm, monkeypatch, cost, *drafters: Drafter) -> Auto:
+    monkeypatch.setattr(auto, "verify_cost", lambda model, folder: cost)
+    made = iter(drafters)
+    monkeypatch.setattr(auto, "create", lambda name, target: next(made))
+    return Auto(Target(llm.model, llm.tokenizer), AutoParameters("/".join(["plain"] * len(drafters))))
+
+
+def run(llm, drafter: Drafter, prompts=PROMPTS):
+    engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids)
+    requests = [engine.add(prompt, PARAMS, drafter)[0] for prompt in prompts]
+    for _ in engine.run():
+        pass
+    return requests
+
+
+@pytest.fixture
+def answers(llm) -> dict[tuple[int, ...], list[int]]:
+    return {tuple(each.prompt_token_ids): each.token_ids for each in llm.generate(PROMPTS, PARAMS, "plain")}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_drafter_that_is_right_is_heard(llm, monkeypatch, answers, batch):
+    liar, prophet = Guesser(answers, False, 0.9), Guesser(answers, True, 0.5)
+    drafter = make(llm, monkeypatch, FREE, liar, prophet)
+    requests = run(llm, drafter, PROMPTS[:batch])
+    for request in requests:
+        assert request.output == answers[tuple(request.tokens[: request.prompt_length])]
+        # The liar is believed for a while; then nearly every step gives five tokens.
+        assert request.statistics.tokens_per_step > 2.5
+
+
+def test_nothing_is_verified_where_rows_are_dear_and_drafts_bad(llm, monkeypatch, answers):
+    liar = Guesser(answers, False, 0.9)
+    (request,) = run(llm, make(llm, monkeypatch, DEAR, liar), PROMPTS[:1])
+    assert request.output == answers[tuple(PROMPTS[0])]
+    assert request.statistics.proposed < 12
+    # And it is asked less and less.
+    assert liar.asked < 25
+
+
+def test_dear_rows_are_still_worth_a_sure_draft(llm, monkeypatch, answers):
+    (request,) = run(llm, make(llm, monkeypatch, DEAR, Guesser(answers, True, 0.99)), PROMPTS[:1])
+    assert request.statistics.tokens_per_step > 1.5
+
+
+def test_a_poor_request_does_not_spoil_the_next_one(llm, monkeypatch, answers):
+    guesser = Guesser(answers, False, 0.5)
+    drafter = make(llm, monkeypatch, FREE, guesser)
+    engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids)
+    engine.add(PROMPTS[0], PARAMS, drafter)
+    list(engine.run())
+    guesser.right = True
+    (request,) = engine.add(PROMPTS[1], PARAMS, drafter)
+    list(engine.run())
+    assert request.output == answers[tuple(PROMPTS[1])]
+    assert request.statistics.tokens_per_step > 2
+
+
+def test_state_of_finished_requests_is_dropped(llm, monkeypatch, answers):
+    drafter = make(llm, monkeypatch, FREE, Guesser(answers, True, 0.5))
+    run(llm, drafter)
+    assert not drafter._chosen
+    assert not any(candidate.records for candidate in drafter.candidates)
+
+
+def test_the_shipped_candidates_are_exact(llm, monkeypatch):
+    monkeypatch.setattr(auto, "verify_cost", lambda model, folder: FREE)
+    params = [
+        SamplingParams(max_tokens=24, temperature=t, seed=3, acceptance=a)
+        for t, a in ((0, "match"), (0.8, "match"), (0.8, "max"))
+    ]
+    for each in params:
+        expected = [generation.token_ids for generation in llm.generate(PROMPTS, each, "plain")]
+        got = llm.generate(PROMPTS, each, "auto")
+        if each.acceptance == "match":
+            assert [generation.token_ids for generation in got] == expected
+        assert sum(generation.choices[0].statistics.accepted for generation in got) > 0
+
+
+@pytest.mark.parametrize(
+    ("candidates", "sentence"), [("auto", "itself"), ("ngram/auto:candidates=ngram", "itself"), ("nope", "unknown")]
+)
+def test_bad_candidates(candidates, sentence):
+    with pytest.raises(UserError, match=sentence):
+        AutoParameters(candidates)
