@@ -133,4 +133,6 @@ def test_training_arguments(hasten, tmp_path: Path):
     out = str(tmp_path / "model")
     assert_refused(hasten("train", "lm", "--output", out, "--heads", "7"), "multiple of heads")
     assert_refused(hasten("train", "lm", "--output", out, "--precision", "int3"), "bf16 or fp32")
+    assert_refused(hasten("train", "scylla", "--output", out, "--tokens", "1000,2000"), "at least four different")
+    assert_refused(hasten("train", "scylla", "--output", out, "--layers", "1,2,three,4"), "whole numbers")
     assert not (tmp_path / "model").exists()

@@ -69,6 +69,14 @@ def test_choices(llm, plain, spec):
         assert len({tuple(choice.token_ids) for choice in got}) > 1
 
 
+@pytest.mark.parametrize("spec", ["plain", "ngram:minimum=1,maximum=2", "suffix", "token-recycling"])
+def test_looked_up_drafts_need_no_rejection(llm, plain, spec):
+    """With `max`, too, a draft without sampled nodes gives plain decoding's text, whatever was learned before."""
+    for number in range(0, len(PROMPTS), 6):
+        got = llm.generate([PROMPTS[number]], params(number, "sampled", acceptance="max"), spec)[0].choices[0]
+        same(got, plain(number, "sampled"))
+
+
 def test_seed_decides(llm):
     def answer(seed: int) -> list[int]:
         return llm.generate([PROMPTS[9]], SamplingParams(max_tokens=12, temperature=1, seed=seed))[0].token_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,12 +48,13 @@ def require() -> None:
     """Fail now rather than after a long measurement.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib (or scipy, for fits) is not installed.
     """
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("a report needs matplotlib: pip install 'hasten[plots]'") from None
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"a report needs {error.name}: pip install 'hasten[plots]'") from None
 
 
 def speedups(rows: Sequence[Row], overall: str) -> str:
@@ -175,6 +177,30 @@ def predictions(rows: Sequence[Row], overall: str) -> str:
         _legend(figure, len(_methods(rows)), marker=35.0)
 
     return _svg("predictions", 4.6, draw)
+
+
+def laws(document: Mapping[str, Any]) -> str:
+    """Scylla's three axes: points with error bars, the fitted line, the largest point (held out) hollow."""
+    panels = (
+        ("data", "training tokens", "tokens_per_step", "law"),
+        ("capacity", "parameters of the layers", "tokens_per_step", "law"),
+        ("batch", "batch size", "speedup", "speedup_law"),
+    )
+
+    def draw(figure: Figure) -> None:
+        for number, (axes, (axis, label, key, law)) in enumerate(zip(figure.subplots(1, 3), panels, strict=True)):
+            points, fit = document[axis]["points"], document[axis][law]
+            x, y = [point["x"] for point in points], [point[key] for point in points]
+            line = fit["forms"]["log-linear"]
+            axes.set_xscale("log")
+            axes.plot(x, [line["a"] * math.log10(each) + line["b"] for each in x], color=FAINT, linewidth=2.5)
+            axes.errorbar(x, y, [point.get("error", 0.0) for point in points], fmt="none", ecolor=_colour(number))
+            axes.plot(x[:-1], y[:-1], "o", color=_colour(number))
+            axes.plot(x[-1:], y[-1:], "o", color=_colour(number), markerfacecolor="white")
+            axes.set_xlabel(label)
+            axes.set_ylabel("speed-up" if key == "speedup" else "tokens per step")
+
+    return _svg("laws", 3.0, draw)
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options
+from hasten.errors import UserError
 
 app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_command=True)
 
@@ -69,3 +70,78 @@ def lm(
         options.emit({"output": str(output), "card": str(card), **summary})
     else:
         print(f"{output}: {summary['parameters']:,} parameters, loss {summary['loss']}; card: {card}")
+
+
+@app.command()
+def scylla(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the drafters and of the report.")],
+    model: options.Model = "tiny",
+    tokens: Annotated[
+        str, typer.Option(help="Training tokens of the drafters of the data axis.")
+    ] = "250000,500000,1000000,2000000,4000000",
+    layers: Annotated[str, typer.Option(help="Layers of the drafters of the capacity axis.")] = "1,2,3,4,6",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16",
+    hidden: Annotated[int, typer.Option(help="Width of all drafters.")] = 96,
+    length: Annotated[int, typer.Option(help="Draft length.")] = 4,
+    per_task: Annotated[int, typer.Option(help="Held-out prompts of each task.")] = 10,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    threads: options.Threads = 0,
+    json: options.Json = False,
+) -> None:
+    """Train a family of drafters, and fit how tokens per step grow with training and size (Scylla, 2505.07858).
+
+    The data axis has two layers, the capacity axis the middle number of training tokens. Drafters that are there
+    already are not trained again.
+    """
+    axes = {name: _numbers(name, text) for name, text in (("tokens", tokens), ("layers", layers), ("batches", batches))}
+    llm = options.load(model, "float32", "auto", threads)
+
+    from rich.console import Console
+
+    from hasten.bench import plots
+    from hasten.bench.scylla import Family, render
+    from hasten.bench.scylla import scylla as examine
+    from hasten.bench.suite import load_suite
+    from hasten.train.lm import TrainConfig, train
+
+    plots.require()
+
+    def member(budget: int, depth: int) -> Path:
+        folder = output / f"tokens-{budget}-layers-{depth}"
+        if not (folder / "training.json").exists():
+            config = TrainConfig(
+                hidden=hidden, layers=depth, heads=4, kv_heads=2, ffn=8 * hidden // 3, tokens=budget, seed=seed
+            )
+            train(config, folder, llm.folder)
+        return folder
+
+    middle = axes["tokens"][len(axes["tokens"]) // 2]
+    family = Family(
+        [(budget, member(budget, 2)) for budget in axes["tokens"]],
+        [(depth, member(middle, depth)) for depth in axes["layers"]],
+    )
+    prompts = [item.prompt for item in load_suite("tasks", per_task)]
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        document = examine(
+            llm, family, prompts, length, axes["batches"], max_tokens, (lambda stage: None) if json else status.update
+        )
+    (output / "laws.svg").write_text(plots.laws(document))
+    card = output / "README.md"
+    card.write_text(render(document, shlex.join(["hasten", *sys.argv[1:]])))
+    if json:
+        options.emit({"output": str(output), "card": str(card), **document})
+    else:
+        print(card.read_text())
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """Ascending positive numbers from a list with commas; four at least, since fewer say nothing about a law."""
+    try:
+        numbers = sorted({int(item) for item in text.split(",")})
+    except ValueError:
+        raise UserError(f"{name} must be whole numbers separated by commas, not {text!r}") from None
+    if len(numbers) < 4 or numbers[0] < 1:
+        raise UserError(f"{name} must be at least four different positive numbers, not {text!r}")
+    return numbers

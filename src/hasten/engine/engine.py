@@ -352,7 +352,8 @@ class Engine:
         nodes = [ROOT, *range(len(draft))]
         paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
         position = len(request.tokens)
-        if params.greedy or params.acceptance == "match":
+        # Without sampled nodes, `max` and `match` accept as often: then the text need not depend on the draft.
+        if params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not draft.drawn):
             positions = [position + len(path) for path in paths]
             return verification.match(draft, sampler.choose(logits, positions, paths))
 

@@ -11,7 +11,7 @@ from hasten.errors import UserError
 
 Acceptance = Literal["match", "max", "typical"]
 """`match`: keyed noise, the same text as plain decoding. `max`: the classic rules (Leviathan/Chen, SpecInfer, without
-replacement): the same distribution, other text, accepted more often. `typical`: Medusa's rule, lossy."""
+replacement) for sampled drafts: the same distribution, other text, accepted more often. `typical`: Medusa's, lossy."""
 
 
 @dataclass(frozen=True)

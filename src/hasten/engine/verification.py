@@ -2,9 +2,9 @@
 
 Greedy and `match`: the target chooses a token at each node (its argmax, or its keyed Gumbel draw) and the walk
 descends while a child has that token; the output is what plain decoding would give (rule A with shared noise).
-`max`: Leviathan et al. 2211.17192 and Chen et al. 2302.01318 for a sampled child (rule B), SpecInfer 2305.09781 for
-several drawn with replacement (C), Sequoia 2402.12374 without (D); deterministic children are one-hot rounds of the
-same recursion, which is sample-then-match (A).
+`max`, where a draft has sampled nodes: Leviathan et al. 2211.17192 and Chen et al. 2302.01318 for a sampled child
+(rule B), SpecInfer 2305.09781 for several drawn with replacement (C), Sequoia 2402.12374 without (D); deterministic
+children are one-hot rounds of the same recursion. A draft without sampled nodes is matched (A), which accepts as often.
 `typical`: Medusa 2401.10774, section 2.3.1; lossy.
 """
 

@@ -442,8 +442,13 @@ class _Chain:
         self.open = len(self.tokens) < self.depth and confidences[0] >= self.parameters.threshold
 
     def finish(self, budget: int) -> Draft:
-        """The draft, its most valuable `budget` nodes first and only: no node is worth more than the one above it."""
-        order = sorted(range(len(self.draft)), key=lambda node: -self.draft.estimates[node])
+        """The draft, its most valuable `budget` nodes first and only: no node is worth more than the one above it.
+
+        A sampled draft ends where the budget does: a choice by the values that were drawn would bias the result.
+        """
+        order = list(range(len(self.draft)))
+        if not self.draft.drawn:
+            order.sort(key=lambda node: -self.draft.estimates[node])
         return self.draft.subset(order[:budget])
 
     def _width(self, confidence: float) -> int:
