@@ -12,12 +12,27 @@ from hasten.llm import LLM
 
 DEFAULT_METHOD = "ngram"
 DEFAULT_PROMPT = (
-    "Copy the list: seed game grass mark color root mask boat lake plate coal grass park cold corn form "
-    "club lamp salt cloud gate lock pink coin green name coin heat hour coat bell lake jar film pipe cook "
-    "coin port dog date key cold field roof page cold plan back game floor dish gray hour tree box night "
-    "bench chair table path bell\nAnswer:"
+    "Text:\n"
+    "goal = chair\n"
+    "  park: root\n"
+    "# gray and color\n"
+    "key = moon\n"
+    "bench = 65\n"
+    "# bread and flat\n"
+    "neck = salt\n"
+    "  post: river\n"
+    "  bank: 68\n"
+    "item crop, 9 pieces\n"
+    "heart = 73\n"
+    "body = 88\n"
+    "  egg: 34\n"
+    "foot = 45\n"
+    "  list: salt\n"
+    "film = bear\n"
+    "Change: add the line 'goal = tin' at the end.\n"
+    "Answer:"
 )
-"""All of the answer stands in the prompt: the best case of lookup, as when a model repeats a passage or a file."""
+"""An edit: nearly all of the answer stands in the prompt, as when a model changes a line of a file."""
 
 
 @dataclass(frozen=True)
