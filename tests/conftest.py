@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Curves that tests measure must not stay where the user's own are kept.
+os.environ["HASTEN_CACHE"] = tempfile.mkdtemp(prefix="hasten-cache-")
 
 import pytest
 import torch

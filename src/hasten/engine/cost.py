@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,14 +84,19 @@ class VerifyCost:
 
 @torch.inference_mode()
 def step_seconds(
-    model: Model, shapes: Sequence[tuple[int, int]], context: int, repeats: int | None = None
+    model: Model,
+    shapes: Sequence[tuple[int, int]],
+    context: int,
+    repeats: int | None = None,
+    of: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[tuple[int, int], float]:
-    """Median seconds of a forward pass of each shape, all behind a context; the shapes take turns.
+    """Seconds of a forward pass of each shape, all behind a context; the shapes take turns.
 
     Args:
         shapes: (sequences, rows of each).
         context: cached tokens of every sequence.
         repeats: passes per shape; None takes as many as fit into `MEASURE_SECONDS`, 3 to 25.
+        of: which of them counts.
     """
     cache = Cache(model.config.layers, model.cache_dtype, model.device)
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +132,7 @@ def step_seconds(
             break
     for sequence in sequences:
         sequence.release()
-    return {shape: statistics.median(values) for shape, values in times.items()}
+    return {shape: of(values) for shape, values in times.items()}
 
 
 def measure(model: Model) -> VerifyCost:
@@ -138,7 +143,8 @@ def measure(model: Model) -> VerifyCost:
     per_sequence = 0.0
     for context in contexts:
         spread = (BATCH, ROWS[-1] // BATCH)
-        times = step_seconds(model, [*((1, rows) for rows in ROWS), spread], context)
+        # The fastest pass: what else the machine does only ever adds, and the record stays for good.
+        times = step_seconds(model, [*((1, rows) for rows in ROWS), spread], context, of=min)
         curves.append(tuple(times[1, rows] for rows in ROWS))
         per_sequence = max(per_sequence, (times[spread] - times[1, ROWS[-1]]) / (BATCH - 1))
     return VerifyCost(ROWS, contexts, tuple(curves), per_sequence)
