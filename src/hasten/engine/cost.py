@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hasten.cache import Cache
@@ -68,18 +68,8 @@ class VerifyCost:
     @cached_property
     def _tables(self) -> list[list[float]]:
         """Per context, seconds for 0, 1, 2 ... rows; never falling, whatever the noise of a measurement."""
-        tables = []
-        for curve in self.seconds:
-            rising = [max(curve[: index + 1]) for index in range(len(curve))]
-            table = [rising[0]]
-            for rows in range(1, self.rows[-1] + 1):
-                right = bisect.bisect_left(self.rows, rows)
-                left = max(right - 1, 0)
-                width = self.rows[right] - self.rows[left]
-                share = (rows - self.rows[left]) / width if width else 0.0
-                table.append(rising[left] + share * (rising[right] - rising[left]))
-            tables.append(table)
-        return tables
+        counts = range(self.rows[-1] + 1)
+        return [np.interp(counts, self.rows, np.maximum.accumulate(curve)).tolist() for curve in self.seconds]
 
 
 @torch.inference_mode()
@@ -110,9 +100,8 @@ def step_seconds(
         sequence.commit(context)
         sequences.append(sequence)
     times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
-    began = time.perf_counter()
-    turn = 0
-    while True:
+    turn, turns = 0, 2 if repeats is None else repeats + 1
+    while turn < turns:
         for count, rows in shapes:
             spans = [Span(sequence, i * rows, (i + 1) * rows) for i, sequence in enumerate(sequences[:count])]
             positions = torch.arange(context, context + rows, device=model.device).repeat(count)
@@ -120,16 +109,13 @@ def step_seconds(
             started = time.perf_counter()
             # Reading a value waits for the device.
             float(model.forward(batch)[0, 0])
+            # The first turn warms up.
             if turn > 0:
                 times[count, rows].append(time.perf_counter() - started)
         turn += 1
         if turn == 2 and repeats is None:
             a_turn = sum(values[-1] for values in times.values())
-            repeats = int(min(max(MEASURE_SECONDS / len(CONTEXTS) / max(a_turn, 1e-9), 3), 25))
-        if repeats is not None and turn > repeats:
-            break
-        if repeats is None and time.perf_counter() - began > 60:
-            break
+            turns = 1 + int(min(max(MEASURE_SECONDS / len(CONTEXTS) / max(a_turn, 1e-9), 3), 25))
     for sequence in sequences:
         sequence.release()
     return {shape: of(values) for shape, values in times.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hasten.engine.grammar import Constraint
-from hasten.errors import UserError
+from hasten.errors import require
 
 Acceptance = Literal["match", "max", "typical"]
 """`match`: keyed noise, the same text as plain decoding. `max`: the classic rules (Leviathan/Chen, SpecInfer, without
@@ -88,9 +88,7 @@ class SamplingParams:
                 "typical_epsilon and typical_delta must be positive",
             ),
         )
-        for holds, sentence in checks:
-            if not holds:
-                raise UserError(sentence)
+        require(checks)
 
     @property
     def greedy(self) -> bool:

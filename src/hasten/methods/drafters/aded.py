@@ -42,7 +42,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hasten.engine import ROOT, Draft, Drafter, Request, Target, register
-from hasten.errors import UserError
+from hasten.errors import UserError, require
 
 TOKEN_BITS = 21
 """Three token ids share a 64-bit integer."""
@@ -96,9 +96,7 @@ class AdedParameters:
             (1 <= self.paths <= 512, "paths must be between 1 and 512"),
             (self.c1 >= 0 and self.c2 > 0, "c1 must not be negative and c2 must be positive"),
         )
-        for holds, sentence in checks:
-            if not holds:
-                raise UserError(f"aded: {sentence}")
+        require(checks, "aded")
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ import torch
 
 from hasten.engine import ROOT, Draft, Drafter, Drawn, Engine, Observation, Request, SamplingParams, Target, register
 from hasten.engine.noise import Uniforms
-from hasten.errors import UserError
+from hasten.errors import UserError, require
 
 DRAFT_PURPOSE = 5
 """Coins of the drafter are another stream than the verifier's."""
@@ -96,9 +96,7 @@ class StandParameters:
             (0 < self.floor < 1, "floor must be between 0 and 1"),
             (self.entries >= 1, "entries must be at least 1"),
         )
-        for holds, sentence in checks:
-            if not holds:
-                raise UserError(f"stand: {sentence}")
+        require(checks, "stand")
 
 
 @dataclass(frozen=True, slots=True)

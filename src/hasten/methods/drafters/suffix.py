@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register
-from hasten.errors import UserError
+from hasten.errors import require
 from hasten.methods.drafters.suffix_index import SuffixIndex
 from hasten.methods.drafters.suffix_store import ResponseStore
 
@@ -73,9 +73,7 @@ class SuffixParameters:
             (self.max_requests >= 0, "max_requests must not be negative"),
             (self.max_requests > 0 or not self.store, "a store needs max_requests above 0"),
         )
-        for holds, sentence in checks:
-            if not holds:
-                raise UserError(f"suffix: {sentence}")
+        require(checks, "suffix")
 
 
 @dataclass(frozen=True)

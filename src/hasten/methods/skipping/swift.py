@@ -39,7 +39,7 @@ from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drafter, Drawn, Observation, Request, Target, register
 from hasten.engine.sampling import draw
-from hasten.errors import UserError
+from hasten.errors import UserError, require
 from hasten.model import Decoder, Rows, Span
 
 COINS = 9
@@ -101,9 +101,7 @@ class SwiftParameters:
             (self.max_trials >= 0, "max_trials must not be negative"),
             (0 < self.drop <= 1, "drop must be above 0 and at most 1"),
         )
-        for holds, sentence in checks:
-            if not holds:
-                raise UserError(f"swift: {sentence}")
+        require(checks, "swift")
 
 
 @dataclass(frozen=True)
