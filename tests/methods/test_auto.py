@@ -7,7 +7,7 @@ import pytest
 from hasten import SamplingParams, UserError
 from hasten.engine import Draft, Drafter, Engine, Target
 from hasten.engine.cost import VerifyCost
-from hasten.methods.drafters import auto
+from hasten.methods.drafters import auto, auto_candidate
 from hasten.methods.drafters.auto import Auto, AutoParameters
 
 FREE = VerifyCost((1, 2, 64), (64,), ((1.0, 1.0, 1.0),), 0.0)
@@ -91,6 +91,62 @@ def test_a_poor_request_does_not_spoil_the_next_one(llm, monkeypatch, answers):
     list(engine.run())
     assert request.output == answers[tuple(PROMPTS[1])]
     assert request.statistics.tokens_per_step > 2
+
+
+class Slow(Guesser):
+    """A guesser that takes a fifth of a second per draft, by its own account."""
+
+    now = 0.0
+
+    def propose(self, request, budget):
+        Slow.now += 0.2
+        return super().propose(request, budget)
+
+
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """Time passes only where a slow guesser drafts."""
+    monkeypatch.setattr(auto_candidate.time, "perf_counter", lambda: Slow.now)
+
+
+def test_a_costly_drafter_that_disappoints_is_not_asked_for_prompts_of_that_kind(llm, monkeypatch, answers, slow_clock):
+    liar = Slow(answers, False, 0.9)
+    drafter = make(llm, monkeypatch, FREE, liar)
+    run(llm, drafter, PROMPTS[:1])
+    first = liar.asked
+    for _ in range(3):
+        run(llm, drafter, PROMPTS[:1])
+    assert first >= auto.TRIALS
+    # Once known, it is tried now and then.
+    assert liar.asked - first <= 6
+
+
+def test_a_costly_drafter_that_is_right_is_asked_on(llm, monkeypatch, answers, slow_clock):
+    prophet = Slow(answers, True, 0.9)
+    drafter = make(llm, monkeypatch, FREE, prophet)
+    for _ in range(2):
+        (request,) = run(llm, drafter, PROMPTS[:1])
+    assert request.statistics.tokens_per_step > 4
+
+
+def test_a_drafter_that_rests_sees_nothing(llm, monkeypatch, answers):
+    class Watcher(Guesser):
+        seen = 0
+
+        def observe(self, request, seen):
+            self.seen += 1
+
+    watcher = Watcher(answers, False, 0.9)
+    (request,) = run(llm, make(llm, monkeypatch, DEAR, watcher), PROMPTS[:1])
+    assert watcher.seen < request.statistics.steps / 2
+
+
+def test_what_a_step_takes_beyond_the_curve_is_learned(llm, monkeypatch, answers):
+    steps = VerifyCost((1, 2, 64), (64,), ((1e-5, 1e-5, 1e-5),), 0.0)
+    drafter = make(llm, monkeypatch, steps, Guesser(answers, False, 0.9))
+    run(llm, drafter, PROMPTS[:1])
+    # Never more than as much again: a hiccup of the machine must not decide.
+    assert 0 < drafter._plain.extra.value <= 1e-5
 
 
 def test_state_of_finished_requests_is_dropped(llm, monkeypatch, answers):

@@ -68,7 +68,10 @@ class Drafter:
         """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows."""
 
     def observe(self, request: Request, seen: Observation) -> None:
-        """A step of the request was verified and committed."""
+        """A step of the request was verified and committed.
+
+        Not every step is shown to a drafter without taps: `request.tokens` has what was committed meanwhile.
+        """
 
     def end(self, request: Request) -> None:
         """The request is over, however it ended."""

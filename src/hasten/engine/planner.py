@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten.engine.cost import VerifyCost
 from hasten.engine.draft import ROOT, Draft
 
-BINS = 12
-"""Of a drafter's own estimates; a draft without estimates is judged by the depth of its nodes."""
-PRIOR = 4.0
-"""How many observations the drafter's own estimate is worth."""
-MEMORY = 400.0
-"""Observations of a bin after which old ones fade."""
+BINS = 8
+"""Of estimates, per halving."""
+SMALLEST = 2.0**-10
+"""Estimates below this are taken for it."""
+PRIOR = 1.0
+"""Accepted nodes that the drafter's own estimate is worth, per bin."""
+MEMORY = 100.0
+"""Accepted or promised nodes of a bin after which old ones fade."""
 
 
 @dataclass
 class Calibration:
-    """How often nodes of a drafter are accepted, by what it promised: a measured map from estimate to probability."""
+    """How far a drafter's estimates hold: a measured factor for every bin of estimates.
+
+    A draft without estimates is judged by the depth of its nodes, each level a bin of its own that promises half of the
+    one above.
+    """
 
     accepted: dict[int, float] = field(default_factory=dict)
-    seen: dict[int, float] = field(default_factory=dict)
+    promised: dict[int, float] = field(default_factory=dict)
 
     def probabilities(self, draft: Draft, trust: float = 1.0) -> list[float]:
         """Probability that each node is accepted; never above its parent's.
@@ -31,27 +37,27 @@ class Calibration:
             trust: factor on all of them, such as a request's own record.
         """
         result: list[float] = []
-        for node, (bin_, promised) in enumerate(_bins(draft)):
-            rate = (PRIOR * promised + self.accepted.get(bin_, 0.0)) / (PRIOR + self.seen.get(bin_, 0.0))
-            parent = draft.parents[node]
-            result.append(min(rate * trust, 0.99 if parent == ROOT else result[parent]))
+        for (bin_, promise), parent in zip(_promises(draft), draft.parents, strict=True):
+            factor = (PRIOR + self.accepted.get(bin_, 0.0)) / (PRIOR + self.promised.get(bin_, 0.0))
+            result.append(min(promise * factor * trust, 0.99 if parent == ROOT else result[parent]))
         return result
 
     def observe(self, draft: Draft, path: Sequence[int]) -> None:
         """Count a verified draft."""
         kept = set(path)
-        for node, (bin_, _) in enumerate(_bins(draft)):
-            seen = self.seen.get(bin_, 0.0) + 1.0
+        for node, (bin_, promise) in enumerate(_promises(draft)):
             accepted = self.accepted.get(bin_, 0.0) + (node in kept)
-            fade = 0.5 if seen > MEMORY else 1.0
-            self.seen[bin_], self.accepted[bin_] = seen * fade, accepted * fade
+            promised = self.promised.get(bin_, 0.0) + promise
+            fade = 0.5 if max(accepted, promised) > MEMORY else 1.0
+            self.accepted[bin_], self.promised[bin_] = fade * accepted, fade * promised
 
 
-def _bins(draft: Draft) -> list[tuple[int, float]]:
-    """Bin and promise of each node."""
+def _promises(draft: Draft) -> list[tuple[int, float]]:
+    """Bin and promised probability of each node."""
     if draft.estimates:
-        return [(min(int(estimate * BINS), BINS - 1), min(estimate, 1.0)) for estimate in draft.estimates]
-    return [(-depth, 0.5**depth) for depth in draft.depths()]
+        promises = [min(max(estimate, SMALLEST), 1.0) for estimate in draft.estimates]
+        return [(round(BINS * math.log2(promise)), promise) for promise in promises]
+    return [(depth, 0.5**depth) for depth in draft.depths()]
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Planner:
     def __init__(self, cost: VerifyCost) -> None:
         self.cost = cost
 
-    def rate(self, tokens: float, rows: int, context: float, batch: int = 1, spent: float = 0.0) -> float:
+    def rate(self, tokens: float, rows: float, context: float, batch: int = 1, spent: float = 0.0) -> float:
         """Tokens per second of a step of `rows` rows that gives `tokens`, with `spent` seconds of drafting."""
         return tokens / (self.cost.of(rows, context, batch) + spent)
 
@@ -89,19 +95,15 @@ class Planner:
             others: further requests of the batch, without drafts.
         """
         batch = len(probabilities) + others
-        heap = [(-p, index, node) for index, each in enumerate(probabilities) for node, p in enumerate(each)]
-        heapq.heapify(heap)
+        order = sorted((-p, index, node) for index, each in enumerate(probabilities) for node, p in enumerate(each))
         tokens, rows = float(batch), batch
         best_rate, best_size = self.rate(tokens, rows, context, batch, spent), 0
-        order: list[tuple[int, int]] = []
-        while heap:
-            negative, index, node = heapq.heappop(heap)
-            order.append((index, node))
+        for negative, _, _ in order:
             tokens, rows = tokens - negative, rows + 1
             rate = self.rate(tokens, rows, context, batch, spent)
             if rate > best_rate:
-                best_rate, best_size = rate, len(order)
+                best_rate, best_size = rate, rows - batch
         nodes: list[list[int]] = [[] for _ in probabilities]
-        for index, node in order[:best_size]:
+        for _, index, node in order[:best_size]:
             nodes[index].append(node)
         return Plan([sorted(each) for each in nodes], best_rate)

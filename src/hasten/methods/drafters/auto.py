@@ -1,9 +1,11 @@
 """Auto: several drafters at once, and a planner that verifies only what pays on this machine.
 
-At every step the cheap drafters are asked first; the costlier ones only if their record promises more than the best
-draft at hand. A draft's estimates are turned into measured probabilities (`Calibration`, per drafter over all requests,
-and a factor of trust per request), and the planner cuts it to the nodes that pay by the verify-cost curve v(n), which
-is measured once per model and machine. No nodes at all is plain decoding, on the same path.
+At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
+hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
+gain in the request; drafters that come to nothing rest. A draft's estimates are turned into measured probabilities
+(`Calibration`, per drafter over all requests, and a factor of trust per request), and the planner cuts it to the nodes
+that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain decoding,
+on the same path.
 
 Exactness: lossless, as its candidates are. Under `acceptance="max"` a sampled draft is verified whole, and is never
 set against another one: a choice by the values of its samples would bias the result.
@@ -11,27 +13,26 @@ set against another one: a choice by the values of its samples would bias the re
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.cost import VerifyCost, verify_cost
-from hasten.engine.planner import Calibration, Planner
+from hasten.engine.planner import Planner
 from hasten.engine.registry import create, is_lossless
 from hasten.errors import UserError
+from hasten.methods.drafters.auto_candidate import FADE, Candidate, Record
+from hasten.methods.drafters.auto_experience import Experience
 from hasten.model.taps import Taps
 
 CANDIDATES = "suffix/token-recycling"
-CHEAP = 0.05
-"""Share of a plain step below which a drafter is simply asked."""
-TRIALS = 4
-"""How often a costly drafter is asked before its record counts."""
-LONGEST_SLEEP = 64
-"""Steps for which a drafter without success is left alone, at most."""
-FADE = 0.95
-"""Weight of the past in running means, per drafted step."""
+CHEAP = 0.1
+"""Share of a plain step below which a drafter is simply asked, unless it rests."""
+TRIALS = 8
+"""How often a drafter is asked before its time and record count."""
+RETRIAL = 64
+"""Steps after which a drafter is asked again, whatever its record: texts change."""
 
 
 @dataclass(frozen=True)
@@ -55,64 +56,23 @@ class AutoParameters:
 
 
 @dataclass
-class _Record:
-    """One request's experience with one drafter."""
-
-    promised: float = 0.0
-    accepted: float = 0.0
-    misses: int = 0
-    sleep: int = 0
-
-    @property
-    def trust(self) -> float:
-        """How much more or less was accepted than promised; one without experience."""
-        return min(max((2.0 + self.accepted) / (2.0 + self.promised), 0.05), 2.0)
-
-
-@dataclass
-class _Candidate:
-    """A drafter with what is known of it: means per request and step of drafting time, nodes and expected tokens."""
-
-    drafter: Drafter
-    calibration: Calibration = field(default_factory=Calibration)
-    asked: int = 0
-    seconds: float = 0.0
-    size: float = 0.0
-    gain: float = 0.0
-    records: dict[int, _Record] = field(default_factory=dict)
-
-    def record(self, request: Request) -> _Record:
-        return self.records.setdefault(request.id, _Record())
-
-    def ask(self, requests: Sequence[Request], budgets: Sequence[int]) -> tuple[list[Draft], float]:
-        """Drafts, and seconds per request."""
-        started = time.perf_counter()
-        drafts = self.drafter.propose_all(requests, budgets)
-        seconds = (time.perf_counter() - started) / len(requests)
-        self.asked += 1
-        # The first call loads and compiles things: it says nothing about those to come.
-        self.seconds = seconds if self.asked <= 2 else FADE * self.seconds + (1 - FADE) * seconds
-        return drafts, seconds
-
-    def note(self, size: int, gain: float) -> None:
-        """Remember how much of a draft paid, and the tokens that it promised."""
-        weight = min(self.asked / (self.asked + 1), FADE)
-        self.size = weight * self.size + (1 - weight) * size
-        self.gain = weight * self.gain + (1 - weight) * gain
-
-
-@dataclass
 class _Choice:
     """The draft that a request goes into the step with.
 
-    `rate` is the batch's tokens per second if this request alone drafts; `spent` the seconds of all drafters asked.
+    Attributes:
+        tokens: to expect of it, the target's own one not counted.
+        spent: seconds of all drafters asked.
+        forecast: seconds of the step's forward pass by the curve.
+        clock: the request's forward seconds before it.
     """
 
     draft: Draft
-    rate: float
-    candidate: _Candidate | None = None
+    candidate: Candidate
     probabilities: list[float] = field(default_factory=list)
+    tokens: float = 0.0
     spent: float = 0.0
+    forecast: float = 0.0
+    clock: float = 0.0
 
 
 @register(
@@ -130,10 +90,14 @@ class Auto(Drafter):
         names = parameters.candidates or CANDIDATES
         if not parameters.candidates and target.folder and Path(f"{target.folder.rstrip('/')}-draft").is_dir():
             names += "/draft-model"
-        self.candidates = [_Candidate(create(name, target)) for name in names.split("/")]
-        self.taps = tuple({site: None for each in self.candidates for site in each.drafter.taps})
+        self._drafters = [create(name, target) for name in names.split("/")]
+        self.candidates = [Candidate(drafter) for drafter in self._drafters]
+        self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})
+        self._plain = Candidate()
         self._target = target
         self._planner: Planner | None = None
+        self._experience = Experience(len(self.candidates))
+        self._lengths: dict[int, float] = {}
         self._chosen: dict[int, _Choice] = {}
 
     @property
@@ -150,11 +114,15 @@ class Auto(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return sum(each.drafter.memory_bytes for each in self.candidates)
+        return sum(drafter.memory_bytes for drafter in self._drafters)
 
     def begin(self, request: Request) -> None:
-        for each in self.candidates:
-            each.drafter.begin(request)
+        expected = self._experience.expect(request.tokens)
+        self._lengths[request.id] = expected.length
+        for each, outcome in zip(self.candidates, expected.outcomes, strict=True):
+            each.records[request.id] = Record(outcome, expected.weight)
+        for drafter in self._drafters:
+            drafter.begin(request)
 
     def propose(self, request: Request, budget: int) -> Draft:
         return self.propose_all([request], [budget])[0]
@@ -163,94 +131,120 @@ class Auto(Drafter):
         """Each request's best draft, cut to what pays in this batch."""
         batch = len(requests)
         context = sum(len(request.tokens) for request in requests) / batch
-        plain = self._plans.rate(batch, batch, context, batch)
-        choices = [_Choice(Draft(), plain) for _ in requests]
+        choices = [_Choice(Draft(), self._plain) for _ in requests]
         for candidate in self.candidates:
-            awake = [
+            worth = [
                 index
                 for index, request in enumerate(requests)
                 if self._worth_asking(candidate, request, choices[index], context, batch)
             ]
-            if not awake:
+            if not worth:
                 continue
-            drafts, spent = candidate.ask([requests[i] for i in awake], [budgets[i] for i in awake])
-            for index, draft in zip(awake, drafts, strict=True):
+            drafts, spent = candidate.ask([requests[i] for i in worth], [budgets[i] for i in worth])
+            for index, draft in zip(worth, drafts, strict=True):
                 choices[index].spent += spent
                 self._compare(choices[index], candidate, requests[index], draft, context, batch)
-        plan = self._plans.plan(
-            [choice.probabilities for choice in choices], context, sum(choice.spent for choice in choices)
-        )
-        for request, choice, nodes in zip(requests, choices, plan.nodes, strict=True):
-            if not choice.draft.drawn and len(nodes) < len(choice.draft):
-                choice.draft = choice.draft.subset(nodes)
-                choice.probabilities = [choice.probabilities[node] for node in nodes]
+        if batch > 1:
+            self._cut(choices, context)
+        forecast = self._plans.cost.of(batch + sum(len(choice.draft) for choice in choices), context, batch)
+        for request, choice in zip(requests, choices, strict=True):
+            choice.forecast, choice.clock = forecast, request.statistics.forward_seconds
             self._chosen[request.id] = choice
         return [choice.draft for choice in choices]
 
-    def _worth_asking(self, candidate: _Candidate, request: Request, best: _Choice, context: float, batch: int) -> bool:
-        """Whether a drafter's record promises more than the best draft at hand, or there is no record yet."""
+    def _rate(self, choice: _Choice, context: float, batch: int) -> float:
+        """The batch's tokens per second if this request alone drafts."""
+        spent = choice.spent + choice.candidate.extra.value
+        return self._plans.rate(batch + choice.tokens, batch + len(choice.draft), context, batch, spent)
+
+    def _worth_asking(self, candidate: Candidate, request: Request, best: _Choice, context: float, batch: int) -> bool:
+        """Whether a drafter is new, costs next to nothing, or promises more than the best draft at hand."""
         if best.draft.drawn:
             return False
-        record = candidate.record(request)
-        if record.sleep > 0:
-            record.sleep -= 1
+        record = candidate.records[request.id]
+        if record.rest > 0:
+            record.rest -= 1
             return False
-        step = self._plans.cost.of(batch, context, batch)
-        if candidate.asked < TRIALS or candidate.seconds < CHEAP * step:
-            return True
-        tokens = batch + candidate.gain * record.trust
-        spent = best.spent + candidate.seconds
-        return self._plans.rate(tokens, batch + round(candidate.size), context, batch, spent) > best.rate
+        record.idle += 1
+        known = candidate.seconds.count >= TRIALS and record.idle <= RETRIAL
+        if known and candidate.seconds.value >= CHEAP * self._plans.cost.of(batch, context, batch):
+            tokens, rows, seconds = batch + record.gain, batch + candidate.size.value, candidate.seconds.value
+            if not record.asks:
+                # Reading the prompt is paid for by all drafts that are still to come.
+                left = self._lengths[request.id] - len(request.output)
+                seconds += candidate.reading.value * len(request.tokens) / max(left / (1.0 + record.gain), 1.0)
+            rate = self._plans.rate(tokens, rows, context, batch, best.spent + seconds + candidate.extra.value)
+            if rate <= self._rate(best, context, batch):
+                return False
+        record.idle = 0
+        return True
 
     def _compare(
-        self, best: _Choice, candidate: _Candidate, request: Request, draft: Draft, context: float, batch: int
+        self, best: _Choice, candidate: Candidate, request: Request, draft: Draft, context: float, batch: int
     ) -> None:
-        """Make a new draft the choice if it is better, at its best size, than the draft at hand at its own."""
-        record = candidate.record(request)
-        probabilities = candidate.calibration.probabilities(draft, record.trust)
-        plan = self._plans.plan([probabilities], context, best.spent, others=batch - 1)
-        if draft.drawn:
-            # Sampled: taken before its values were known, so whole and without another look.
-            candidate.note(len(draft), sum(probabilities))
-        else:
-            candidate.note(len(plan.nodes[0]), sum(probabilities[node] for node in plan.nodes[0]))
-            if not plan.nodes[0] or plan.rate <= best.rate:
-                if best.candidate is None:
+        """Make a new draft the choice if it is better, at its best size, than the draft at hand."""
+        probabilities = candidate.calibration.probabilities(draft, candidate.records[request.id].trust)
+        if not draft.drawn:
+            # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
+            plan = self._plans.plan([probabilities], context, best.spent + candidate.extra.value, others=batch - 1)
+            if not plan.nodes[0] or plan.rate <= self._rate(best, context, batch):
+                kept = plan.nodes[0]
+                candidate.note(request, len(kept), sum(probabilities[node] for node in kept))
+                if best.candidate is self._plain:
                     # Not even better than plain decoding.
-                    self._missed(record)
+                    candidate.records[request.id].missed()
                 return
-        best.draft, best.rate, best.candidate, best.probabilities = draft, plan.rate, candidate, probabilities
+            if len(plan.nodes[0]) < len(draft):
+                draft = draft.subset(plan.nodes[0])
+                probabilities = [probabilities[node] for node in plan.nodes[0]]
+        best.draft, best.candidate, best.probabilities = draft, candidate, probabilities
+        best.tokens = sum(probabilities)
 
-    @staticmethod
-    def _missed(record: _Record) -> None:
-        """Leave a drafter alone for longer and longer while nothing comes of it."""
-        record.misses += 1
-        record.sleep = min(2 ** max(record.misses - 3, 0) - 1, LONGEST_SLEEP)
+    def _cut(self, choices: Sequence[_Choice], context: float) -> None:
+        """Cut the drafts of a batch together: every row makes the step dearer for all."""
+        spent = sum(choice.spent for choice in choices)
+        plan = self._plans.plan([choice.probabilities for choice in choices], context, spent)
+        for choice, nodes in zip(choices, plan.nodes, strict=True):
+            if not choice.draft.drawn and len(nodes) < len(choice.draft):
+                choice.draft = choice.draft.subset(nodes)
+                choice.probabilities = [choice.probabilities[node] for node in nodes]
 
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
-        for each in self.candidates:
-            each.drafter.observe_prompt(request, start, taps)
+        for drafter in self._drafters:
+            drafter.observe_prompt(request, start, taps)
 
     def observe(self, request: Request, seen: Observation) -> None:
         choice = self._chosen.pop(request.id, None)
-        if choice is not None and choice.candidate is not None and seen.draft:
-            self._learn(choice.candidate, request, choice, seen)
-        for each in self.candidates:
-            each.drafter.observe(request, seen)
+        if choice is not None:
+            # A hiccup of the machine says nothing about a drafter.
+            late = request.statistics.forward_seconds - choice.clock - choice.forecast
+            choice.candidate.extra.add(min(max(late, 0.0), choice.forecast))
+            if seen.draft and choice.candidate is not self._plain:
+                self._learn(choice.candidate, request, seen)
+        for each, drafter in zip(self.candidates, self._drafters, strict=True):
+            # One that rests is left alone, unless it needs the hidden states of every token.
+            if drafter.taps or not each.records[request.id].rest:
+                drafter.observe(request, seen)
 
-    def _learn(self, candidate: _Candidate, request: Request, choice: _Choice, seen: Observation) -> None:
+    @staticmethod
+    def _learn(candidate: Candidate, request: Request, seen: Observation) -> None:
         """What the verdict says about a drafter and its estimates."""
-        record = candidate.record(request)
+        record = candidate.records[request.id]
+        candidate.note(request, len(seen.draft), len(seen.path))
         record.promised = FADE * record.promised + sum(candidate.calibration.probabilities(seen.draft))
         record.accepted = FADE * record.accepted + len(seen.path)
         candidate.calibration.observe(seen.draft, seen.path)
         if seen.path:
             record.misses = 0
         else:
-            self._missed(record)
+            record.missed()
 
     def end(self, request: Request) -> None:
         self._chosen.pop(request.id, None)
-        for each in self.candidates:
-            each.records.pop(request.id, None)
-            each.drafter.end(request)
+        self._lengths.pop(request.id, None)
+        records = [each.records.pop(request.id, None) for each in self.candidates]
+        if request.started:
+            outcomes = [None if record is None else record.outcome for record in records]
+            self._experience.remember(request.tokens[: request.prompt_length], len(request.output), outcomes)
+        for drafter in self._drafters:
+            drafter.end(request)
