@@ -32,6 +32,10 @@ VARIANTS = {
     ],
     "dyspec": ["dyspec:nodes=12", "dyspec:construction=fixed,nodes=10,max_depth=4"],
     "vocabtrim": ["vocabtrim:tokens=90,confidence=0", "vocabtrim:tokens=60,forced=false,width=3,length=3"],
+    "specmemo": [
+        "specmemo:drafter=ngram",
+        "specmemo:budget=64MiB,nodes=12,drafter=token-recycling:shared=false",
+    ],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],
 }

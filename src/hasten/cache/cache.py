@@ -41,6 +41,10 @@ class Cache:
         """An empty sequence."""
         return Sequence(self)
 
+    def block_bytes(self, slots: int) -> int:
+        """What a fresh block with room for so many slots takes."""
+        return Block.bytes_for(self._groups, max(slots, MINIMUM_BLOCK), self.dtype)
+
     def block(self, capacity: int, ideal: int = 0) -> Block:
         """A fresh block with one reference.
 

@@ -59,6 +59,11 @@ class Sequence:
         """Committed slots."""
         return sum(view.length for view in self._views)
 
+    @property
+    def room(self) -> int:
+        """Slots behind the last one that are there already."""
+        return self._views[-1].block.capacity - self._views[-1].length if self._views else 0
+
     def reserve(self, slots: int) -> None:
         """Make room for `slots` further slots, so that appends need not grow the block again."""
         self._refuse_released()

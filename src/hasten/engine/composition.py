@@ -28,6 +28,9 @@ class FirstOf(Drafter):
     def memory_bytes(self) -> int:
         return sum(drafter.memory_bytes for drafter in self.drafters)
 
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        return sum(drafter.growth_bytes(requests, rows) for drafter in self.drafters)
+
     def begin(self, request: Request) -> None:
         for drafter in self.drafters:
             drafter.begin(request)

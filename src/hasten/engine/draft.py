@@ -10,6 +10,8 @@ from torch import Tensor
 
 ROOT = -1
 """As a parent: the last committed token."""
+MAX_DRAFT = 128
+"""Nodes of one draft, whatever its drafter asks for."""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from hasten.engine.draft import Draft
+from hasten.engine.draft import MAX_DRAFT, Draft
 from hasten.model.taps import Site, Taps
 
 if TYPE_CHECKING:
@@ -42,13 +42,33 @@ class Drafter:
     demand) and dropped in `end`; state that outlives requests must be bounded.
     """
 
+    alone: ClassVar[bool] = False
+    """Whether it must be the whole method, not a part of a composition."""
+
     taps: tuple[tuple[Site, int], ...] = ()
     """Hidden states that `observe` and `observe_prompt` are given."""
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of state held now (tables, caches; not the weights of the target), for reports and budgets."""
+        """Bytes of state held now (tables, caches, own weights; not those of the target), for reports and budgets."""
         return 0
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        """Bytes that `memory_bytes` grows by, at most, when drafts for these requests are begun, or verified.
+
+        Args:
+            requests: that will be proposed for, or shown.
+            rows: of a verification that will be shown; 0 before drafting.
+        """
+        return 0
+
+    def headroom(self, request: Request) -> int:
+        """Cache slots to set aside for a request's output: what it may still produce, within reason, and a draft."""
+        return min(request.stopper.left, 512) + MAX_DRAFT
+
+    def admits(self, request: Request) -> bool:
+        """Whether a waiting request may start now; asked before every step until it may."""
+        return True
 
     def begin(self, request: Request) -> None:
         """A request starts; `request.tokens` is its prompt."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hasten.cache import Cache
 from hasten.engine import registry, verification
-from hasten.engine.draft import ROOT, Draft
+from hasten.engine.draft import MAX_DRAFT, ROOT, Draft
 from hasten.engine.drafter import Drafter, Observation
 from hasten.engine.grammar import Grammars, GrammarState
+from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.request import Request, TokenKind, TokenLogprobs
 from hasten.engine.sampling import Sampler
@@ -24,9 +25,6 @@ from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
-
-MAX_DRAFT = 128
-"""Nodes of one draft, whatever its drafter asks for."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Engine:
         self.scheduler = Scheduler(limits or Limits())
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
         self.target = registry.Target(model, tokenizer, folder)
+        self.ledger = Ledger()
         self._drafters: dict[str, Drafter] = {}
         self._grammars: Grammars | None = None
         self._next_id = 0
@@ -183,6 +182,7 @@ class Engine:
         logits = self.model.forward(rows, wanted, taps)
         best = logits.argmax(-1).tolist() if any(s.decodes and s.request.sampler.is_argmax for s in plan) else None
         forward_seconds = time.perf_counter() - started
+        self._record(plan, rows, logits)
 
         progress, offset = [], 0
         for scheduled, span, draft in zip(plan, rows.spans, drafts, strict=True):
@@ -201,6 +201,11 @@ class Engine:
                 progress += [self._decode(each, draft, logits[offset:stop], own, None, 0) for each in choices]
             offset = stop
         return progress
+
+    def _record(self, plan: Sequence[Scheduled], rows: Rows, logits: Tensor) -> None:
+        """Enter the step into the ledger."""
+        masks = sum(span.mask.nbytes for span in rows.spans if span.mask is not None)
+        self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
 
     def _propose(self, plan: Sequence[Scheduled]) -> list[Draft]:
         """A clamped draft per scheduled request; none while a prompt is being read."""
@@ -235,7 +240,7 @@ class Engine:
             cached = request.sequence.length
             if cached in (0, request.prompt_length):
                 # Before the prompt's first chunk; and before a forked choice's own first row.
-                request.sequence.reserve(len(request.tokens) - cached + self._headroom(request))
+                request.sequence.reserve(len(request.tokens) - cached + request.drafter.headroom(request))
             tokens += request.tokens[cached : cached + scheduled.rows]
             positions += range(cached, cached + scheduled.rows)
             if scheduled.decodes:
@@ -288,10 +293,6 @@ class Engine:
         heir.sequence, leader.sequence, heir.leader = leader.sequence, heir.sequence, None
         for follower in followers[1:]:
             follower.leader = heir
-
-    def _headroom(self, request: Request) -> int:
-        """Slots to set aside for output: what the request may still produce, within reason, and a draft."""
-        return min(request.stopper.left, 512) + MAX_DRAFT
 
     def _decode(
         self,

@@ -148,13 +148,13 @@ def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
     return text
 
 
-def split(spec: str) -> list[str]:
-    """The parts of a composition `a+b:key=value`; a `+` inside a value (a file name) separates nothing."""
+def split(spec: str, separator: str = "+") -> list[str]:
+    """The parts of a composition `a+b:key=value`; a separator inside a value (a file name) separates nothing."""
     parts: list[str] = []
-    for piece in spec.split("+"):
+    for piece in spec.split(separator):
         slug = piece.partition(":")[0].strip()
         if parts and ":" in parts[-1] and slug not in methods():
-            parts[-1] += "+" + piece
+            parts[-1] += separator + piece
         else:
             parts.append(piece)
     return parts
@@ -169,7 +169,12 @@ def create(spec: str, target: Target) -> Drafter:
         UserError: unknown method or key, a value of the wrong type or out of range.
     """
     drafters = [method.create(target, parameters) for method, parameters in map(parse, split(spec))]
-    return drafters[0] if len(drafters) == 1 else FirstOf(drafters)
+    if len(drafters) == 1:
+        return drafters[0]
+    for part, drafter in zip(split(spec), drafters, strict=True):
+        if drafter.alone:
+            raise UserError(f"{part.partition(':')[0]} cannot be a part of a composition; name its drafters as its own")
+    return FirstOf(drafters)
 
 
 def is_lossless(spec: str) -> bool:

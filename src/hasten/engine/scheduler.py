@@ -69,6 +69,8 @@ class Scheduler:
     def plan(self) -> list[Scheduled]:
         """Requests of the next step with their rows; a request whose leader still reads the prompt waits."""
         while self.waiting and len(self.running) < self.limits.sequences:
+            if not self.waiting[0].drafter.admits(self.waiting[0]):
+                break
             self.running.append(self.waiting.popleft())
         ready = [request for request in self.running if request.leader is None]
         decoding = [Scheduled(request, 1) for request in ready if request.started]

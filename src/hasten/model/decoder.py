@@ -31,6 +31,9 @@ class Model(Protocol):
     def cache_dtype(self) -> torch.dtype:
         """Of keys and values."""
 
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one forward pass of few rows reads."""
+
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """Float32 logits [wanted rows, vocabulary] (all rows if `wanted` is None).
 

@@ -43,6 +43,9 @@ class OracleModel:
         self.device = torch.device("cpu")
         self.cache_dtype = torch.float32
 
+    def weight_bytes(self) -> int:
+        return 0
+
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """See `hasten.model.decoder.Model.forward`; there are no hidden states to tap."""
         chosen = range(len(rows.tokens)) if wanted is None else wanted

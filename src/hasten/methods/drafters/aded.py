@@ -289,6 +289,10 @@ class Aded(Drafter):
         adapted = sum(400 + 64 * len(known.tokens) for known in self._adapted.values())
         return adapted + (self._table.memory_bytes if self._table is not None else 0)
 
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        unread = sum(len(request.tokens) - self._counted.get(request.id, 0) for request in requests)
+        return unread * (400 + 64 * self.parameters.successors)
+
     def propose(self, request: Request, budget: int) -> Draft:
         self._adapt(request)
         nodes = min(self.parameters.nodes, budget)

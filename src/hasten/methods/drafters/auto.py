@@ -20,7 +20,7 @@ from pathlib import Path
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
-from hasten.engine.registry import create, is_lossless
+from hasten.engine.registry import create, is_lossless, split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import FADE, Candidate, Record
 from hasten.methods.drafters.auto_experience import Experience
@@ -48,7 +48,7 @@ class AutoParameters:
     candidates: str = ""
 
     def __post_init__(self) -> None:
-        for name in filter(None, self.candidates.split("/")):
+        for name in filter(None, split(self.candidates, "/")):
             if name.partition(":")[0] == "auto":
                 raise UserError("auto: it cannot be a candidate of itself")
             if not is_lossless(name):
@@ -90,7 +90,9 @@ class Auto(Drafter):
         names = parameters.candidates or CANDIDATES
         if not parameters.candidates and target.folder and Path(f"{target.folder.rstrip('/')}-draft").is_dir():
             names += "/draft-model"
-        self._drafters = [create(name, target) for name in names.split("/")]
+        self._drafters = [create(name, target) for name in split(names, "/")]
+        if any(drafter.alone for drafter in self._drafters):
+            raise UserError("auto: specmemo cannot be a candidate; use specmemo:drafter=auto")
         self.candidates = [Candidate(drafter) for drafter in self._drafters]
         self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})
         self._plain = Candidate()
@@ -115,6 +117,9 @@ class Auto(Drafter):
     @property
     def memory_bytes(self) -> int:
         return sum(drafter.memory_bytes for drafter in self._drafters)
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)
 
     def begin(self, request: Request) -> None:
         expected = self._experience.expect(request.tokens)

@@ -20,7 +20,7 @@ fast for keys this short. Beyond the paper, each a parameter or free of charge:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -129,6 +129,17 @@ class CopySpec(Drafter):
             sys.getsizeof(memory.table) + entry * len(memory.table) + 8 * memory.indexed
             for memory in self._memories.values()
         )
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        entry = sys.getsizeof((0,) * self.parameters.gamma) + sys.getsizeof([0]) + 8
+        grown = 0
+        for request in requests:
+            memory = self._memories.get(request.id)
+            tokens = len(request.tokens) - (memory.indexed if memory is not None else 0)
+            # A dictionary that is full is made anew, at a few times its size.
+            table = 4 * sys.getsizeof(memory.table) if memory is not None else 128 * tokens + 64
+            grown += tokens * entry + (table if tokens else 0)
+        return grown
 
     def propose(self, request: Request, budget: int) -> Draft:
         tokens = request.tokens

@@ -7,6 +7,8 @@ retrieval; proposes nothing where nothing repeats.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten.engine import Draft, Drafter, Request, Target, register
@@ -54,6 +56,26 @@ class Ngram(Drafter):
     def __init__(self, target: Target, parameters: NgramParameters) -> None:
         self.parameters = parameters
         self._indices: dict[int, _Index] = {}
+        # A key, and its number.
+        self._entry = sys.getsizeof((0,) * parameters.maximum) + 32
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the tables, estimated from their sizes."""
+        return sum(
+            sys.getsizeof(index.followers) + self._entry * len(index.followers) for index in self._indices.values()
+        )
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        grown = 0
+        for request in requests:
+            index = self._indices.get(request.id)
+            tokens = len(request.tokens) - (index.indexed if index is not None else 0)
+            entries = tokens * (self.parameters.maximum - self.parameters.minimum + 1)
+            # A dictionary that is full is made anew, at a few times its size.
+            table = 4 * sys.getsizeof(index.followers) if index is not None else 128 * entries + 64
+            grown += entries * self._entry + (table if tokens else 0)
+        return grown
 
     def propose(self, request: Request, budget: int) -> Draft:
         index = self._indices.setdefault(request.id, _Index())

@@ -221,7 +221,23 @@ class SmallModelDrafter(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return self.cache.used_bytes
+        return self.cache.used_bytes + self.model.weight_bytes()
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        grown = 0
+        for request in requests:
+            sequence = self._sequences.get(request.id)
+            if sequence is None:
+                grown += self.cache.block_bytes(self._slots(request))
+            elif len(request.tokens) - sequence.length + HEADROOM > sequence.room:
+                # A block that is outgrown is copied to one of twice its size.
+                grown += self.cache.block_bytes(2 * (sequence.length + sequence.room))
+        return grown
+
+    @staticmethod
+    def _slots(request: Request) -> int:
+        """Slots that a request's cache begins with."""
+        return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
 
     def end(self, request: Request) -> None:
         sequence = self._sequences.pop(request.id, None)
@@ -289,5 +305,5 @@ class SmallModelDrafter(Drafter):
         sequence = self._sequences.get(request.id)
         if sequence is None:
             sequence = self._sequences[request.id] = self.cache.sequence()
-            sequence.reserve(len(request.tokens) + min(request.stopper.left, 512) + HEADROOM)
+            sequence.reserve(self._slots(request))
         return sequence

@@ -170,6 +170,10 @@ class Stand(Drafter):
         """As CPython stores it: about 500 bytes per context, and 64 per token that may follow."""
         return sum(500 + 64 * len(entry.ids) for entry in self._table.values())
 
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        sizes = self.parameters.maximum - self.parameters.minimum + 1
+        return len(requests) * rows * sizes * (500 + 64 * self.parameters.top)
+
     def end(self, request: Request) -> None:
         if not self.parameters.shared:
             for key in [key for key in self._table if key[0] == request.id]:

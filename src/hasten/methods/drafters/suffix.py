@@ -255,6 +255,17 @@ class Suffix(Drafter):
         own = sum(running.index.memory_bytes for running in self._running.values())
         return own + (self.store.memory_bytes if self.store is not None else 0)
 
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        grown = 0
+        for request in requests:
+            running = self._running.get(request.id)
+            tokens = len(request.tokens) - (running.read if running is not None else 0)
+            grown += running.index.growth_bytes(tokens) if running is not None else SuffixIndex.fresh_bytes(tokens)
+            if self.store is not None:
+                shared = self.store.index(request.params.tenant)
+                grown += shared.growth_bytes(tokens) if shared is not None else SuffixIndex.fresh_bytes(tokens)
+        return grown
+
     def propose(self, request: Request, budget: int) -> Draft:
         running = self._read(request)
         matching = min(self.parameters.depth, len(request.tokens)) - 1

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 ROOT, NOWHERE = 0, -1
+BYTES_PER_STATE = 400
+"""Six numbers and, where several tokens follow, a dictionary of a few."""
 MANY = -1
 """In place of a state's only token: it has none, or several in `_branches`."""
 
@@ -78,6 +80,20 @@ class SuffixIndex:
         branches = sys.getsizeof(self._branches) + sum(map(sys.getsizeof, self._branches.values()))
         tokens = sum(4 * len(sequence.tokens) for sequence in self._sequences.values())
         return sum(4 * len(each) for each in arrays) + branches + tokens
+
+    def growth_bytes(self, tokens: int) -> int:
+        """What so many further tokens add at most.
+
+        Each makes up to two states, one of them a copy with all branches, of which none has more than the root; the
+        table of branches may be made anew at several times its size.
+        """
+        widest = sys.getsizeof(self._branches.get(ROOT, {}))
+        return tokens * (2 * BYTES_PER_STATE + widest) + 4 * sys.getsizeof(self._branches) * (tokens > 0)
+
+    @classmethod
+    def fresh_bytes(cls, tokens: int) -> int:
+        """What an index of so many tokens holds at most: with all of them different the root is the widest table."""
+        return tokens * (2 * BYTES_PER_STATE + 128) + BYTES_PER_STATE
 
     def add(self) -> int:
         """Begin a sequence; returns its number."""

@@ -190,6 +190,12 @@ class TokenRecycling(Drafter):
     def memory_bytes(self) -> int:
         return sum(memory.bytes for memory in (self._default, *self._tenants.values(), *self._private.values()))
 
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        if self.parameters.shared:
+            new = {request.params.tenant for request in requests} - {"", *self._tenants}
+            return len(new) * self._default.bytes
+        return sum(request.id not in self._private for request in requests) * self._default.bytes
+
     def begin(self, request: Request) -> None:
         if self.parameters.warm_prompt:
             _warm(self._memory(request).successors, request.tokens)

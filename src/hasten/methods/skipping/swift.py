@@ -305,6 +305,13 @@ class Swift(Drafter):
     def memory_bytes(self) -> int:
         return sum(search.nbytes for search in self._searches.values())
 
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        # A search adds a set and its score per trial; a new tenant begins one.
+        fresh = Search(len(self.model.layers), self.parameters).nbytes
+        return sum(fresh if request.params.tenant not in self._searches else 0 for request in requests) + len(
+            requests
+        ) * 16 * (2 * len(self.model.layers) + 1)
+
     def search(self, tenant: str) -> Search:
         """The tenant's search, begun on demand."""
         if tenant not in self._searches:

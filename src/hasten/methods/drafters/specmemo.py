@@ -1,0 +1,270 @@
+"""SpecMemo: speculation within a budget of bytes.
+
+Yildirim and Chen 2506.01986 ask two questions of speculative decoding on a small device: how few bytes suffice, and
+what speed they leave. The abstract names the means: a model of the footprint, exact reservation of the KV cache instead
+of the longest possible one, and a tree that is sized by what is left. The paper's text was not at hand: footprint,
+admission and the solver for the tree's size are this module's own, and are held to the paper's two questions.
+
+What counts: the KV cache of all requests of this method, the logits that verification looks at, the masks of trees, and
+the drafter (tables, caches, weights). Weights and activations of the target do not; the latter are bounded by the rows
+of a step (`Limits.rows`). The order in which things give way:
+
+1. A request reserves exactly the slots that it may fill (prompt and `max_tokens`). One that does not fit even alone is
+   refused; one that does not fit now waits.
+2. Drafts take what is left: each step, the most nodes for which logits, masks and the drafter's own cache fit; none at
+   all is plain decoding. A drafter's budget is known before it draws, so that sampled drafts stay unbiased.
+3. A drafter that leaves no room for a request is given up, with what it has learned, until there is room for it again.
+
+The sizes of Python tables are those that drafters estimate; everything else is exact. Exactness: lossless, as its
+drafter is; with fewer nodes a step accepts less, never something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hasten.cache import Cache
+from hasten.engine import Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.draft import MAX_DRAFT
+from hasten.engine.memory import logits_bytes, mask_bytes, parse_bytes
+from hasten.engine.registry import create, is_lossless, split
+from hasten.errors import UserError, require
+from hasten.model.taps import Taps
+
+
+@dataclass(frozen=True)
+class SpecMemoParameters:
+    """Parameters.
+
+    Attributes:
+        budget: bytes, such as `64MiB`, for all requests of this method together.
+        drafter: a specification, or several separated by `/`, of which the first that has something to say is heard.
+        nodes: of a draft, at most.
+
+    Raises:
+        UserError: not a size, out of range, or a drafter that is lossy or specmemo itself.
+    """
+
+    budget: str = "1GiB"
+    drafter: str = "token-recycling"
+    nodes: int = 64
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.budget, "specmemo: budget")
+        slugs = [part.partition(":")[0] for part in split(self.drafter, "/")]
+        require(
+            (
+                (1 <= self.nodes <= MAX_DRAFT, f"nodes must be between 1 and {MAX_DRAFT}"),
+                ("specmemo" not in slugs, "it cannot be its own drafter"),
+                (all(map(is_lossless, split(self.drafter, "/"))), f"{self.drafter} is lossy; it must be lossless"),
+            ),
+            "specmemo",
+        )
+
+
+@dataclass
+class _Group:
+    """The choices of one prompt, which share its cache: what they reserve, and who of them is not over yet."""
+
+    kv: int
+    rows: int
+    members: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Inner:
+    """The drafter while there is room for it, with the requests it has seen from their start.
+
+    `bytes` is what it holds at most: what was measured, and all that it may have grown since.
+    """
+
+    drafter: Drafter
+    requests: set[int] = field(default_factory=set)
+    bytes: int = 0
+
+    def measure(self) -> None:
+        """Look at its size; for some tables that takes time, so only where it matters."""
+        self.bytes = self.drafter.memory_bytes
+
+
+@register(
+    "specmemo",
+    family="drafters",
+    exactness="lossless",
+    paper="2506.01986",
+    title="Any drafter within a budget of bytes: exact reservation, drafts as large as still fit",
+    parameters=SpecMemoParameters,
+)
+class SpecMemo(Drafter):
+    """One budget per engine and specification."""
+
+    alone = True
+
+    def __init__(self, target: Target, parameters: SpecMemoParameters) -> None:
+        self.parameters, self._target = parameters, target
+        self.budget = parse_bytes(parameters.budget, "specmemo: budget")
+        self._vocabulary = target.model.config.vocab_size
+        self._cache = Cache(target.model.config.layers, target.model.cache_dtype, target.model.device)
+        self._groups: dict[int, _Group] = {}
+        self._group_of: dict[int, int] = {}
+        self._admitted: set[int] = set()
+        self._inner: _Inner | None = self._fresh()
+        self.taps = self._inner.drafter.taps
+        self._least_drafter = self._inner.bytes
+        if self._least_drafter > self.budget:
+            self._inner = None
+
+    def _fresh(self) -> _Inner:
+        """The drafter as it begins."""
+        inner = _Inner(create("+".join(split(self.parameters.drafter, "/")), self._target))
+        inner.measure()
+        return inner
+
+    # What is held
+
+    @property
+    def memory_bytes(self) -> int:
+        return 0 if self._inner is None else self._inner.drafter.memory_bytes
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        return 0 if self._inner is None else self._inner.drafter.growth_bytes(requests, rows)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that running requests hold or may come to hold without any draft."""
+        return sum(self._need(self._groups[number]) for number in self._admitted)
+
+    @property
+    def free(self) -> int:
+        """Bytes left for drafts."""
+        return self.budget - self.reserved - (0 if self._inner is None else self._inner.bytes)
+
+    def _need(self, group: _Group) -> int:
+        """Of plain decoding: the cache, and a row of logits for each choice."""
+        return group.kv + logits_bytes(group.rows, self._vocabulary)
+
+    # Requests
+
+    def headroom(self, request: Request) -> int:
+        """Exactly what may still come; near the end a tree has no more slots than there are tokens to come."""
+        return request.stopper.left
+
+    def begin(self, request: Request) -> None:
+        """Reserve in writing.
+
+        Raises:
+            UserError: the request does not fit even alone and without drafts.
+        """
+        slots = len(request.tokens) + request.stopper.left
+        number = request.id if request.leader is None else request.leader.id
+        group = self._groups.setdefault(number, _Group(0, 0))
+        # A choice beside the first shares the prompt's block, and fills one of its own.
+        group.kv += self._cache.block_bytes(slots if not group.rows else request.stopper.left + 1)
+        group.rows += 1
+        group.members.add(request.id)
+        self._group_of[request.id] = number
+        need = self._need(group)
+        if need > self.budget:
+            choices = f" and {group.rows} choices" if group.rows > 1 else ""
+            raise UserError(
+                f"specmemo: a prompt of {request.prompt_length} tokens with max_tokens {request.stopper.left}{choices} "
+                f"needs {need:,} bytes, the budget is {self.budget:,}: lower max_tokens or raise the budget"
+            )
+
+    def admits(self, request: Request) -> bool:
+        """Whether the request fits now; a drafter in its way is given up, a running request is not."""
+        number = self._group_of[request.id]
+        if number not in self._admitted:
+            need = self._need(self._groups[number])
+            if need > self.budget - self.reserved:
+                return False
+            if self._inner is not None and need > self.free:
+                self._inner.measure()
+                if need > self.free:
+                    self._inner = None
+            self._admitted.add(number)
+            if self._inner is None and self._least_drafter <= self.free:
+                self._inner = self._fresh()
+        if self._inner is not None and request.id not in self._inner.requests and self._grows(self._inner, [request]):
+            self._inner.drafter.begin(request)
+            self._inner.requests.add(request.id)
+        return True
+
+    def end(self, request: Request) -> None:
+        inner = self._inner
+        if inner is not None and request.id in inner.requests:
+            inner.requests.remove(request.id)
+            if self._grows(inner, [request]):
+                inner.drafter.end(request)
+                inner.measure()
+            else:
+                # What it would learn from the request at its end does not fit.
+                self._inner = None
+        number = self._group_of.pop(request.id, None)
+        if number is None:
+            return
+        group = self._groups[number]
+        group.members.discard(request.id)
+        if not group.members:
+            del self._groups[number]
+            self._admitted.discard(number)
+
+    def _grows(self, inner: _Inner, requests: Sequence[Request], rows: int = 0) -> bool:
+        """Let the drafter grow by what it may need for drafts or a verification; False where that does not fit."""
+        grown = inner.drafter.growth_bytes(requests, rows)
+        if grown > self.free:
+            inner.measure()
+        if grown > self.free:
+            return False
+        inner.bytes += grown
+        return True
+
+    # Drafts
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        return self.propose_all([request], [budget])[0]
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        """Drafts of as many nodes as fit, the same bound for all; none for requests that the drafter has not seen."""
+        drafts = [Draft() for _ in requests]
+        inner = self._inner
+        if inner is None:
+            return drafts
+        seen = [index for index, request in enumerate(requests) if request.id in inner.requests]
+        known = [requests[index] for index in seen]
+        if not known or not self._grows(inner, known):
+            return drafts
+        most = self._nodes(len(known))
+        if most < self.parameters.nodes:
+            inner.measure()
+            most = self._nodes(len(known))
+        if most < 1:
+            return drafts
+        # The slots that are reserved for what may still come hold the draft, too.
+        bounds = [min(most, budgets[index], requests[index].stopper.left - 1) for index in seen]
+        for index, bound, draft in zip(seen, bounds, inner.drafter.propose_all(known, bounds), strict=True):
+            drafts[index] = draft.clamped(bound, MAX_DRAFT, self._vocabulary)
+        return drafts
+
+    def _nodes(self, drafts: int) -> int:
+        """The most nodes for each of so many drafts that fit into what is free."""
+        left = self.free // drafts
+        low, high = 0, self.parameters.nodes
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = logits_bytes(middle, self._vocabulary) + mask_bytes(middle) <= left
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
+        if self._inner is not None and request.id in self._inner.requests:
+            self._inner.drafter.observe_prompt(request, start, taps)
+
+    def observe(self, request: Request, seen: Observation) -> None:
+        """Show it to the drafter, unless what it would remember does not fit; it reads up on the tokens later."""
+        inner = self._inner
+        if inner is None or request.id not in inner.requests:
+            return
+        if inner.drafter.taps or self._grows(inner, [request], len(seen.draft) + 1):
+            inner.drafter.observe(request, seen)

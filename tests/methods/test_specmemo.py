@@ -1,0 +1,176 @@
+"""SpecMemo: never over the budget, refusal below plain decoding's need, the same tokens, everything given back."""
+
+from __future__ import annotations
+
+import pytest
+
+from hasten import SamplingParams, UserError
+from hasten.cache import Cache
+from hasten.engine import Engine, Limits, Target
+from hasten.engine.memory import logits_bytes, mask_bytes
+from hasten.engine.registry import create
+from hasten.methods.drafters.specmemo import SpecMemo, SpecMemoParameters
+
+PROMPTS = [[2, 3, 4] * 4, [9] * 7, list(range(10, 30)), [5, 6] * 9]
+PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
+TREE = "token-recycling"
+
+
+def cache_of(llm) -> Cache:
+    return Cache(llm.model.config.layers, llm.model.cache_dtype, llm.model.device)
+
+
+def plain_need(llm, prompt: int, output: int) -> int:
+    """Bytes of plain decoding, from first principles: keys and values of every layer, positions, a row of logits."""
+    layers = llm.model.config.layers
+    slot = 8 + sum(2 * layer.kv_heads * layer.head_dim * llm.model.cache_dtype.itemsize for layer in layers)
+    return max(prompt + output, 64) * slot + 4 * llm.model.config.vocab_size
+
+
+def decode(llm, drafter, prompts=PROMPTS, params=PARAMS, **limits):
+    """Requests, the engine, and the most bytes of any step, with the drafter's own."""
+    engine = Engine(llm.model, llm.tokenizer, limits=Limits(**limits))
+    requests = [each for prompt in prompts for each in engine.add(prompt, params, drafter)]
+    worst = 0
+    while engine.busy:
+        engine.step()
+        worst = max(worst, engine.ledger.last.total + drafter.memory_bytes)
+    return requests, engine, worst
+
+
+def make(llm, budget: int, drafter: str = TREE, nodes: int = 64) -> SpecMemo:
+    return SpecMemo(
+        Target(llm.model, llm.tokenizer, llm.target_folder), SpecMemoParameters(str(budget), drafter, nodes)
+    )
+
+
+@pytest.fixture
+def llm(llm):
+    llm.target_folder = llm.engine.target.folder
+    return llm
+
+
+@pytest.fixture
+def expected(llm):
+    return [generation.token_ids for generation in llm.generate(PROMPTS, PARAMS, "plain")]
+
+
+@pytest.mark.parametrize("drafter", [TREE, "ngram", "suffix", "draft-model", "copyspec/draft-model:width=2", "auto"])
+@pytest.mark.parametrize("budget", [70_000, 120_000, 150_000, 200_000, 300_000, 500_000, 10**8])
+def test_within_any_budget_the_same_tokens(llm, expected, drafter, budget):
+    memo = make(llm, budget, drafter)
+    requests, engine, worst = decode(llm, memo)
+    assert worst <= budget
+    assert [request.output for request in requests] == expected
+    assert engine.cache.used_bytes == 0 and memo.reserved == 0
+
+
+def test_the_least_budget_is_that_of_plain_decoding(llm, expected):
+    need = plain_need(llm, len(PROMPTS[2]), PARAMS.max_tokens)
+    requests, _, worst = decode(llm, make(llm, need), PROMPTS[2:3])
+    assert requests[0].output == expected[2] and worst <= need
+    with pytest.raises(UserError, match="lower max_tokens or raise the budget"):
+        decode(llm, make(llm, need - 1), PROMPTS[2:3])
+
+
+def test_a_refused_request_leaves_nothing(llm, expected):
+    memo = make(llm, plain_need(llm, 12, 60))
+    engine = Engine(llm.model, llm.tokenizer)
+    with pytest.raises(UserError, match="needs"):
+        engine.add([2] * 200, SamplingParams(max_tokens=50), memo)
+    assert memo.reserved == 0 and not memo._groups and not engine.busy
+    (request,) = engine.add(PROMPTS[0], PARAMS, memo)
+    list(engine.run())
+    assert request.output == expected[0]
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 16, 64])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_prediction_equals_ledger(llm, nodes, batch):
+    memo = make(llm, 10**8, nodes=nodes)
+    requests, engine, _ = decode(llm, memo, PROMPTS[:1] * batch)
+    cache = cache_of(llm)
+    assert engine.ledger.most.kv == batch * cache.block_bytes(len(PROMPTS[0]) + 60)
+    rows = max(request.statistics.rows for request in requests)
+    assert rows > 0
+    assert engine.ledger.most.logits <= batch * logits_bytes(nodes + 1, llm.model.config.vocab_size)
+    assert engine.ledger.most.masks <= batch * mask_bytes(nodes)
+
+
+def test_the_draft_is_as_large_as_fits(llm):
+    """A drafter that always fills its budget shows the solver's choice: one byte less, one node less."""
+    vocabulary, slots = llm.model.config.vocab_size, len(PROMPTS[0]) + 60
+    nodes = 7
+    base = cache_of(llm).block_bytes(slots) + logits_bytes(1, vocabulary)
+    exact = base + logits_bytes(nodes, vocabulary) + mask_bytes(nodes)
+    for budget, most in ((exact, nodes), (exact - 1, nodes - 1)):
+        memo = make(llm, budget, "ngram", nodes=32)
+        memo._admitted.add(0)
+        engine = Engine(llm.model, llm.tokenizer)
+        engine.add(PROMPTS[0], PARAMS, memo)
+        assert memo.free == budget - base
+        assert memo._nodes(1) == most
+
+
+def test_more_bytes_never_mean_smaller_drafts(llm):
+    table = make(llm, 10**8, "token-recycling:nodes=64").memory_bytes
+    need = plain_need(llm, len(PROMPTS[0]), 60)
+    rows = []
+    for extra in (0, table, table + 700, table + 3000, table + 8000, 10**8):
+        requests, _, _ = decode(llm, make(llm, need + extra, "token-recycling:nodes=64"), PROMPTS[:1])
+        rows.append(requests[0].statistics.rows / requests[0].statistics.steps)
+    assert rows == sorted(rows) and rows[-1] > rows[2] > rows[0] == 1
+
+
+def test_requests_wait_for_room(llm, expected):
+    alone = plain_need(llm, 20, 60)
+    memo = make(llm, int(2.2 * alone), "ngram")
+    engine = Engine(llm.model, llm.tokenizer)
+    requests = [engine.add(prompt, PARAMS, memo)[0] for prompt in PROMPTS]
+    most = 0
+    while engine.busy:
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert most == 2
+    assert [request.output for request in requests] == expected
+
+
+def test_choices_of_a_prompt_share_its_cache(llm):
+    params = SamplingParams(n=3, max_tokens=60, ignore_eos=True, temperature=0.8, seed=1)
+    alone, _, _ = decode(llm, create("plain", Target(llm.model, llm.tokenizer)), PROMPTS[2:3], params)
+    for budget in (plain_need(llm, 20, 60) * 3, 10**8):
+        requests, engine, worst = decode(llm, make(llm, budget, "ngram"), PROMPTS[2:3], params, sequences=2)
+        assert [request.output for request in requests] == [request.output for request in alone]
+        assert worst <= budget and engine.cache.used_bytes == 0
+
+
+def test_a_drafter_in_the_way_is_given_up_and_comes_back(llm, expected):
+    table = make(llm, 10**8).memory_bytes
+    alone = plain_need(llm, 20, 60)
+    memo = make(llm, 2 * alone + table // 2)
+    assert memo.memory_bytes == table
+    requests, _, worst = decode(llm, memo)
+    assert worst <= memo.budget
+    assert [request.output for request in requests] == expected
+    decode(llm, memo, PROMPTS[:1])
+    assert memo.memory_bytes == table
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"budget": "much"}, "budget must be a size"),
+        ({"nodes": 0}, "nodes must be"),
+        ({"drafter": "specmemo"}, "its own drafter"),
+        ({"drafter": "nope"}, "unknown method"),
+    ],
+)
+def test_bad_parameters(parameters, sentence):
+    with pytest.raises(UserError, match=sentence):
+        SpecMemoParameters(**parameters)
+
+
+@pytest.mark.parametrize("spec", ["specmemo+ngram", "ngram+specmemo:budget=1MB", "auto:candidates=specmemo"])
+def test_it_stands_alone(llm, spec):
+    with pytest.raises(UserError, match="specmemo"):
+        create(spec, Target(llm.model, llm.tokenizer))
