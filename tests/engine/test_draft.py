@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,3 +135,18 @@ def sound_paths(draft: Draft) -> list[list[int]]:
         if parent < node and parent in paths:
             paths[node] = [*paths[parent], node]
     return list(paths.values())
+
+
+@pytest.mark.parametrize(
+    ("came", "verdicts"),
+    [
+        ([5, 6, 9], [True, True, False, False, False]),
+        ([5, 6], [True, True, False, None, False]),
+        ([8, 6, 7], [False, False, True, False, False]),
+        ([1], [False, False, False, False, False]),
+        ([5], [True, None, False, None, None]),
+    ],
+)
+def test_judged_by_what_came(came, verdicts):
+    draft = Draft([5, 6, 8, 7, 4], [-1, 0, -1, 1, 0])
+    assert draft.judged(came) == verdicts

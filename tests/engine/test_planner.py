@@ -68,7 +68,7 @@ def test_calibration_learns_what_a_drafter_is_worth():
         path: list[int] = []
         while len(path) < 3 and rng.random() < 0.4:
             path.append(len(path))
-        boastful.observe(draft, path)
+        boastful.observe(draft, [node in path for node in range(3)])
     assert boastful.probabilities(draft) == pytest.approx([0.4, 0.16, 0.064], abs=0.1)
 
 
@@ -78,7 +78,7 @@ def test_without_estimates_depth_decides():
     before = calibration.probabilities(draft)
     assert before == pytest.approx([0.5, 0.25, 0.125])
     for _ in range(200):
-        calibration.observe(draft, [0, 1, 2])
+        calibration.observe(draft, [True, True, True])
     assert min(calibration.probabilities(draft)) > 0.9
 
 
@@ -93,7 +93,16 @@ def test_old_observations_fade():
     calibration = Calibration()
     draft = Draft.chain([5], [0.5])
     for _ in range(2000):
-        calibration.observe(draft, [0])
+        calibration.observe(draft, [True])
     for _ in range(600):
-        calibration.observe(draft, [])
+        calibration.observe(draft, [False])
     assert calibration.probabilities(draft)[0] < 0.45
+
+
+def test_what_is_not_known_is_not_counted():
+    calibration = Calibration()
+    draft = Draft.chain([5, 6], [0.9, 0.2])
+    before = calibration.probabilities(draft)[1]
+    for _ in range(50):
+        calibration.observe(draft, [True, None])
+    assert calibration.probabilities(draft)[1] == pytest.approx(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.methods.drafters.auto_candidate import LONGEST_REST, PATIENCE, Mean, Record
+from hasten.methods.drafters.auto_candidate import LATEST, LEAST_START, LONGEST_REST, PATIENCE, Record, Typical
 from hasten.methods.drafters.auto_experience import Outcome
 
 
@@ -21,10 +21,11 @@ def test_hope_sinks_to_what_was_seen():
 
 
 def test_trust_starts_as_expected_and_follows_the_record():
-    record = Record(Outcome(4.0, 0.5), weight=1.0)
-    assert record.trust == pytest.approx(0.5)
+    record = Record(Outcome(4.0, 0.7), weight=1.0)
+    assert record.trust == pytest.approx(0.7)
     record.promised, record.accepted = 30.0, 45.0
-    assert record.trust == pytest.approx(46 / 32)
+    assert record.trust == pytest.approx(46.4 / 32)
+    assert Record(Outcome(4.0, 0.1), weight=1.0).trust == LEAST_START
     assert Record(Outcome(1.0, 1.0), 1.0, promised=1000.0).trust == pytest.approx(0.05)
 
 
@@ -42,11 +43,21 @@ def test_no_draft_no_outcome():
     assert Record(Outcome(1.0, 1.0), weight=1.0).outcome is None
 
 
-def test_a_mean_starts_exact_and_fades():
-    mean = Mean()
-    for value in (1.0, 2.0, 6.0):
-        mean.add(value)
-    assert mean.value == pytest.approx(3.0)
-    for _ in range(200):
-        mean.add(10.0)
-    assert mean.value == pytest.approx(10.0, abs=0.01)
+def test_typical_values_leave_out_the_first_call_and_hiccups():
+    seconds = Typical()
+    for value in (50.0, 1.0, 1.0, 1.1, 900.0, 1.0):
+        seconds.add(value)
+    assert seconds.value == pytest.approx(1.05)
+    for _ in range(LATEST):
+        seconds.add(7.0)
+    assert seconds.value == 7.0
+
+
+def test_typical_values_may_start_somewhere():
+    extra = Typical([0.0] * 7)
+    for _ in range(6):
+        extra.add(3.0)
+    assert extra.value == 0.0
+    for _ in range(3):
+        extra.add(3.0)
+    assert extra.value == 3.0

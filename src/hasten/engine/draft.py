@@ -78,6 +78,17 @@ class Draft:
             node = self.parents[node]
         return nodes[::-1]
 
+    def judged(self, came: Sequence[int]) -> list[bool | None]:
+        """Whether each node was right, given the tokens that came; None for nodes deeper than those tell."""
+        verdicts: list[bool | None] = []
+        depths: list[int] = []
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            depth = 0 if parent == ROOT else depths[parent] + 1
+            above = True if parent == ROOT else verdicts[parent]
+            depths.append(depth)
+            verdicts.append(above and (token == came[depth] if depth < len(came) else None))
+        return verdicts
+
     def mask(self) -> Tensor | None:
         """Boolean [nodes + 1, nodes + 1] with the root as row 0: each row sees its ancestors and itself.
 

@@ -42,11 +42,12 @@ class Calibration:
             result.append(min(promise * factor * trust, 0.99 if parent == ROOT else result[parent]))
         return result
 
-    def observe(self, draft: Draft, path: Sequence[int]) -> None:
-        """Count a verified draft."""
-        kept = set(path)
-        for node, (bin_, promise) in enumerate(_promises(draft)):
-            accepted = self.accepted.get(bin_, 0.0) + (node in kept)
+    def observe(self, draft: Draft, verdicts: Sequence[bool | None]) -> None:
+        """Count nodes that were right or wrong (`Draft.judged`), whether they were verified or not."""
+        for right, (bin_, promise) in zip(verdicts, _promises(draft), strict=True):
+            if right is None:
+                continue
+            accepted = self.accepted.get(bin_, 0.0) + right
             promised = self.promised.get(bin_, 0.0) + promise
             fade = 0.5 if max(accepted, promised) > MEMORY else 1.0
             self.accepted[bin_], self.promised[bin_] = fade * accepted, fade * promised

@@ -22,7 +22,7 @@ from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
 from hasten.engine.registry import create, is_lossless, split
 from hasten.errors import UserError
-from hasten.methods.drafters.auto_candidate import FADE, Candidate, Record
+from hasten.methods.drafters.auto_candidate import Candidate, Record
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.model.taps import Taps
 
@@ -61,6 +61,7 @@ class _Choice:
 
     Attributes:
         tokens: to expect of it, the target's own one not counted.
+        asked: all drafts of the step, whole, with the tokens that were expected of the part that pays.
         spent: seconds of all drafters asked.
         forecast: seconds of the step's forward pass by the curve.
         clock: the request's forward seconds before it.
@@ -68,6 +69,7 @@ class _Choice:
 
     draft: Draft
     candidate: Candidate
+    asked: list[tuple[Candidate, Draft, float]] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     tokens: float = 0.0
     spent: float = 0.0
@@ -173,7 +175,7 @@ class Auto(Drafter):
         record.idle += 1
         known = candidate.seconds.count >= TRIALS and record.idle <= RETRIAL
         if known and candidate.seconds.value >= CHEAP * self._plans.cost.of(batch, context, batch):
-            tokens, rows, seconds = batch + record.gain, batch + candidate.size.value, candidate.seconds.value
+            tokens, rows, seconds = batch + record.gain, batch + candidate.size, candidate.seconds.value
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that are still to come.
                 left = self._lengths[request.id] - len(request.output)
@@ -188,20 +190,21 @@ class Auto(Drafter):
         self, best: _Choice, candidate: Candidate, request: Request, draft: Draft, context: float, batch: int
     ) -> None:
         """Make a new draft the choice if it is better, at its best size, than the draft at hand."""
+        whole = draft
         probabilities = candidate.calibration.probabilities(draft, candidate.records[request.id].trust)
+        better = True
+        # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
         if not draft.drawn:
-            # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
             plan = self._plans.plan([probabilities], context, best.spent + candidate.extra.value, others=batch - 1)
-            if not plan.nodes[0] or plan.rate <= self._rate(best, context, batch):
-                kept = plan.nodes[0]
-                candidate.note(request, len(kept), sum(probabilities[node] for node in kept))
-                if best.candidate is self._plain:
-                    # Not even better than plain decoding.
-                    candidate.records[request.id].missed()
-                return
-            if len(plan.nodes[0]) < len(draft):
-                draft = draft.subset(plan.nodes[0])
-                probabilities = [probabilities[node] for node in plan.nodes[0]]
+            nodes = plan.nodes[0]
+            better = bool(nodes) and plan.rate > self._rate(best, context, batch)
+            probabilities = [probabilities[node] for node in nodes]
+            if len(nodes) < len(draft):
+                draft = draft.subset(nodes)
+        best.asked.append((candidate, whole, sum(probabilities)))
+        candidate.verified(len(draft))
+        if not better:
+            return
         best.draft, best.candidate, best.probabilities = draft, candidate, probabilities
         best.tokens = sum(probabilities)
 
@@ -221,28 +224,14 @@ class Auto(Drafter):
     def observe(self, request: Request, seen: Observation) -> None:
         choice = self._chosen.pop(request.id, None)
         if choice is not None:
-            # A hiccup of the machine says nothing about a drafter.
             late = request.statistics.forward_seconds - choice.clock - choice.forecast
-            choice.candidate.extra.add(min(max(late, 0.0), choice.forecast))
-            if seen.draft and choice.candidate is not self._plain:
-                self._learn(choice.candidate, request, seen)
+            choice.candidate.extra.add(max(late, 0.0))
+            for candidate, draft, expected in choice.asked:
+                candidate.learn(request, draft, seen.tokens, expected)
         for each, drafter in zip(self.candidates, self._drafters, strict=True):
             # One that rests is left alone, unless it needs the hidden states of every token.
             if drafter.taps or not each.records[request.id].rest:
                 drafter.observe(request, seen)
-
-    @staticmethod
-    def _learn(candidate: Candidate, request: Request, seen: Observation) -> None:
-        """What the verdict says about a drafter and its estimates."""
-        record = candidate.records[request.id]
-        candidate.note(request, len(seen.draft), len(seen.path))
-        record.promised = FADE * record.promised + sum(candidate.calibration.probabilities(seen.draft))
-        record.accepted = FADE * record.accepted + len(seen.path)
-        candidate.calibration.observe(seen.draft, seen.path)
-        if seen.path:
-            record.misses = 0
-        else:
-            record.missed()
 
     def end(self, request: Request) -> None:
         self._chosen.pop(request.id, None)

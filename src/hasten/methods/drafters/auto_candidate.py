@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,10 +14,14 @@ from hasten.methods.drafters.auto_experience import Outcome
 
 OPTIMISM = 0.5
 """Share by which a drafter is expected to do better than it did, before its first draft in a request."""
+LEAST_START = 0.5
+"""Trust that a drafter gets in a new request, whatever it did in alike ones."""
 PATIENCE = 4
 """Drafts in a row that come to nothing before a drafter rests."""
 LONGEST_REST = 16
 """Steps for which a drafter without success is left alone, at most."""
+LATEST = 15
+"""Measured times that a median is taken of."""
 FADE = 0.95
 """Weight of the past in running means, per step."""
 
@@ -27,9 +33,9 @@ class Record:
     Attributes:
         usual: what was expected when the request began.
         weight: drafts that this expectation is worth.
-        promised, accepted: tokens of verified drafts.
-        gained: tokens of `asks` drafts: accepted ones, or expected ones where another draft was verified.
-        misses: drafts in a row that came to nothing.
+        promised, accepted: tokens of drafts, verified or not, as far as what came tells.
+        gained: tokens of `asks` drafts.
+        misses: drafts in a row that were wrong from the start, or did not pay.
         rest: steps until it may be asked again.
         idle: steps since it was asked.
     """
@@ -47,7 +53,8 @@ class Record:
     @property
     def trust(self) -> float:
         """How much more or less was accepted than promised."""
-        return min(max((2.0 * self.usual.trust + self.accepted) / (2.0 + self.promised), 0.05), 2.0)
+        start = max(self.usual.trust, LEAST_START)
+        return min(max((2.0 * start + self.accepted) / (2.0 + self.promised), 0.05), 2.0)
 
     @property
     def gain(self) -> float:
@@ -70,16 +77,22 @@ class Record:
         self.rest = min(2 ** max(self.misses - PATIENCE, 0) - 1, LONGEST_REST)
 
 
-@dataclass
-class Mean:
-    """A running mean that starts exact, and fades."""
+class Typical:
+    """The median of the latest values: what a first call or a hiccup of the machine adds does not count.
 
-    value: float = 0.0
-    count: int = 0
+    Args:
+        start: values to begin with.
+    """
+
+    def __init__(self, start: Sequence[float] = ()) -> None:
+        self._latest = deque(start, maxlen=LATEST)
+        self.count = 0
+        self.value = statistics.median(start) if start else 0.0
 
     def add(self, value: float) -> None:
         self.count += 1
-        self.value += max(1.0 / self.count, 1.0 - FADE) * (value - self.value)
+        self._latest.append(value)
+        self.value = statistics.median(self._latest)
 
 
 @dataclass
@@ -91,16 +104,16 @@ class Candidate:
         seconds: per draft and request.
         reading: further seconds of a request's first draft, per token read.
         extra: seconds of a step beyond what the verify-cost curve says; a drafter may leave cold caches behind.
-        size: nodes that paid.
+        size: nodes that paid, the mean.
         records: of running requests, by id.
     """
 
     drafter: Drafter | None = None
     calibration: Calibration = field(default_factory=Calibration)
-    seconds: Mean = field(default_factory=Mean)
-    reading: Mean = field(default_factory=Mean)
-    extra: Mean = field(default_factory=lambda: Mean(0.0, 16))
-    size: Mean = field(default_factory=lambda: Mean(4.0, 1))
+    seconds: Typical = field(default_factory=Typical)
+    reading: Typical = field(default_factory=Typical)
+    extra: Typical = field(default_factory=lambda: Typical([0.0] * (LATEST // 2)))
+    size: float = 4.0
     records: dict[int, Record] = field(default_factory=dict)
 
     def ask(self, requests: Sequence[Request], budgets: Sequence[int]) -> tuple[list[Draft], float]:
@@ -116,7 +129,26 @@ class Candidate:
             self.seconds.add(seconds)
         return drafts, seconds
 
-    def note(self, request: Request, size: int, gain: float) -> None:
-        """Remember what came of a draft."""
-        self.records[request.id].note(gain)
-        self.size.add(size)
+    def verified(self, nodes: int) -> None:
+        """So many nodes of a draft paid."""
+        self.size = FADE * self.size + (1 - FADE) * nodes
+
+    def learn(self, request: Request, draft: Draft, came: Sequence[int], expected: float) -> None:
+        """Judge a draft by the tokens that came, whoever drafted them.
+
+        Args:
+            expected: tokens of the part that paid, 0 if none did; taken for the gain where all that is known was right.
+        """
+        record, verdicts = self.records[request.id], draft.judged(came)
+        promised = self.calibration.probabilities(draft)
+        right = sum(verdict is True for verdict in verdicts)
+        record.promised = FADE * record.promised + sum(
+            promise for promise, verdict in zip(promised, verdicts, strict=True) if verdict is not None
+        )
+        record.accepted = FADE * record.accepted + right
+        record.note(max(float(right), expected) if right and None in verdicts else float(right))
+        self.calibration.observe(draft, verdicts)
+        if right and expected > 0:
+            record.misses = 0
+        else:
+            record.missed()

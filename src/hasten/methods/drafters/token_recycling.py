@@ -259,18 +259,10 @@ class TokenRecycling(Drafter):
 
     def _judge(self, memory: _Memory, proposal: _Proposal, came: list[int]) -> None:
         """Count which nodes were right; those behind the last token that came are not known, and not counted."""
-        draft = proposal.draft
-        # Per node: the length of its path if all of it came, else None.
-        right: list[int | None] = []
-        for node, token, parent in zip(proposal.nodes, draft.tokens, draft.parents, strict=True):
-            above = 0 if parent == ROOT else right[parent]
-            if above == len(came):
-                right.append(above)
-                continue
-            hit = above is not None and token == came[above]
-            right.append(above + 1 if above is not None and hit else None)
-            memory.tried[node] += 1
-            memory.accepted[node] += hit
+        for node, right in zip(proposal.nodes, proposal.draft.judged(came), strict=True):
+            if right is not None:
+                memory.tried[node] += 1
+                memory.accepted[node] += right
 
     def _load(self, store: Path) -> None:
         """Read the default tenant's matrix, where there is one already."""
