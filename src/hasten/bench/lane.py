@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hasten.engine import Engine, Progress, Request, SamplingParams
+from hasten.engine import Engine, Limits, Progress, Request, SamplingParams
 from hasten.llm import LLM
 
 MEMORY_EVERY = 16
@@ -135,9 +135,9 @@ class Lane:
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
-def engine_for(llm: LLM) -> Engine:
-    """A further engine over a loaded model."""
-    return Engine(llm.model, llm.tokenizer, llm.engine.end_ids, llm.engine.scheduler.limits, str(llm.folder))
+def engine_for(llm: LLM, limits: Limits | None = None) -> Engine:
+    """A further engine over a loaded model, with the limits of its own engine unless others are given."""
+    return Engine(llm.model, llm.tokenizer, llm.engine.end_ids, limits or llm.engine.scheduler.limits, str(llm.folder))
 
 
 def interleave(lanes: Sequence[Lane]) -> Iterator[tuple[Lane, list[Progress]]]:

@@ -187,6 +187,8 @@ def laws(document: Mapping[str, Any]) -> str:
         ("batch", "batch size", "speedup", "speedup_law"),
     )
 
+    from matplotlib.ticker import NullLocator
+
     def draw(figure: Figure) -> None:
         for number, (axes, (axis, label, key, law)) in enumerate(zip(figure.subplots(1, 3), panels, strict=True)):
             points, fit = document[axis]["points"], document[axis][law]
@@ -197,6 +199,8 @@ def laws(document: Mapping[str, Any]) -> str:
             axes.errorbar(x, y, [point.get("error", 0.0) for point in points], fmt="none", ecolor=_colour(number))
             axes.plot(x[:-1], y[:-1], "o", color=_colour(number))
             axes.plot(x[-1:], y[-1:], "o", color=_colour(number), markerfacecolor="white")
+            axes.set_xticks(x, [_short(each) for each in x])
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(label)
             axes.set_ylabel("speed-up" if key == "speedup" else "tokens per step")
 
@@ -210,6 +214,11 @@ def _methods(rows: Sequence[Row]) -> list[str]:
 
 def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
+
+
+def _short(value: float) -> str:
+    """A count in few characters: 0.1M, 16M, 8."""
+    return f"{value:g}" if value < 10_000 else f"{value / 1e6:.1g}M" if value < 1e6 else f"{value / 1e6:g}M"
 
 
 def _percent(value: float, place: int) -> str:

@@ -20,13 +20,15 @@ from typing import Any
 
 from hasten.bench.lane import engine_for
 from hasten.bench.laws import bootstrap_error, law
-from hasten.engine import Request, SamplingParams
+from hasten.engine import Limits, Request, SamplingParams
 from hasten.engine.cost import VerifyCost, measure
 from hasten.llm import LLM
 from hasten.model import Decoder, load_model
 
 ROUNDS = 3
 """Times that a throughput is measured; the median counts."""
+SAMPLE = 40
+"""Prompts of a throughput."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,14 @@ def size_of(drafter: Path) -> int:
 
 
 def throughput(llm: LLM, specs: Sequence[str], prompts: Sequence[str], batch: int, max_tokens: int) -> list[float]:
-    """Tokens per second of each method at a batch size, prompts included; the methods take turns."""
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    ids = [llm.encode(prompts[index % len(prompts)]) for index in range(batch)]
-    engines = [engine_for(llm) for _ in specs]
+    """Tokens per second of each method, reading of prompts included; the methods take turns.
+
+    Args:
+        batch: so many prompts are decoded at a time; one that ends makes room for the next.
+    """
+    params = SamplingParams(max_tokens=max_tokens)
+    ids = [llm.encode(prompt) for prompt in prompts]
+    engines = [engine_for(llm, Limits(sequences=batch)) for _ in specs]
     rates: list[list[float]] = [[] for _ in specs]
     for turn in range(ROUNDS + 1):
         for engine, spec, own in zip(engines, specs, rates, strict=True):
@@ -201,11 +207,13 @@ def _by_batch(
     """Speed at each batch size, plain and with drafts of each length up to `length`, beside what the plan says."""
     target, small = measure(llm.model), measure(_small(drafter, llm))
     context = max_tokens // 2 + sum(len(llm.encode(prompt)) for prompt in prompts) // len(prompts)
+    # The same prompts at every batch size, a few from every task.
+    sample = prompts[:: max(1, len(prompts) // SAMPLE)]
     lengths = range(1, length + 1)
     planned = plan(target, small, accepted, batches, length, context)
     points = []
     for batch in batches:
-        plain, *rates = throughput(llm, ["plain", *(method(drafter, n) for n in lengths)], prompts, batch, max_tokens)
+        plain, *rates = throughput(llm, ["plain", *(method(drafter, n) for n in lengths)], sample, batch, max_tokens)
         fastest = max([(plain, 0), *zip(rates, lengths, strict=True)])
         expected = predicted(target, small, accepted, batch, length, context)
         points.append(
