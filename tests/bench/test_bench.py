@@ -136,6 +136,22 @@ def test_an_answer_of_one_token_is_counted(llm: LLM):
     assert rows[-1]["decode_speedup"] is rows[-1]["predicted_speedup"] is rows[-1]["accepted_per_step"] is None
 
 
+def test_samples_have_noise_of_their_own(llm: LLM):
+    params = SamplingParams(max_tokens=12, temperature=0.9, seed=3, ignore_eos=True)
+    rows = compare(llm, ["stand:minimum=1,maximum=2"], prompts(PROMPT, PROMPT), params, curve=CURVE, samples=4)
+    plain, stand = rows[1], rows[3]
+    assert stand["prompts"] == stand["identical"] == 8
+    assert plain["tokens_per_step_by_sample"] == [1.0] * 4
+    assert len(stand["tokens_per_step_by_sample"]) == 4
+    # Were all answers the same, the later ones would be drafted whole.
+    assert stand["tokens_per_step"] < 6
+
+
+def test_greedy_samples_are_refused(llm: LLM):
+    with pytest.raises(UserError, match="temperature"):
+        compare(llm, ["ngram"], prompts(PROMPT), PARAMS, curve=CURVE, samples=2)
+
+
 def test_every_round_starts_with_fresh_drafters(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     """A drafter that remembers answers would replay the round before."""
     made: list[Drafter] = []

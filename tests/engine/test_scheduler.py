@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hasten.engine import Drafter
 from hasten.engine.scheduler import Limits, Scheduler
 
 
@@ -20,6 +21,7 @@ class Waiter:
     leader: Waiter | None = None
     started: bool = False
     sequence: SimpleNamespace = field(default_factory=SimpleNamespace)
+    drafter: Drafter = field(default_factory=Drafter)
 
     @property
     def waiting_rows(self) -> int:
@@ -125,3 +127,18 @@ def test_limits_hold_and_everything_gets_done(lengths, sequences, rows, rng):
 def test_limits_are_positive():
     with pytest.raises(Exception, match="at least 1"):
         Limits(sequences=0)
+
+
+def test_a_drafter_may_hold_its_requests_back():
+    class Full(Drafter):
+        room = False
+
+        def admits(self, request):
+            return self.room
+
+    first, held, last = Waiter(3), Waiter(3, drafter=Full()), Waiter(3)
+    made = scheduler(first, held, last)
+    # First come, first served: nobody overtakes.
+    assert [each.request for each in made.plan()] == [first]
+    held.drafter.room = True
+    assert [each.request for each in made.plan()] == [first, held, last]

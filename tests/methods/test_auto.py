@@ -104,8 +104,15 @@ class Slow(Guesser):
 
 
 @pytest.fixture
-def slow_clock(monkeypatch):
-    """Time passes only where a slow guesser drafts."""
+def slow_clock(llm, monkeypatch):
+    """Time passes only where a slow guesser drafts, and in forward passes: a second each."""
+    forward = llm.model.forward
+
+    def timed(*arguments, **others):
+        Slow.now += 1.0
+        return forward(*arguments, **others)
+
+    monkeypatch.setattr(llm.model, "forward", timed)
     monkeypatch.setattr(auto_candidate.time, "perf_counter", lambda: Slow.now)
 
 
@@ -141,11 +148,14 @@ def test_a_drafter_that_rests_sees_nothing(llm, monkeypatch, answers):
     assert watcher.seen < request.statistics.steps / 2
 
 
-def test_what_a_step_takes_beyond_the_curve_is_learned(llm, monkeypatch, answers):
-    steps = VerifyCost((1, 2, 64), (64,), ((1e-5, 1e-5, 1e-5),), 0.0)
+@pytest.mark.parametrize("scale", [1e-2, 1e2])
+def test_a_curve_of_another_hour_is_scaled_to_what_steps_take(llm, monkeypatch, answers, scale):
+    (request,) = run(llm, make(llm, monkeypatch, FREE, Guesser(answers, False, 0.9)), PROMPTS[:1])
+    real = request.statistics.forward_seconds / request.statistics.steps
+    steps = VerifyCost((1, 2, 64), (64,), ((scale * real,) * 3,), 0.0)
     drafter = make(llm, monkeypatch, steps, Guesser(answers, False, 0.9))
     run(llm, drafter, PROMPTS[:1])
-    assert 0 < drafter._plain.extra.value < 1
+    assert drafter._plans.seconds(1, 64) == pytest.approx(real, rel=0.9)
 
 
 def test_state_of_finished_requests_is_dropped(llm, monkeypatch, answers):

@@ -202,7 +202,7 @@ def test_output_is_plain_decodings(llm, words, tokens, forced):
         for mine, theirs in zip(got, expected, strict=True):
             same(mine.choices[0], theirs.choices[0])
         assert sum(each.choices[0].statistics.accepted for each in got) > 5
-    assert drafter.memory_bytes == 0
+    assert drafter.cache.used_bytes == 0
     assert drafter._samplers == drafter._proposed == {}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hasten.bench.doctor import machine
@@ -14,6 +15,7 @@ from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt, encode
 from hasten.engine import Engine, SamplingParams
 from hasten.engine.cost import VerifyCost, measure
+from hasten.errors import UserError
 from hasten.llm import LLM
 
 OVERALL = "overall"
@@ -28,6 +30,7 @@ class _Pair:
     run: Run
     plain: Run
     right: bool | None
+    sample: int = 0
 
     @property
     def speedup(self) -> float:
@@ -46,6 +49,7 @@ def bench(
     params: SamplingParams,
     rounds: int = 1,
     report: Callable[[int], None] = lambda done: None,
+    samples: int = 1,
 ) -> dict[str, Any]:
     """The JSON document of `hasten bench`, but for what the command line adds.
 
@@ -53,7 +57,7 @@ def bench(
         UserError: unknown method, a prompt that is too long.
     """
     curve = measure(llm.model)
-    rows = compare(llm, methods, prompts, params, rounds, report, curve)
+    rows = compare(llm, methods, prompts, params, rounds, report, curve, samples)
     cost = {str(count): round(curve.ratio(count), 4) for count in curve.rows}
     return {"machine": machine(llm), "verify_cost": cost, "rows": rows}
 
@@ -66,6 +70,7 @@ def compare(
     rounds: int = 1,
     report: Callable[[int], None] = lambda done: None,
     curve: VerifyCost | None = None,
+    samples: int = 1,
 ) -> list[dict[str, Any]]:
     """One row per method and category, plus `overall`.
 
@@ -75,25 +80,33 @@ def compare(
 
     Args:
         curve: what rows cost; measured here if None.
+        samples: of each prompt, one after the other, with seeds of their own.
 
     Raises:
-        UserError: unknown method, a prompt that is too long.
+        UserError: unknown method, a prompt that is too long, several samples of a greedy answer.
     """
+    if samples > 1 and params.greedy:
+        raise UserError("several samples of a prompt need a temperature above 0: greedy ones are all the same")
     names = ["plain", *(method for method in methods if method != "plain")]
     ids = encode(llm, prompts, params)
     curve = measure(llm.model) if curve is None else curve
     pairs: dict[tuple[str, str], list[_Pair]] = {}
     for _ in range(rounds):
         engines = warm_engines(llm, names)
-        for prompt, tokens in zip(prompts, ids, strict=True):
-            runs = _decode(llm, engines, tokens, params)
+        for (number, (prompt, tokens)), sample in itertools.product(
+            enumerate(zip(prompts, ids, strict=True)), range(samples)
+        ):
+            # Shared noise would make answers to different prompts alike, and drafters that remember look good.
+            seed = (params.seed or 0) + samples * number + sample
+            runs = _decode(llm, engines, tokens, replace(params, seed=seed))
             for name, run in runs.items():
                 right = None
                 if prompt.grade is not None:
                     right = prompt.grade(llm.tokenizer.decode(run.tokens, skip_special_tokens=True))
                 for category in (prompt.category, OVERALL):
-                    pairs.setdefault((name, category), []).append(_Pair(run, runs["plain"], right))
-            report(1)
+                    pairs.setdefault((name, category), []).append(_Pair(run, runs["plain"], right, sample))
+            if sample == samples - 1:
+                report(1)
     order = sorted(pairs, key=lambda key: (names.index(key[0]), key[1] == OVERALL, key[1]))
     return [{"method": name, "category": category} | _figures(pairs[name, category], curve) for name, category in order]
 
@@ -160,8 +173,19 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
         "draft_share": round(split["draft"] / seconds, 4),
         "time_split": {part: round(value, 6) for part, value in split.items()},
         "memory_bytes": max(run.memory_bytes for run in runs),
+        "tokens_per_step_by_sample": _by_sample(pairs),
         "identical": sum(pair.run.tokens == pair.plain.tokens for pair in pairs),
     }
+
+
+def _by_sample(pairs: Sequence[_Pair]) -> list[float]:
+    """Tokens per step of the first answer to each prompt, of the second, and so on."""
+    result = []
+    for sample in range(max(pair.sample for pair in pairs) + 1):
+        runs = [pair.run for pair in pairs if pair.sample == sample]
+        steps = sum(len(run.step_seconds) + 1 for run in runs)
+        result.append(round(sum(len(run.tokens) for run in runs) / steps, 4))
+    return result
 
 
 def _plain_step(runs: Sequence[Run]) -> tuple[float, float]:

@@ -21,6 +21,7 @@ def bench(
     model: options.Model = "tiny",
     per_task: Annotated[int | None, typer.Option(help="Held-out prompts of each task or kind.")] = None,
     rounds: Annotated[int, typer.Option(help="Times the suite is decoded.")] = 1,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt, when sampling.")] = 1,
     max_tokens: options.MaxTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
@@ -31,8 +32,8 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Compare methods with plain decoding on a suite, in turns within one run."""
-    if rounds < 1 or (per_task is not None and per_task < 1):
-        raise UserError("per-task and rounds must be at least 1")
+    if rounds < 1 or samples < 1 or (per_task is not None and per_task < 1):
+        raise UserError("per-task, rounds and samples must be at least 1")
     if report is not None:
         from hasten.bench.report import check_target, write_report
 
@@ -47,7 +48,7 @@ def bench(
     prompts = load_suite(suite, per_task)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with options.progress("decoding", len(prompts) * rounds, quiet=json) as advance:
-        measured = measure(llm, names, prompts, params, rounds, advance)
+        measured = measure(llm, names, prompts, params, rounds, advance, samples)
     command = shlex.join(["hasten", *sys.argv[1:]])
     document = {"model": model, "suite": suite, "command": command} | measured
     if report is not None:

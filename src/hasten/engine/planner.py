@@ -79,10 +79,16 @@ class Planner:
 
     def __init__(self, cost: VerifyCost) -> None:
         self.cost = cost
+        self.pace = 1.0
+        """What steps take now, over what the curve says: the machine may be busier than when it was measured."""
+
+    def seconds(self, rows: float, context: float, batch: int = 1) -> float:
+        """Of a step's forward pass."""
+        return self.pace * self.cost.of(rows, context, batch)
 
     def rate(self, tokens: float, rows: float, context: float, batch: int = 1, spent: float = 0.0) -> float:
         """Tokens per second of a step of `rows` rows that gives `tokens`, with `spent` seconds of drafting."""
-        return tokens / (self.cost.of(rows, context, batch) + spent)
+        return tokens / (self.seconds(rows, context, batch) + spent)
 
     def plan(
         self, probabilities: Sequence[Sequence[float]], context: float, spent: float = 0.0, others: int = 0

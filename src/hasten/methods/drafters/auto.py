@@ -22,7 +22,7 @@ from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
 from hasten.engine.registry import create, is_lossless, split
 from hasten.errors import UserError
-from hasten.methods.drafters.auto_candidate import Candidate, Record
+from hasten.methods.drafters.auto_candidate import Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.model.taps import Taps
 
@@ -63,7 +63,7 @@ class _Choice:
         tokens: to expect of it, the target's own one not counted.
         asked: all drafts of the step, whole, with the tokens that were expected of the part that pays.
         spent: seconds of all drafters asked.
-        forecast: seconds of the step's forward pass by the curve.
+        forecast: seconds of the step's forward pass by the curve, at the present pace.
         clock: the request's forward seconds before it.
     """
 
@@ -98,6 +98,7 @@ class Auto(Drafter):
         self.candidates = [Candidate(drafter) for drafter in self._drafters]
         self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})
         self._plain = Candidate()
+        self._pace = Typical([1.0])
         self._target = target
         self._planner: Planner | None = None
         self._experience = Experience(len(self.candidates))
@@ -153,7 +154,7 @@ class Auto(Drafter):
                 self._compare(choices[index], candidate, requests[index], draft, context, batch)
         if batch > 1:
             self._cut(choices, context)
-        forecast = self._plans.cost.of(batch + sum(len(choice.draft) for choice in choices), context, batch)
+        forecast = self._plans.seconds(batch + sum(len(choice.draft) for choice in choices), context, batch)
         for request, choice in zip(requests, choices, strict=True):
             choice.forecast, choice.clock = forecast, request.statistics.forward_seconds
             self._chosen[request.id] = choice
@@ -174,7 +175,7 @@ class Auto(Drafter):
             return False
         record.idle += 1
         known = candidate.seconds.count >= TRIALS and record.idle <= RETRIAL
-        if known and candidate.seconds.value >= CHEAP * self._plans.cost.of(batch, context, batch):
+        if known and candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch):
             tokens, rows, seconds = batch + record.gain, batch + candidate.size, candidate.seconds.value
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that are still to come.
@@ -224,8 +225,11 @@ class Auto(Drafter):
     def observe(self, request: Request, seen: Observation) -> None:
         choice = self._chosen.pop(request.id, None)
         if choice is not None:
-            late = request.statistics.forward_seconds - choice.clock - choice.forecast
-            choice.candidate.extra.add(max(late, 0.0))
+            took = request.statistics.forward_seconds - choice.clock
+            choice.candidate.extra.add(max(took - choice.forecast, 0.0))
+            if took > 0 and choice.forecast > 0:
+                self._pace.add(self._plans.pace * took / choice.forecast)
+                self._plans.pace = self._pace.value
             for candidate, draft, expected in choice.asked:
                 candidate.learn(request, draft, seen.tokens, expected)
         for each, drafter in zip(self.candidates, self._drafters, strict=True):
