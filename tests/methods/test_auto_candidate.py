@@ -9,7 +9,7 @@ from hasten.methods.drafters.auto_experience import Outcome
 
 
 def test_hope_sinks_to_what_was_seen():
-    record = Record(Outcome(4.0, 1.0), weight=2.0)
+    record = Record(Outcome(4.0, 1.0, 8.0), weight=2.0)
     assert record.gain > 4.0
     hopes = []
     for _ in range(40):
@@ -21,16 +21,16 @@ def test_hope_sinks_to_what_was_seen():
 
 
 def test_trust_starts_as_expected_and_follows_the_record():
-    record = Record(Outcome(4.0, 0.7), weight=1.0)
+    record = Record(Outcome(4.0, 0.7, 8.0), weight=1.0)
     assert record.trust == pytest.approx(0.7)
     record.promised, record.accepted = 30.0, 45.0
     assert record.trust == pytest.approx(46.4 / 32)
-    assert Record(Outcome(4.0, 0.1), weight=1.0).trust == LEAST_START
-    assert Record(Outcome(1.0, 1.0), 1.0, promised=1000.0).trust == pytest.approx(0.05)
+    assert Record(Outcome(4.0, 0.1, 8.0), weight=1.0).trust == LEAST_START
+    assert Record(Outcome(1.0, 1.0, 8.0), 1.0, promised=1000.0).trust == pytest.approx(0.05)
 
 
 def test_rest_grows_with_misses_up_to_a_limit():
-    record = Record(Outcome(1.0, 1.0), weight=1.0)
+    record = Record(Outcome(1.0, 1.0, 8.0), weight=1.0)
     rests = []
     for _ in range(PATIENCE + 8):
         record.missed()
@@ -40,7 +40,7 @@ def test_rest_grows_with_misses_up_to_a_limit():
 
 
 def test_no_draft_no_outcome():
-    assert Record(Outcome(1.0, 1.0), weight=1.0).outcome is None
+    assert Record(Outcome(1.0, 1.0, 8.0), weight=1.0).outcome is None
 
 
 def test_typical_values_leave_out_the_first_call_and_hiccups():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from hasten.methods.drafters.auto_experience import (
-    FIRST_LENGTH,
     LEAST_WEIGHT,
     MOST_WEIGHT,
     REMEMBERED,
@@ -14,13 +13,12 @@ from hasten.methods.drafters.auto_experience import (
     Outcome,
 )
 
-GOOD, BAD = Outcome(4.0, 1.0), Outcome(0.5, 0.2)
+GOOD, BAD = Outcome(4.0, 1.0, 20.0), Outcome(0.5, 0.2, 2.0)
 SUMS, TALES = list(range(10)), list(range(50, 90))
 
 
 def test_nothing_is_known_at_first():
     expected = Experience(2).expect([1, 2, 3])
-    assert expected.length == FIRST_LENGTH
     assert expected.outcomes == (UNKNOWN, UNKNOWN)
     assert expected.weight == LEAST_WEIGHT
 
@@ -28,33 +26,33 @@ def test_nothing_is_known_at_first():
 def test_alike_prompts_count_most():
     experience = Experience(1)
     for turn in range(6):
-        experience.remember([*SUMS, 100 + turn], 8, [GOOD])
-        experience.remember([*TALES, 100 + turn], 200, [BAD])
+        experience.remember([*SUMS, 100 + turn], [GOOD])
+        experience.remember([*TALES, 100 + turn], [BAD])
     sums, tales = experience.expect([*SUMS, 999]), experience.expect([*TALES, 999])
-    assert sums.outcomes[0].gain > 3.9 and sums.length < 15
-    assert tales.outcomes[0].gain < 0.6 and tales.length > 190
+    assert sums.outcomes[0].gain > 3.9 and sums.outcomes[0].asks > 19
+    assert tales.outcomes[0].gain < 0.6 and tales.outcomes[0].trust < 0.25
     assert sums.weight > 0.75 * MOST_WEIGHT
 
 
 def test_a_strange_prompt_gets_a_mean_of_little_weight():
     experience = Experience(1)
-    experience.remember(SUMS, 10, [GOOD])
-    experience.remember(TALES, 30, [BAD])
+    experience.remember(SUMS, [GOOD])
+    experience.remember(TALES, [BAD])
     expected = experience.expect([777])
     assert expected.outcomes[0].gain == pytest.approx(2.25)
-    assert expected.length == pytest.approx(20)
+    assert expected.outcomes[0].asks == pytest.approx(11)
     assert expected.weight == LEAST_WEIGHT
 
 
 def test_who_was_not_asked_stays_unknown():
     experience = Experience(2)
-    experience.remember(SUMS, 10, [GOOD, None])
+    experience.remember(SUMS, [GOOD, None])
     assert experience.expect(SUMS).outcomes == (GOOD, UNKNOWN)
 
 
 def test_old_requests_are_forgotten():
     experience = Experience(1)
-    experience.remember(SUMS, 10, [BAD])
+    experience.remember(SUMS, [BAD])
     for _ in range(REMEMBERED):
-        experience.remember(TALES, 10, [GOOD])
+        experience.remember(TALES, [GOOD])
     assert experience.expect(SUMS).outcomes[0].gain == pytest.approx(GOOD.gain)

@@ -102,7 +102,6 @@ class Auto(Drafter):
         self._target = target
         self._planner: Planner | None = None
         self._experience = Experience(len(self.candidates))
-        self._lengths: dict[int, float] = {}
         self._chosen: dict[int, _Choice] = {}
 
     @property
@@ -126,7 +125,6 @@ class Auto(Drafter):
 
     def begin(self, request: Request) -> None:
         expected = self._experience.expect(request.tokens)
-        self._lengths[request.id] = expected.length
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):
             each.records[request.id] = Record(outcome, expected.weight)
         for drafter in self._drafters:
@@ -178,9 +176,8 @@ class Auto(Drafter):
         if known and candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch):
             tokens, rows, seconds = batch + record.gain, batch + candidate.size, candidate.seconds.value
             if not record.asks:
-                # Reading the prompt is paid for by all drafts that are still to come.
-                left = self._lengths[request.id] - len(request.output)
-                seconds += candidate.reading.value * len(request.tokens) / max(left / (1.0 + record.gain), 1.0)
+                # Reading the prompt is paid for by all drafts that will be made.
+                seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
             rate = self._plans.rate(tokens, rows, context, batch, best.spent + seconds + candidate.extra.value)
             if rate <= self._rate(best, context, batch):
                 return False
@@ -239,10 +236,9 @@ class Auto(Drafter):
 
     def end(self, request: Request) -> None:
         self._chosen.pop(request.id, None)
-        self._lengths.pop(request.id, None)
         records = [each.records.pop(request.id, None) for each in self.candidates]
         if request.started:
             outcomes = [None if record is None else record.outcome for record in records]
-            self._experience.remember(request.tokens[: request.prompt_length], len(request.output), outcomes)
+            self._experience.remember(request.tokens[: request.prompt_length], outcomes)
         for drafter in self._drafters:
             drafter.end(request)

@@ -35,6 +35,7 @@ class Record:
         weight: drafts that this expectation is worth.
         promised, accepted: tokens of drafts, verified or not, as far as what came tells.
         gained: tokens of `asks` drafts.
+        count: drafts, without fading.
         misses: drafts in a row that were wrong from the start, or did not pay.
         rest: steps until it may be asked again.
         idle: steps since it was asked.
@@ -46,6 +47,7 @@ class Record:
     accepted: float = 0.0
     gained: float = 0.0
     asks: float = 0.0
+    count: int = 0
     misses: int = 0
     rest: int = 0
     idle: int = 0
@@ -65,11 +67,12 @@ class Record:
     @property
     def outcome(self) -> Outcome | None:
         """In sum; None without drafts."""
-        return Outcome(self.gained / self.asks, self.trust) if self.asks else None
+        return Outcome(self.gained / self.asks, self.trust, self.count) if self.asks else None
 
     def note(self, gain: float) -> None:
         """Remember what a draft gained."""
         self.gained, self.asks = FADE * self.gained + gain, FADE * self.asks + 1.0
+        self.count += 1
 
     def missed(self) -> None:
         """Rest for longer and longer while nothing comes of the drafts."""

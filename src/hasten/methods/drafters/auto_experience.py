@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 REMEMBERED = 128
 """Requests, the latest."""
@@ -16,8 +16,6 @@ SHARPNESS = 3
 """Exponent of likeness: half as alike weighs an eighth."""
 TRACE = 1e-4
 """Weight of a prompt that is not alike at all."""
-FIRST_LENGTH = 128.0
-"""Tokens of an answer, as long as no answer is known."""
 LEAST_WEIGHT, MOST_WEIGHT = 0.5, 4.0
 """Drafts that an expectation is worth, from nothing alike to the very same tokens."""
 
@@ -29,14 +27,19 @@ class Outcome:
     Attributes:
         gain: tokens per draft.
         trust: accepted tokens over promised ones.
+        asks: how many drafts it made.
     """
 
     gain: float
     trust: float
+    asks: float
 
 
-UNKNOWN = Outcome(3.0, 1.0)
+UNKNOWN = Outcome(3.0, 1.0, 8.0)
 """What is expected of a drafter before it was ever asked."""
+
+
+NAMES = tuple(field.name for field in fields(Outcome))
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,10 @@ class Expectation:
     """Of a new request.
 
     Attributes:
-        length: tokens of its answer.
         outcomes: one for every drafter.
         weight: drafts that this is worth.
     """
 
-    length: float
     outcomes: tuple[Outcome, ...]
     weight: float
 
@@ -57,12 +58,11 @@ class Expectation:
 @dataclass(frozen=True)
 class _Memory:
     tokens: frozenset[int]
-    length: int
     outcomes: tuple[Outcome | None, ...]
 
 
 class Experience:
-    """Lengths of answers and outcomes of drafters by prompt; likeness is the Jaccard index of the sets of tokens.
+    """Outcomes of drafters by prompt; likeness is the Jaccard index of the sets of tokens.
 
     Args:
         drafters: how many there are.
@@ -72,15 +72,14 @@ class Experience:
         self._drafters = drafters
         self._memories: deque[_Memory] = deque(maxlen=REMEMBERED)
 
-    def remember(self, prompt: Sequence[int], length: int, outcomes: Sequence[Outcome | None]) -> None:
+    def remember(self, prompt: Sequence[int], outcomes: Sequence[Outcome | None]) -> None:
         """A request is over.
 
         Args:
             prompt: its tokens.
-            length: of the answer.
             outcomes: per drafter; None for one that was not asked.
         """
-        self._memories.append(_Memory(frozenset(prompt[-COMPARED:]), length, tuple(outcomes)))
+        self._memories.append(_Memory(frozenset(prompt[-COMPARED:]), tuple(outcomes)))
 
     def expect(self, prompt: Sequence[int]) -> Expectation:
         """What to expect of a new request."""
@@ -88,13 +87,12 @@ class Experience:
         scored = [(_likeness(own, memory.tokens), memory) for memory in self._memories]
         nearest = sorted(scored, key=lambda pair: -pair[0])[:NEIGHBOURS]
         if not nearest:
-            return Expectation(FIRST_LENGTH, (UNKNOWN,) * self._drafters, LEAST_WEIGHT)
+            return Expectation((UNKNOWN,) * self._drafters, LEAST_WEIGHT)
         weights = [likeness**SHARPNESS + TRACE for likeness, _ in nearest]
-        length = sum(w * memory.length for w, (_, memory) in zip(weights, nearest, strict=True)) / sum(weights)
         outcomes = tuple(
             _mean(weights, [memory.outcomes[drafter] for _, memory in nearest]) for drafter in range(self._drafters)
         )
-        return Expectation(length, outcomes, max(LEAST_WEIGHT, MOST_WEIGHT * nearest[0][0]))
+        return Expectation(outcomes, max(LEAST_WEIGHT, MOST_WEIGHT * nearest[0][0]))
 
 
 def _likeness(one: frozenset[int], other: frozenset[int]) -> float:
@@ -109,5 +107,4 @@ def _mean(weights: Sequence[float], outcomes: Sequence[Outcome | None]) -> Outco
     if not known:
         return UNKNOWN
     total = sum(weight for weight, _ in known)
-    gain = sum(weight * outcome.gain for weight, outcome in known) / total
-    return Outcome(gain, sum(weight * outcome.trust for weight, outcome in known) / total)
+    return Outcome(*(sum(w * getattr(outcome, name) for w, outcome in known) / total for name in NAMES))
