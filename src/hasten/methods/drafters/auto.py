@@ -29,8 +29,6 @@ from hasten.model.taps import Taps
 CANDIDATES = "suffix/token-recycling"
 CHEAP = 0.1
 """Share of a plain step below which a drafter is simply asked, unless it rests."""
-TRIALS = 8
-"""How often a drafter is asked before its time and record count."""
 RETRIAL = 64
 """Steps after which a drafter is asked again, whatever its record: texts change."""
 
@@ -135,6 +133,8 @@ class Auto(Drafter):
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         """Each request's best draft, cut to what pays in this batch."""
+        if self._all_rest(requests):
+            return [Draft() for _ in requests]
         batch = len(requests)
         context = sum(len(request.tokens) for request in requests) / batch
         choices = [_Choice(Draft(), self._plain) for _ in requests]
@@ -158,6 +158,15 @@ class Auto(Drafter):
             self._chosen[request.id] = choice
         return [choice.draft for choice in choices]
 
+    def _all_rest(self, requests: Sequence[Request]) -> bool:
+        """Whether no drafter may be asked for any of these; then the step counts as rested, without further thought."""
+        records = [each.records[request.id] for each in self.candidates for request in requests]
+        if any(record.rest == 0 for record in records):
+            return False
+        for record in records:
+            record.rest -= 1
+        return True
+
     def _rate(self, choice: _Choice, context: float, batch: int) -> float:
         """The batch's tokens per second if this request alone drafts."""
         spent = choice.spent + choice.candidate.extra.value
@@ -172,8 +181,8 @@ class Auto(Drafter):
             record.rest -= 1
             return False
         record.idle += 1
-        known = candidate.seconds.count >= TRIALS and record.idle <= RETRIAL
-        if known and candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch):
+        costly = candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch)
+        if costly and candidate.known and record.idle <= RETRIAL:
             tokens, rows, seconds = batch + record.gain, batch + candidate.size, candidate.seconds.value
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that will be made.

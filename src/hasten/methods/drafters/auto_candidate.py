@@ -12,7 +12,7 @@ from hasten.engine import Draft, Drafter, Request
 from hasten.engine.planner import Calibration
 from hasten.methods.drafters.auto_experience import Outcome
 
-OPTIMISM = 0.5
+OPTIMISM = 0.3
 """Share by which a drafter is expected to do better than it did, before its first draft in a request."""
 LEAST_START = 0.5
 """Trust that a drafter gets in a new request, whatever it did in alike ones."""
@@ -20,6 +20,8 @@ PATIENCE = 4
 """Drafts in a row that come to nothing before a drafter rests."""
 LONGEST_REST = 16
 """Steps for which a drafter without success is left alone, at most."""
+TRIALS = 8
+"""How often a drafter is asked before its times and its record count."""
 LATEST = 15
 """Measured times that a median is taken of."""
 FADE = 0.95
@@ -118,6 +120,11 @@ class Candidate:
     extra: Typical = field(default_factory=lambda: Typical([0.0] * (LATEST // 2)))
     size: float = 4.0
     records: dict[int, Record] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        """Whether it was asked often enough for its times and its record to count."""
+        return self.seconds.count >= 2 and self.seconds.count + self.reading.count >= TRIALS
 
     def ask(self, requests: Sequence[Request], budgets: Sequence[int]) -> tuple[list[Draft], float]:
         """Drafts, and seconds per request."""

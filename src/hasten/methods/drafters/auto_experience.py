@@ -16,7 +16,7 @@ SHARPNESS = 3
 """Exponent of likeness: half as alike weighs an eighth."""
 TRACE = 1e-4
 """Weight of a prompt that is not alike at all."""
-LEAST_WEIGHT, MOST_WEIGHT = 0.5, 4.0
+LEAST_WEIGHT, MOST_WEIGHT = 1.0, 4.0
 """Drafts that an expectation is worth, from nothing alike to the very same tokens."""
 
 
