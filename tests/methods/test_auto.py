@@ -148,6 +148,14 @@ def test_a_drafter_that_rests_sees_nothing(llm, monkeypatch, answers):
     assert watcher.seen < request.statistics.steps / 2
 
 
+def test_a_batch_measures_the_pace_of_its_step_once(llm, monkeypatch, answers):
+    """Many requests see the same step: its pace must not multiply."""
+    drafter = make(llm, monkeypatch, FREE, Guesser(answers, True, 0.5))
+    requests = run(llm, drafter, PROMPTS * 8)
+    real = requests[0].statistics.forward_seconds / requests[0].statistics.steps
+    assert drafter._plans.seconds(1, 64) == pytest.approx(real, rel=0.9)
+
+
 @pytest.mark.parametrize("scale", [1e-2, 1e2])
 def test_a_curve_of_another_hour_is_scaled_to_what_steps_take(llm, monkeypatch, answers, scale):
     (request,) = run(llm, make(llm, monkeypatch, FREE, Guesser(answers, False, 0.9)), PROMPTS[:1])

@@ -61,7 +61,7 @@ class _Choice:
         tokens: to expect of it, the target's own one not counted.
         asked: all drafts of the step, whole, with the tokens that were expected of the part that pays.
         spent: seconds of all drafters asked.
-        forecast: seconds of the step's forward pass by the curve, at the present pace.
+        forecast: seconds of the step's forward pass by the curve, and `pace` what they were multiplied with.
         clock: the request's forward seconds before it.
     """
 
@@ -72,6 +72,7 @@ class _Choice:
     tokens: float = 0.0
     spent: float = 0.0
     forecast: float = 0.0
+    pace: float = 1.0
     clock: float = 0.0
 
 
@@ -154,7 +155,8 @@ class Auto(Drafter):
             self._cut(choices, context)
         forecast = self._plans.seconds(batch + sum(len(choice.draft) for choice in choices), context, batch)
         for request, choice in zip(requests, choices, strict=True):
-            choice.forecast, choice.clock = forecast, request.statistics.forward_seconds
+            choice.forecast, choice.pace = forecast, self._plans.pace
+            choice.clock = request.statistics.forward_seconds
             self._chosen[request.id] = choice
         return [choice.draft for choice in choices]
 
@@ -234,7 +236,7 @@ class Auto(Drafter):
             took = request.statistics.forward_seconds - choice.clock
             choice.candidate.extra.add(max(took - choice.forecast, 0.0))
             if took > 0 and choice.forecast > 0:
-                self._pace.add(self._plans.pace * took / choice.forecast)
+                self._pace.add(choice.pace * took / choice.forecast)
                 self._plans.pace = self._pace.value
             for candidate, draft, expected in choice.asked:
                 candidate.learn(request, draft, seen.tokens, expected)
