@@ -12,12 +12,18 @@ from hasten import LLM
 from hasten.engine.cost import VerifyCost
 from hasten.llm import Completion
 from hasten.methods.drafters import auto
+from hasten.methods.drafters.auto_candidate import Typical
 
 
 @pytest.fixture(scope="session", autouse=True)
 def free_rows() -> Iterator[None]:
-    """For `auto`, further rows cost next to nothing: what it drafts must not depend on how busy the machine is."""
+    """For `auto`, rows and drafts cost next to nothing: what it drafts must not depend on how busy the machine is."""
+
+    def count(times: Typical, seconds: float) -> None:
+        times.count += 1
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Typical, "add", count)
         patch.setattr(auto, "verify_cost", lambda model, folder: VerifyCost((1, 2, 64), (64,), ((1, 1.001, 1.01),), 0))
         yield
 
