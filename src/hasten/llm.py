@@ -85,6 +85,7 @@ class LLM:
         dtype: `auto`, `float32`, `bfloat16`, `float16`, `float64`.
         device: `auto`, `cpu`, `cuda`, ...
         limits: of batch and step.
+        backend: what runs the forward pass: `torch`, or `native` (float32 on CPU).
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
@@ -97,10 +98,11 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         limits: Limits | None = None,
+        backend: str = "torch",
     ) -> None:
         folder = resolve(model)
         self.folder = folder
-        self.model: Decoder = load_model(folder, dtype, device)
+        self.model: Decoder = load_model(folder, dtype, device, backend)
         self.tokenizer = load_tokenizer(folder)
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}

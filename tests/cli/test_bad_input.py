@@ -52,6 +52,11 @@ def test_method_parameters_out_of_range(hasten, spec: str, words: str):
     assert_refused(hasten("generate", "hi", "--method", spec), words)
 
 
+def test_backend_that_does_not_fit(hasten):
+    assert_refused(hasten("generate", "hi", "--backend", "fast"), "torch or native")
+    assert_refused(hasten("generate", "hi", "--backend", "native", "--dtype", "bfloat16"), "float32 on CPU only")
+
+
 def test_missing_checkpoint(hasten):
     assert_refused(hasten("generate", "hi", "--model", "./nowhere"), "no checkpoint at './nowhere'")
 

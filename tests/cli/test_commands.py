@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.model.checkpoint import resolve
+from hasten.model.native.backend import LIBRARY
 
 PROMPT = "Reverse the list: red cat moon salt\nAnswer:"
 
@@ -127,6 +128,19 @@ def test_bench(hasten):
         assert row["identical"] == row["prompts"]
     assert {row["category"] for row in rows} == {"lists", "overall"}
     assert "speedup" in hasten("bench", "--suite", "copy", "--per-task", "1").out
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
+def test_the_native_backend_decodes_the_same(hasten):
+    prompt = "Copy the list: red cat moon\nAnswer:"
+    texts = [
+        hasten("generate", prompt, "--max-tokens", "12", "--method", method, "--backend", backend, "--json").json()[
+            "text"
+        ]
+        for backend in ("torch", "native")
+        for method in ("plain", "ngram")
+    ]
+    assert len(set(texts)) == 1 and texts[0]
 
 
 def test_doctor(hasten):

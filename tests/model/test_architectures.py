@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hasten.cache import Cache, Sequence
 from hasten.model import Decoder, Rows, Span, Taps, load_model
+from hasten.model.native.backend import LIBRARY
 
 Make = Callable[..., Any]
 
@@ -82,18 +83,33 @@ def prefill(model: Decoder, tokens: list[int], chunks: list[int] | None = None) 
     return torch.cat(pieces)
 
 
+NATIVE = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
+BACKENDS = ["torch", pytest.param("native", marks=NATIVE)]
+
+
+@pytest.fixture(params=BACKENDS, scope="module")
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(params=CASES, scope="module")
-def case(request: pytest.FixtureRequest, make_checkpoint: Make) -> tuple[Any, Decoder]:
+def case(request: pytest.FixtureRequest, make_checkpoint: Make, backend: str) -> tuple[Any, Decoder]:
     """(checkpoint, the same loaded by hasten in float32)."""
+    if backend == "native" and "window" in request.param:
+        pytest.skip("the native step knows no sliding windows")
     architecture, settings = CASES[request.param]
     checkpoint = make_checkpoint(architecture, **settings)
-    return checkpoint, load_model(checkpoint.folder, dtype="float32", device="cpu")
+    return checkpoint, load_model(checkpoint.folder, dtype="float32", device="cpu", backend=backend)
 
 
 @pytest.fixture(scope="module")
-def plain(make_checkpoint: Make) -> tuple[Any, Decoder]:
+def plain(make_checkpoint: Make, backend: str) -> tuple[Any, Decoder]:
     checkpoint = make_checkpoint("llama")
-    return checkpoint, load_model(checkpoint.folder, dtype="float32", device="cpu")
+    return checkpoint, load_model(checkpoint.folder, dtype="float32", device="cpu", backend=backend)
+
+
+def load_like(model: Decoder, folder: Path) -> Decoder:
+    return load_model(folder, dtype="float32", device="cpu", backend=model.backend.name)
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -175,7 +191,7 @@ def test_shards_load_like_one_file(plain: tuple[Any, Decoder], tmp_path: Path) -
     checkpoint.reference.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     tokens = some_tokens(20, seed=4)
-    assert torch.equal(prefill(load_model(tmp_path, device="cpu"), tokens), prefill(model, tokens))
+    assert torch.equal(prefill(load_like(model, tmp_path), tokens), prefill(model, tokens))
 
 
 def test_auto_is_float32_for_small_models_on_cpu(plain: tuple[Any, Decoder], tmp_path: Path) -> None:
@@ -202,7 +218,7 @@ def test_a_head_of_its_own_wins_over_a_configuration_that_ties(plain: tuple[Any,
     assert said in config.read_text()
     config.write_text(config.read_text().replace(said, wrong))
     tokens = some_tokens(9)
-    assert torch.equal(prefill(load_model(tmp_path, device="cpu"), tokens), prefill(model, tokens))
+    assert torch.equal(prefill(load_like(model, tmp_path), tokens), prefill(model, tokens))
 
 
 def test_weight_bytes_counts_what_a_pass_reads(plain: tuple[Any, Decoder]) -> None:

@@ -59,6 +59,10 @@ class Sequence:
         """Committed slots."""
         return sum(view.length for view in self._views)
 
+    def blocks(self) -> list[tuple[Block, int]]:
+        """See `hasten.model.rows.SequenceState`."""
+        return [(view.block, view.length) for view in self._views]
+
     @property
     def room(self) -> int:
         """Slots behind the last one that are there already."""

@@ -11,11 +11,12 @@ def doctor(
     model: options.Model = "tiny",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    backend: options.Backend = "torch",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
     """Measure read bandwidth, the cost of a step against it, and what each further row of a step costs."""
-    llm = options.load(model, dtype, device, threads)
+    llm = options.load(model, dtype, device, threads, backend)
 
     from rich.console import Console
 

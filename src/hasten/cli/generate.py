@@ -40,6 +40,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    backend: options.Backend = "torch",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -50,7 +51,7 @@ def generate(
     if not text:
         raise UserError("the prompt is empty")
     constraint = options.constraint(json_schema, regex, grammar)
-    llm = options.load(model, dtype, device, threads)
+    llm = options.load(model, dtype, device, threads, backend)
     llm.engine.drafter(method)
     given: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,

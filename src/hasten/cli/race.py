@@ -33,6 +33,7 @@ def race(
     svg: Annotated[Path | None, typer.Option(help="Save the final picture here.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    backend: options.Backend = "torch",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -44,7 +45,7 @@ def race(
     if rounds < 1 or slow < 0:
         raise UserError("rounds must be at least 1 and slow not negative")
     text = sys.stdin.read() if prompt == "-" else prompt
-    llm = options.load(model, dtype, device, threads)
+    llm = options.load(model, dtype, device, threads, backend)
 
     from hasten.bench import race as racing
     from hasten.engine import SamplingParams

@@ -19,6 +19,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
+    backend: options.Backend = "torch",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -26,7 +27,7 @@ def verify(
 
     Exits with status 1 if any prompt differs.
     """
-    llm = options.load(model, dtype, device, threads)
+    llm = options.load(model, dtype, device, threads, backend)
 
     from hasten.bench import verify as check
     from hasten.bench.prompts import encode, load_prompts

@@ -11,6 +11,7 @@ from hasten.model.architectures import ARCHITECTURES
 from hasten.model.checkpoint import Tensors, one_line, read_json, resolve
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
+from hasten.model.native import NativeBackend, refusal
 
 DTYPES = {
     "float32": torch.float32,
@@ -79,14 +80,14 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def load_model(model: str | Path, dtype: str = "auto", device: str = "auto", backend: Backend | None = None) -> Decoder:
+def load_model(model: str | Path, dtype: str = "auto", device: str = "auto", backend: str = "torch") -> Decoder:
     """Load a model for decoding.
 
     Args:
         model: a checkpoint folder or a hub id.
         dtype: `auto`, `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        backend: runs the default forward; the torch reference if None.
+        backend: what runs the default forward pass: `torch`, or `native` (`hasten.model.native`).
 
     Raises:
         UserError: anything wrong with the checkpoint or the arguments, in one sentence.
@@ -97,5 +98,21 @@ def load_model(model: str | Path, dtype: str = "auto", device: str = "auto", bac
     chosen = choose_dtype(folder, dtype, target)
     # A bf16 model's cache on CPU is float32: for few rows the flash kernel is several times as fast on it.
     cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
-    tensors = Tensors(folder, chosen, target)
-    return ARCHITECTURES[config.architecture].build(config, tensors, backend or TorchBackend(), cache_dtype)
+    runner = _backend(backend, config, chosen, target)
+    return ARCHITECTURES[config.architecture].build(config, Tensors(folder, chosen, target), runner, cache_dtype)
+
+
+def _backend(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+    """A backend by name.
+
+    Raises:
+        UserError: unknown, or not for this model.
+    """
+    if name == "torch":
+        return TorchBackend()
+    if name != "native":
+        raise UserError(f"backend must be torch or native, not {name!r}")
+    reason = refusal(config, dtype, device)
+    if reason is not None:
+        raise UserError(f"the native backend cannot run this model: {reason}")
+    return NativeBackend()

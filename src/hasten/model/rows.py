@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from hasten.model.attention import Part
 
 
+class Storage(Protocol):
+    """A block of the cache: per group of layers of one shape [2, layers, kv_heads, capacity, head_dim]."""
+
+    capacity: int
+    storage: list[Tensor]
+
+
 class SequenceState(Protocol):
     """What the model needs from a sequence's cache; `hasten.cache.Sequence` is the implementation.
 
@@ -27,6 +34,9 @@ class SequenceState(Protocol):
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store the rows' keys and values, both [kv_heads, rows, head_dim]."""
+
+    def blocks(self) -> Sequence[tuple[Storage, int]]:
+        """The blocks of the cache and how many of their slots are committed; the last holds the pending rows behind."""
 
     def parts(self, layer: int, mask: Tensor | None) -> Sequence[Part]:
         """What the rows attend to in a layer; `mask` is additive [rows, pending], or None (causal)."""
