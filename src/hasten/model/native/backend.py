@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -115,6 +115,7 @@ class NativeBackend:
         self._model: _Model | None = None
         self._kept: list[Any] = []
         self._team: tuple[int, int] = (0, 0)
+        self._disband: Callable[[], object] | None = None
 
     @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
@@ -175,9 +176,10 @@ class NativeBackend:
         """The team of threads, as many as PyTorch has."""
         count = torch.get_num_threads()
         if self._team[0] != count:
-            team = library.hasten_team(count)
-            weakref.finalize(self, library.hasten_disband, team)
-            self._team = (count, team)
+            if self._disband is not None:
+                self._disband()
+            self._team = (count, library.hasten_team(count))
+            self._disband = weakref.finalize(self, library.hasten_disband, self._team[1])
         return self._team[1]
 
     def _pack(self, model: Decoder, library: ctypes.CDLL) -> _Model:
