@@ -61,7 +61,7 @@ class Team {
             while (phase_.load(std::memory_order_acquire) == phase) {
                 pause();
                 // With fewer free cores than threads, spinning would keep the others from working.
-                if (++spins > 4000) std::this_thread::yield();
+                if (++spins > 1000) std::this_thread::yield();
             }
         }
     }
