@@ -156,8 +156,7 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
     rates = statistics.mean(run.tokens_per_second for run in runs)
     return {
         "prompts": len(pairs),
-        # Every prompt's own step gives its first token.
-        "tokens_per_step": round(tokens / (steps + len(runs)), 4),
+        "tokens_per_step": _tokens_per_step(runs),
         "tokens_per_second": round(tokens / seconds, 2),
         "speedup": round(statistics.median(pair.speedup for pair in pairs), 4),
         "speedup_of_rates": round(rates / statistics.mean(pair.plain.tokens_per_second for pair in pairs), 4),
@@ -182,10 +181,13 @@ def _by_sample(pairs: Sequence[_Pair]) -> list[float]:
     """Tokens per step of the first answer to each prompt, of the second, and so on."""
     result = []
     for sample in range(max(pair.sample for pair in pairs) + 1):
-        runs = [pair.run for pair in pairs if pair.sample == sample]
-        steps = sum(len(run.step_seconds) + 1 for run in runs)
-        result.append(round(sum(len(run.tokens) for run in runs) / steps, 4))
+        result.append(_tokens_per_step([pair.run for pair in pairs if pair.sample == sample]))
     return result
+
+
+def _tokens_per_step(runs: Sequence[Run]) -> float:
+    """Every prompt's own step gives its first token."""
+    return round(sum(len(run.tokens) for run in runs) / sum(len(run.step_seconds) + 1 for run in runs), 4)
 
 
 def _plain_step(runs: Sequence[Run]) -> tuple[float, float]:

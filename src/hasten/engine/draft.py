@@ -81,12 +81,9 @@ class Draft:
     def judged(self, came: Sequence[int]) -> list[bool | None]:
         """Whether each node was right, given the tokens that came; None for nodes deeper than those tell."""
         verdicts: list[bool | None] = []
-        depths: list[int] = []
-        for token, parent in zip(self.tokens, self.parents, strict=True):
-            depth = 0 if parent == ROOT else depths[parent] + 1
+        for token, parent, depth in zip(self.tokens, self.parents, self.depths(), strict=True):
             above = True if parent == ROOT else verdicts[parent]
-            depths.append(depth)
-            verdicts.append(above and (token == came[depth] if depth < len(came) else None))
+            verdicts.append(above and (token == came[depth - 1] if depth <= len(came) else None))
         return verdicts
 
     def mask(self) -> Tensor | None:

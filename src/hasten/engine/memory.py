@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hasten.errors import UserError
 
@@ -68,6 +71,16 @@ class Ledger:
             max(most.masks, step.masks),
             max(most.drafter, step.drafter),
         )
+
+
+def table_growth(table: Mapping[Any, Any] | None, entries: int) -> int:
+    """What a dictionary itself (not what it holds) grows by at most, with so many entries more; None is a new one.
+
+    A dictionary that is full is made anew, at a few times its size.
+    """
+    if not entries:
+        return 0
+    return 128 * entries + 64 if table is None else 4 * sys.getsizeof(table)
 
 
 def mask_bytes(nodes: int) -> int:

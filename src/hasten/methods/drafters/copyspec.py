@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from hasten.engine import Draft, Drafter, Request, Target, register
+from hasten.engine.memory import table_growth
 from hasten.errors import UserError
 
 OCCURRENCES = ("first", "last", "longest")
@@ -136,9 +137,7 @@ class CopySpec(Drafter):
         for request in requests:
             memory = self._memories.get(request.id)
             tokens = len(request.tokens) - (memory.indexed if memory is not None else 0)
-            # A dictionary that is full is made anew, at a few times its size.
-            table = 4 * sys.getsizeof(memory.table) if memory is not None else 128 * tokens + 64
-            grown += tokens * entry + (table if tokens else 0)
+            grown += tokens * entry + table_growth(None if memory is None else memory.table, tokens)
         return grown
 
     def propose(self, request: Request, budget: int) -> Draft:

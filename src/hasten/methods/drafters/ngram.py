@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten.engine import Draft, Drafter, Request, Target, register
+from hasten.engine.memory import table_growth
 from hasten.errors import UserError
 
 
@@ -72,9 +73,7 @@ class Ngram(Drafter):
             index = self._indices.get(request.id)
             tokens = len(request.tokens) - (index.indexed if index is not None else 0)
             entries = tokens * (self.parameters.maximum - self.parameters.minimum + 1)
-            # A dictionary that is full is made anew, at a few times its size.
-            table = 4 * sys.getsizeof(index.followers) if index is not None else 128 * entries + 64
-            grown += entries * self._entry + (table if tokens else 0)
+            grown += entries * self._entry + table_growth(None if index is None else index.followers, entries)
         return grown
 
     def propose(self, request: Request, budget: int) -> Draft:

@@ -20,6 +20,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from hasten.engine.memory import table_growth
+
 ROOT, NOWHERE = 0, -1
 BYTES_PER_STATE = 400
 """Six numbers and, where several tokens follow, a dictionary of a few."""
@@ -88,7 +90,7 @@ class SuffixIndex:
         table of branches may be made anew at several times its size.
         """
         widest = sys.getsizeof(self._branches.get(ROOT, {}))
-        return tokens * (2 * BYTES_PER_STATE + widest) + 4 * sys.getsizeof(self._branches) * (tokens > 0)
+        return tokens * (2 * BYTES_PER_STATE + widest) + table_growth(self._branches, tokens)
 
     @classmethod
     def fresh_bytes(cls, tokens: int) -> int:

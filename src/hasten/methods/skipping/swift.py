@@ -307,10 +307,11 @@ class Swift(Drafter):
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         # A search adds a set and its score per trial; a new tenant begins one.
-        fresh = Search(len(self.model.layers), self.parameters).nbytes
-        return sum(fresh if request.params.tenant not in self._searches else 0 for request in requests) + len(
-            requests
-        ) * 16 * (2 * len(self.model.layers) + 1)
+        trials = len(requests) * 16 * (2 * len(self.model.layers) + 1)
+        new = {request.params.tenant for request in requests} - self._searches.keys()
+        if not new:
+            return trials
+        return trials + len(new) * Search(len(self.model.layers), self.parameters).nbytes
 
     def search(self, tenant: str) -> Search:
         """The tenant's search, begun on demand."""

@@ -82,7 +82,6 @@ def _library() -> ctypes.CDLL | None:
         return None
     library.hasten_team.restype, library.hasten_team.argtypes = c_void_p, [ctypes.c_int]
     library.hasten_disband.restype, library.hasten_disband.argtypes = None, [c_void_p]
-    library.hasten_kernels.restype, library.hasten_kernels.argtypes = ctypes.c_char_p, []
     library.hasten_pack.restype, library.hasten_pack.argtypes = None, [c_void_p, c_int64, c_int64, c_void_p]
     library.hasten_forward.restype = None
     library.hasten_forward.argtypes = [

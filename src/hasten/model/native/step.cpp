@@ -171,18 +171,18 @@ namespace {
 using Forward = void (*)(const Model &, Team &, int64_t, const float *, const int64_t *, int64_t, const Span *, int64_t,
                          const int64_t *, float *);
 
-Forward choose(const char **name) {
+Forward choose() {
 #ifdef HAS_TARGETS
     __builtin_cpu_init();
     const char *wanted = std::getenv("HASTEN_NATIVE");
     const bool any = wanted == nullptr;
     if ((any || !std::strcmp(wanted, "avx512")) && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return *name = "avx512", avx512::forward;
+        return avx512::forward;
     if ((any || !std::strcmp(wanted, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return *name = "avx2", avx2::forward;
+        return avx2::forward;
 #endif
-    return *name = "portable", portable::forward;
+    return portable::forward;
 }
 }  // namespace
 
@@ -190,12 +190,6 @@ extern "C" {
 
 void *hasten_team(int count) { return new Team(count); }
 void hasten_disband(void *team) { delete static_cast<Team *>(team); }
-
-const char *hasten_kernels() {
-    const char *name;
-    choose(&name);
-    return name;
-}
 
 // [outputs][inputs] to panels; outputs that fill the last panel are zero.
 void hasten_pack(const float *weight, int64_t outputs, int64_t inputs, float *panels) {
@@ -208,8 +202,7 @@ void hasten_pack(const float *weight, int64_t outputs, int64_t inputs, float *pa
 // The arrays are described where they are made, in backend.py.
 void hasten_forward(const Model *model, void *team, int64_t rows, const float *embedded, const int64_t *positions,
                     int64_t spans, const Span *span, int64_t wanted, const int64_t *rows_wanted, float *logits) {
-    const char *name;
-    static const Forward forward = choose(&name);
+    static const Forward forward = choose();
     forward(*model, *static_cast<Team *>(team), rows, embedded, positions, spans, span, wanted, rows_wanted, logits);
 }
 }
