@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 
@@ -14,19 +15,34 @@ from hasten.model.checkpoint import Tensors
 from hasten.model.config import LayerConfig, ModelConfig
 from hasten.model.decoder import Backend, Decoder
 from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, Rotary
-from hasten.model.linear import Linear, linear
+from hasten.model.linear import Linear
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+Fields = SimpleNamespace
+"""A configuration's fields as attributes. transformers' configurations have the same ones; importing them takes longer
+than importing PyTorch."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one `model_type` is read: configuration, then weights."""
+    """How one `model_type` is read: configuration, then weights.
+
+    Attributes:
+        defaults: fields that config.json may leave out, with the values that transformers gives them.
+    """
 
     name: str
-    read: Callable[[PretrainedConfig], ModelConfig]
+    defaults: Mapping[str, Any]
+    read: Callable[[Fields], ModelConfig]
     build: Callable[[ModelConfig, Tensors, Backend, torch.dtype], Decoder]
+
+    def fields(self, raw: Mapping[str, Any]) -> Fields:
+        """A config.json with this architecture's defaults, and its rope as transformers 5 writes it.
+
+        Raises:
+            UserError: its rope is not the same for all layers.
+        """
+        values = {**DEFAULTS, **self.defaults, **raw}
+        return Fields(**values | {"rope_parameters": rope_parameters(values)})
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -37,10 +53,58 @@ def register(architecture: Architecture) -> None:
     ARCHITECTURES[architecture.name] = architecture
 
 
+DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "num_key_value_heads": None,
+    "head_dim": None,
+}
+"""Of all architectures here, where they do not say otherwise."""
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+"""Fields that must be there, as whole numbers of at least 1."""
+
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+"""The same, where they are not null."""
+
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
-def rotary_frequencies(config: PretrainedConfig) -> tuple[tuple[float, ...], float]:
+def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope of a configuration, also of an older one (`rope_scaling`, and `rope_theta` beside it).
+
+    Raises:
+        UserError: layers differ in their rope.
+    """
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("config.json describes a rope per type of layer, which is not supported")
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    for name, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 1.0)):
+        given = values.get(name)
+        rope.setdefault(name, default if given is None else given)
+    if "original_max_position_embeddings" in values:
+        rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    return rope
+
+
+class _RopeFields(Fields):
+    """What transformers' rope formulas read of a configuration."""
+
+    def standardize_rope_params(self) -> None:
+        """They ask for it; `rope_parameters` has done it."""
+
+
+def rotary_frequencies(config: Fields, head_dim: int) -> tuple[tuple[float, ...], float]:
     """Inverse frequencies and attention factor of the configuration's rope (default, linear, llama3, yarn).
 
     The formulas are transformers' own, so scaled variants agree with it by construction.
@@ -48,43 +112,48 @@ def rotary_frequencies(config: PretrainedConfig) -> tuple[tuple[float, ...], flo
     Raises:
         UserError: a rope whose frequencies change with the sequence length, or an unknown one.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
+    kind = parameters["rope_type"]
     if kind not in FIXED_ROPES:
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(FIXED_ROPES)}")
     if kind == "default":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    read: Any = _RopeFields(
+        rope_parameters=parameters,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](read, torch.device("cpu"))
     return tuple(frequencies.tolist()), float(factor)
 
 
-def read_llama_family(config: PretrainedConfig, windows: list[int | None] | None = None) -> ModelConfig:
-    """The fields that Llama, Mistral and Qwen share; `windows` has one entry per layer."""
-    heads = config.num_attention_heads
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+def read_llama_family(config: Fields, windows: list[int | None] | None = None) -> ModelConfig:
+    """The fields that Llama, Mistral and Qwen share; `windows` has one entry per layer.
+
+    Raises:
+        UserError: a field is missing or makes no sense.
+    """
+    if config.hidden_act not in ("silu", "swish"):
         raise UserError(f"activation {config.hidden_act!r} is not supported for {config.model_type}; only silu is")
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    sizes = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "sliding_window": min((window for window in windows or () if window is not None), default=1),
-    }
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in SIZES}
+    sizes |= {name: size for name in OPTIONAL_SIZES if (size := getattr(config, name, None)) is not None}
+    sizes["sliding_window"] = min((window for window in windows or () if window is not None), default=1)
     for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"config.json has {name} {size}, which must be at least 1")
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"config.json has {name} {size}, which must be a whole number of at least 1")
+    if not isinstance(config.rms_norm_eps, int | float):
+        raise UserError(f"config.json has rms_norm_eps {config.rms_norm_eps}, which must be a number")
+    heads = config.num_attention_heads
+    kv_heads = sizes.get("num_key_value_heads", heads)
+    head_dim = sizes.get("head_dim", config.hidden_size // heads)
     if heads % kv_heads:
         raise UserError(f"config.json has {heads} heads, which {kv_heads} key/value heads cannot share evenly")
-    frequencies, factor = rotary_frequencies(config)
+    frequencies, factor = rotary_frequencies(config, head_dim)
     if not all(map(isfinite, frequencies)):
         raise UserError("config.json describes a rope without finite frequencies")
     if 2 * len(frequencies) != head_dim:
@@ -110,18 +179,22 @@ def read_llama_family(config: PretrainedConfig, windows: list[int | None] | None
         layers=layers,
         inverse_frequencies=frequencies,
         rope_factor=factor,
-        source=config.to_dict(),
+        source=vars(config),
     )
 
 
-def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, from `layer_types` where the configuration has them.
+def layer_windows(config: Fields, window: int | None, first: int = 0) -> list[int | None]:
+    """The window of each layer that slides: by `layer_types` where the configuration has them, else from `first` on.
 
     Raises:
-        UserError: a layer of another type.
+        UserError: a layer of another type; more or fewer types than layers.
     """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window if index >= first else None for index in range(count)]
+    if len(kinds) != count:
+        raise UserError(f"config.json has {len(kinds)} layer_types for {count} layers")
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
             raise UserError(f"layers of type {kind!r} are not supported for {config.model_type}")
@@ -161,7 +234,7 @@ def build_llama_family(
     def projection(names: list[str], outs: list[int], width: int, biased: bool) -> Linear:
         weight = tensors.stacked([f"{name}.weight" for name in names], [(out, width) for out in outs])
         read = tensors.stacked if biased else tensors.maybe_stacked
-        return linear(weight, read([f"{name}.bias" for name in names], [(out,) for out in outs]))
+        return backend.linear(weight, read([f"{name}.bias" for name in names], [(out,) for out in outs]))
 
     embedding = tensors.get("model.embed_tokens.weight", vocabulary, hidden)
     layers = []
@@ -208,7 +281,7 @@ def build_llama_family(
         embedding=embedding,
         layers=layers,
         norm=norm("model.norm.weight", hidden),
-        head=linear(head),
+        head=backend.head_linear(head),
         backend=backend,
         cache_dtype=cache_dtype,
     )

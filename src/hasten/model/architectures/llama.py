@@ -2,4 +2,6 @@
 
 from hasten.model.architectures.base import Architecture, build_llama_family, read_llama_family, register
 
-register(Architecture("llama", read_llama_family, build_llama_family))
+DEFAULTS = {"max_position_embeddings": 2048, "eos_token_id": 2}
+
+register(Architecture("llama", DEFAULTS, read_llama_family, build_llama_family))

@@ -10,10 +10,18 @@ from hasten.model.architectures.base import (
     register,
 )
 
+DEFAULTS = {
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "eos_token_id": 2,
+}
+
 register(
     Architecture(
         "mistral",
-        lambda config: read_llama_family(config, layer_windows(config)),
+        DEFAULTS,
+        lambda config: read_llama_family(config, layer_windows(config, config.sliding_window)),
         partial(build_llama_family, biases="none"),
     )
 )

@@ -2,18 +2,9 @@
 
 from functools import partial
 
-from hasten.model.architectures.base import (
-    Architecture,
-    build_llama_family,
-    layer_windows,
-    read_llama_family,
-    register,
-)
+from hasten.model.architectures import qwen2
+from hasten.model.architectures.base import Architecture, build_llama_family, register
 
-register(
-    Architecture(
-        "qwen3",
-        lambda config: read_llama_family(config, layer_windows(config)),
-        partial(build_llama_family, head_norms=True),
-    )
-)
+DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
+
+register(Architecture("qwen3", DEFAULTS, qwen2.read, partial(build_llama_family, head_norms=True)))
