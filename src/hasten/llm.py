@@ -85,7 +85,8 @@ class LLM:
         dtype: `auto`, `float32`, `bfloat16`, `float16`, `float64`.
         device: `auto`, `cpu`, `cuda`, ...
         limits: of batch and step.
-        backend: what runs the forward pass: `torch`, or `native` (float32 on CPU).
+        backend: what runs the forward pass: `torch`, `native` (float32 and bfloat16 on CPU), or `auto`.
+        weights: `dense`, or rounded to `int8` or `int4` as they are loaded (native only).
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
@@ -98,11 +99,12 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         limits: Limits | None = None,
-        backend: str = "torch",
+        backend: str = "auto",
+        weights: str = "dense",
     ) -> None:
         folder = resolve(model)
         self.folder = folder
-        self.model: Decoder = load_model(folder, dtype, device, backend)
+        self.model: Decoder = load_model(folder, dtype, device, backend, weights)
         self.tokenizer = load_tokenizer(folder)
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}

@@ -53,8 +53,10 @@ def test_method_parameters_out_of_range(hasten, spec: str, words: str):
 
 
 def test_backend_that_does_not_fit(hasten):
-    assert_refused(hasten("generate", "hi", "--backend", "fast"), "torch or native")
-    assert_refused(hasten("generate", "hi", "--backend", "native", "--dtype", "bfloat16"), "float32 on CPU only")
+    assert_refused(hasten("generate", "hi", "--backend", "fast"), "auto, torch, native")
+    assert_refused(hasten("generate", "hi", "--backend", "native", "--dtype", "float16"), "bfloat16 on CPU only")
+    assert_refused(hasten("generate", "hi", "--weights", "int3"), "dense, int8, int4")
+    assert_refused(hasten("generate", "hi", "--weights", "int8", "--backend", "torch"), "need the native backend")
 
 
 def test_missing_checkpoint(hasten):

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.model.checkpoint import resolve
-from hasten.model.native.backend import LIBRARY
+from hasten.model.native.library import LIBRARY
 
 PROMPT = "Reverse the list: red cat moon salt\nAnswer:"
 

@@ -116,7 +116,9 @@ def test_skipping_nothing_is_the_model(deep):
     sequence = deep.engine.cache.sequence()
     expected = deep.model.forward(Rows.of(sequence, PROMPTS[1], 0))
     sequence.release()
-    assert torch.equal(logits_of(deep, PROMPTS[1], Skipped(frozenset(), frozenset())), expected)
+    got = logits_of(deep, PROMPTS[1], Skipped(frozenset(), frozenset()))
+    # Composed of the model's pieces, which the native backend does not call.
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention, mlp", [({1, 3}, set()), (set(), {2, 4}), ({1, 2, 4}, {2, 3})])

@@ -17,7 +17,7 @@ from hasten.engine.grammar import Constraint
 from hasten.engine.registry import parse
 from hasten.methods.drafters.vocabtrim import VocabTrim, VocabTrimParameters, forced_tokens, most_frequent
 from hasten.model import OracleModel, Rows, load_model
-from hasten.model.linear import linear
+from hasten.model.linear import fastest_linear
 from helpers import END, START, VOCABULARY, same
 
 CALIBRATION = "the cat and the moon sing in the garden; XYZ (48) [15] {62} !?"
@@ -179,7 +179,7 @@ def test_trimmed_head_is_rows_of_the_full_one(llm, tiny, words, dtype, tolerance
 def test_head_with_a_bias(llm, words):
     drafter = made(llm, tokens=20, calibration=str(words), forced=False)
     full = load_model(f"{llm.folder}-draft", device="cpu")
-    full.head = linear(full.head.dequant(), torch.linspace(-3, 3, VOCABULARY))
+    full.head = fastest_linear(full.head.dequant(), torch.linspace(-3, 3, VOCABULARY))
     trimmed = drafter._trim(full)
     hidden = torch.randn(3, full.config.hidden_size)
     expected = full.head.forward(hidden)[:, drafter.to_full]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.cache import Cache, Sequence
 from hasten.model import Decoder, Rows, Span, Taps, load_model
-from hasten.model.native.backend import LIBRARY
+from hasten.model.native.library import LIBRARY
 
 Make = Callable[..., Any]
 
@@ -95,8 +95,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=CASES, scope="module")
 def case(request: pytest.FixtureRequest, make_checkpoint: Make, backend: str) -> tuple[Any, Decoder]:
     """(checkpoint, the same loaded by hasten in float32)."""
-    if backend == "native" and "window" in request.param:
-        pytest.skip("the native step knows no sliding windows")
     architecture, settings = CASES[request.param]
     checkpoint = make_checkpoint(architecture, **settings)
     return checkpoint, load_model(checkpoint.folder, dtype="float32", device="cpu", backend=backend)

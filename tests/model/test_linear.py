@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.model.linear import DenseLinear, PackedLinear, can_pack, linear
+from hasten.model.linear import DenseLinear, PackedLinear, can_pack, fastest_linear
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.zeros(1, dtype=dtype))]
 SHAPES = [(1, 1), (5, 1), (1, 7), (24, 16), (80, 48), (97, 130), (384, 256)]
@@ -98,10 +98,10 @@ def test_no_rows(dtype: torch.dtype) -> None:
 
 
 def test_the_storage_follows_dtype_and_device() -> None:
-    assert isinstance(linear(torch.zeros(3, 2)), PackedLinear)
+    assert isinstance(fastest_linear(torch.zeros(3, 2)), PackedLinear)
     for dtype in (torch.float64, torch.float16):
-        assert isinstance(linear(torch.zeros(3, 2, dtype=dtype)), DenseLinear)
-    assert isinstance(linear(torch.zeros(3, 2, device="meta")), DenseLinear)
+        assert isinstance(fastest_linear(torch.zeros(3, 2, dtype=dtype)), DenseLinear)
+    assert isinstance(fastest_linear(torch.zeros(3, 2, device="meta")), DenseLinear)
 
 
 def test_the_plain_weight_may_be_a_view() -> None:

@@ -27,7 +27,8 @@ def bench(
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    backend: options.Backend = "torch",
+    backend: options.Backend = "auto",
+    weights: options.Weights = "dense",
     threads: options.Threads = 0,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots here.")] = None,
     json: options.Json = False,
@@ -39,7 +40,7 @@ def bench(
         from hasten.bench.report import check_target, write_report
 
         check_target(report)
-    llm = options.load(model, dtype, device, threads, backend)
+    llm = options.load(model, dtype, device, threads, backend, weights)
 
     from hasten.bench.compare import bench as measure
     from hasten.bench.suite import load_suite

@@ -11,12 +11,13 @@ def doctor(
     model: options.Model = "tiny",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    backend: options.Backend = "torch",
+    backend: options.Backend = "auto",
+    weights: options.Weights = "dense",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
     """Measure read bandwidth, the cost of a step against it, and what each further row of a step costs."""
-    llm = options.load(model, dtype, device, threads, backend)
+    llm = options.load(model, dtype, device, threads, backend, weights)
 
     from rich.console import Console
 

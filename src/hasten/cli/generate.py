@@ -40,7 +40,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    backend: options.Backend = "torch",
+    backend: options.Backend = "auto",
+    weights: options.Weights = "dense",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -51,7 +52,7 @@ def generate(
     if not text:
         raise UserError("the prompt is empty")
     constraint = options.constraint(json_schema, regex, grammar)
-    llm = options.load(model, dtype, device, threads, backend)
+    llm = options.load(model, dtype, device, threads, backend, weights)
     llm.engine.drafter(method)
     given: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,

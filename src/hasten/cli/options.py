@@ -21,13 +21,14 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
-Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: torch, or native (float32 on CPU).")]
+Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU) or torch.")]
+Weights = Annotated[str, typer.Option("--weights", help="dense, or rounded at loading: int8 or int4 (native only).")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]
 Method = Annotated[str, typer.Option("--method", help="slug, or slug:key=value,key=value (see `hasten methods`).")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most.")]
 
 
-def load(model: str, dtype: str, device: str, threads: int, backend: str = "torch") -> LLM:
+def load(model: str, dtype: str, device: str, threads: int, backend: str = "auto", weights: str = "dense") -> LLM:
     """The model, with threads set.
 
     Raises:
@@ -43,7 +44,7 @@ def load(model: str, dtype: str, device: str, threads: int, backend: str = "torc
         raise UserError("threads must be 0 (all cores) or positive")
     if threads:
         torch.set_num_threads(threads)
-    return LLM(model, dtype=dtype, device=device, backend=backend)
+    return LLM(model, dtype=dtype, device=device, backend=backend, weights=weights)
 
 
 def constraint(json_schema: str | None, regex: str | None, grammar: str | None) -> Constraint | None:

@@ -33,7 +33,8 @@ def race(
     svg: Annotated[Path | None, typer.Option(help="Save the final picture here.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    backend: options.Backend = "torch",
+    backend: options.Backend = "auto",
+    weights: options.Weights = "dense",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def race(
     if rounds < 1 or slow < 0:
         raise UserError("rounds must be at least 1 and slow not negative")
     text = sys.stdin.read() if prompt == "-" else prompt
-    llm = options.load(model, dtype, device, threads, backend)
+    llm = options.load(model, dtype, device, threads, backend, weights)
 
     from hasten.bench import race as racing
     from hasten.engine import SamplingParams

@@ -24,7 +24,8 @@ def tune(
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    backend: options.Backend = "torch",
+    backend: options.Backend = "auto",
+    weights: options.Weights = "dense",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def tune(
     if not seconds > 0:
         raise UserError("seconds must be positive")
     names = None if candidates is None else split_methods(candidates)
-    llm = options.load(model, dtype, device, threads, backend)
+    llm = options.load(model, dtype, device, threads, backend, weights)
 
     from hasten.bench import tune as tuning
     from hasten.bench.suite import load_suite

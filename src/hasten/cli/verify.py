@@ -19,7 +19,8 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
-    backend: options.Backend = "torch",
+    backend: options.Backend = "auto",
+    weights: options.Weights = "dense",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -27,7 +28,7 @@ def verify(
 
     Exits with status 1 if any prompt differs.
     """
-    llm = options.load(model, dtype, device, threads, backend)
+    llm = options.load(model, dtype, device, threads, backend, weights)
 
     from hasten.bench import verify as check
     from hasten.bench.prompts import encode, load_prompts

@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.model.attention import Kernel, additive, kernel_for
 from hasten.model.config import ModelConfig
 from hasten.model.layers import Layer, Pass, RMSNorm
-from hasten.model.linear import Linear
+from hasten.model.linear import Linear, fastest_linear
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
 
@@ -42,9 +42,15 @@ class Model(Protocol):
 
 
 class Backend(Protocol):
-    """Runs the default forward of a decoder; chosen when the model is loaded."""
+    """Stores a decoder's weights and runs its default forward; chosen when the model is loaded."""
 
     name: str
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A linear layer in the backend's storage."""
+
+    def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """The head, which may be stored more precisely than the layers."""
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         """As `Model.forward`."""
@@ -116,6 +122,12 @@ class TorchBackend:
     """The reference: the pieces composed in PyTorch, on every device."""
 
     name = "torch"
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return fastest_linear(weight, bias)
+
+    def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return fastest_linear(weight, bias)
 
     @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:

@@ -85,6 +85,6 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def fastest_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The fastest exact storage for a dense weight on its device."""
     return PackedLinear(weight, bias) if can_pack(weight) else DenseLinear(weight, bias)

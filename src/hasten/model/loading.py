@@ -11,7 +11,7 @@ from hasten.model.architectures import ARCHITECTURES
 from hasten.model.checkpoint import Tensors, one_line, read_json, resolve
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
-from hasten.model.native import NativeBackend, refusal
+from hasten.model.native import Format, NativeBackend, refusal
 
 DTYPES = {
     "float32": torch.float32,
@@ -36,10 +36,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"architecture {kind!r} is not supported; supported are {known}")
     if raw.get("quantization_config"):
         raise UserError(f"{folder} is quantised (quantization_config): hasten loads plain weights only")
-    from transformers import AutoConfig
-
+    architecture = ARCHITECTURES[kind]
     try:
-        return ARCHITECTURES[kind].read(AutoConfig.from_pretrained(folder))
+        return architecture.read(architecture.fields(raw))
     except UserError:
         raise
     except Exception as error:
@@ -80,14 +79,22 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def load_model(model: str | Path, dtype: str = "auto", device: str = "auto", backend: str = "torch") -> Decoder:
+WEIGHTS = ("dense", "int8", "int4")
+BACKENDS = ("auto", "torch", "native")
+
+
+def load_model(
+    model: str | Path, dtype: str = "auto", device: str = "auto", backend: str = "auto", weights: str = "dense"
+) -> Decoder:
     """Load a model for decoding.
 
     Args:
         model: a checkpoint folder or a hub id.
         dtype: `auto`, `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        backend: what runs the default forward pass: `torch`, or `native` (`hasten.model.native`).
+        backend: what runs the default forward pass: `torch`, `native` (`hasten.model.native`), or `auto`: native
+            where it can run the model.
+        weights: `dense`, or rounded to `int8` or `int4` (the head to int8) as they are loaded; native only.
 
     Raises:
         UserError: anything wrong with the checkpoint or the arguments, in one sentence.
@@ -96,23 +103,30 @@ def load_model(model: str | Path, dtype: str = "auto", device: str = "auto", bac
     config = read_config(folder)
     target = choose_device(device)
     chosen = choose_dtype(folder, dtype, target)
-    # A bf16 model's cache on CPU is float32: for few rows the flash kernel is several times as fast on it.
+    # A bf16 model's cache on CPU is float32: for few rows attention is several times as fast on it.
     cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
-    runner = _backend(backend, config, chosen, target)
+    runner = choose_backend(backend, weights, config, chosen, target)
     return ARCHITECTURES[config.architecture].build(config, Tensors(folder, chosen, target), runner, cache_dtype)
 
 
-def _backend(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+def choose_backend(name: str, weights: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
     """A backend by name.
 
     Raises:
         UserError: unknown, or not for this model.
     """
-    if name == "torch":
-        return TorchBackend()
-    if name != "native":
-        raise UserError(f"backend must be torch or native, not {name!r}")
-    reason = refusal(config, dtype, device)
-    if reason is not None:
+    if name not in BACKENDS:
+        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    if weights not in WEIGHTS:
+        raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
+    reason = "the backend is torch" if name == "torch" else refusal(config, dtype, device)
+    if reason is None:
+        if weights == "int4":
+            return NativeBackend("int4", head="int8")
+        format: Format = "int8" if weights == "int8" else "float32" if dtype == torch.float32 else "bfloat16"
+        return NativeBackend(format, head=format)
+    if name == "native":
         raise UserError(f"the native backend cannot run this model: {reason}")
-    return NativeBackend()
+    if weights != "dense":
+        raise UserError(f"{weights} weights need the native backend: {reason}")
+    return TorchBackend()

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 class Storage(Protocol):
-    """A block of the cache: per group of layers of one shape [2, layers, kv_heads, capacity, head_dim]."""
+    """A block of the cache: per group of layers of one shape [2, layers, kv_heads, capacity, head_dim].
+
+    `positions` is int64 [capacity], the position of each slot's row.
+    """
 
     capacity: int
     storage: list[Tensor]
+    positions: Tensor
 
 
 class SequenceState(Protocol):

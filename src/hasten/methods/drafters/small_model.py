@@ -21,8 +21,6 @@ from hasten.engine.sampling import Distribution, Sampler
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, load_model
 from hasten.model.checkpoint import resolve
-from hasten.model.loading import choose_dtype, read_config
-from hasten.model.native import refusal
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
 DRAFT_PURPOSE = 1
@@ -54,19 +52,13 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
     folder = resolve(name)
     if target.tokenizer is not None and not same_vocabulary(load_tokenizer(folder), target.tokenizer):
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
-    model = load_model(folder, dtype, str(target.model.device), _backend(target, folder, dtype))
+    # As the target runs, where the small model can, too.
+    backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
+    model = load_model(folder, dtype, str(target.model.device), backend)
     if model.config.vocab_size < target.model.config.vocab_size:
         size = f"{model.config.vocab_size} < {target.model.config.vocab_size}"
         raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
     return model
-
-
-def _backend(target: Target, folder: Path, dtype: str) -> str:
-    """That of the target, where the small model can run on it, too."""
-    name = getattr(getattr(target.model, "backend", None), "name", "torch")
-    device = target.model.device
-    fits = name != "native" or refusal(read_config(folder), choose_dtype(folder, dtype, device), device) is None
-    return name if fits else "torch"
 
 
 def processed(sampler: Sampler, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:

@@ -34,7 +34,6 @@ from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.small_model import processed
 from hasten.model import Decoder, Model
-from hasten.model.linear import linear
 from hasten.tasks import TASKS, examples, prose_documents
 
 ANSWER_TOKENS, ANSWERED_PROMPTS = 128, 200
@@ -135,7 +134,7 @@ class VocabTrim(DraftModel):
             raise UserError("vocabtrim needs a small model with a head of weights")
         bias = getattr(model.head, "bias", None)
         rows = model.head.dequant()[self.to_full].contiguous()
-        return replace(model, head=linear(rows, None if bias is None else bias[self.to_full]))
+        return replace(model, head=model.backend.head_linear(rows, None if bias is None else bias[self.to_full]))
 
     def distribution(self, request: Request, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Processed among the kept tokens only, then named by the target's ids."""

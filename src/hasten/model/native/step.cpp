@@ -1,7 +1,8 @@
 // The default forward pass of a Llama-like decoder on CPU: one call per step, over the cache's own memory.
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
-// in every batch. Weights lie in panels of 32 outputs, so that one pass over them serves up to 12 rows.
+// in every batch. One pass over the weights serves up to 24 rows. The structures here are mirrored in backend.py and
+// linear.py; the work is in lanes.h, linear.h, attention.h and forward.h, compiled once per instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +15,11 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_TARGETS 1
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -35,8 +41,9 @@ class Team {
     }
     int count() const { return count_; }
 
-    // Every thread calls `task(number)`; returns when all are done.
+    // Every thread calls `task(number)`; returns when all are done. Callers take turns.
     void run(const std::function<void(int)> &task) {
+        std::lock_guard<std::mutex> turn(turn_);
         if (count_ == 1) return task(0);
         task_ = &task;
         left_.store(count_ - 1, std::memory_order_relaxed);
@@ -90,7 +97,7 @@ class Team {
     }
     int count_;
     std::vector<std::thread> threads_;
-    std::mutex mutex_;
+    std::mutex mutex_, turn_;
     std::condition_variable wake_;
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0}, arrived_{0}, phase_{0};
@@ -98,23 +105,46 @@ class Team {
     bool closing_ = false;
 };
 
-constexpr int64_t PANEL = 32;
+enum Format : int64_t { FLOAT32, BFLOAT16, INT8, INT4 };
 
+// Panels of 16 outputs, an even number of them (what is missing is zero). Inputs go in words of 32 bits per output:
+//   float32 [panels][inputs][16]
+//   bf16    [panels][inputs / 2][16][2]
+//   int8    [panels][inputs / 4][16][4], codes from -127 to 127, a scale per output
+//   int4    [panels][inputs / 8][16][4], inputs 0..3 in the lower halves of the bytes, 4..7 in the upper; codes from 0 to
+//           15 for -8 to 7; a bf16 scale per 64 inputs of an output
 struct Linear {
-    const float *panels;  // [ceil(outputs / 32)][inputs][32]
+    Format format;
+    const void *panels;
+    const void *scales;   // int8: float [outputs]; int4: bf16 [panels][inputs / 64][16]; else null
+    const int32_t *sums;  // int8: of each output's codes; else null
     const float *bias;    // [outputs] or null
     int64_t outputs, inputs;
 };
 
+constexpr int64_t GROUP_WORDS = 16;  // of int4's groups of 64 inputs
+
+inline int64_t words_of(const Linear &weight) {
+    switch (weight.format) {
+        case FLOAT32: return weight.inputs;
+        case BFLOAT16: return (weight.inputs + 1) / 2;
+        case INT8: return (weight.inputs + 3) / 4;
+        default: return (weight.inputs + 4 * GROUP_WORDS - 1) / (4 * GROUP_WORDS) * GROUP_WORDS;
+    }
+}
+
 struct Layer {
     const float *attention_norm, *query_norm, *key_norm, *mlp_norm;
     Linear qkv, out, gate_up, down;
+    int64_t window;  // a row at position p sees positions above p - window; 0: all
 };
 
 struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, ffn, vocabulary;
     float norm_eps, rope_factor;
     const float *inverse_frequencies;  // [head_dim / 2]
+    const void *embedding;             // [vocabulary][hidden], float32 or bf16
+    int64_t embedding_format;
     const float *final_norm;
     Linear head;
     const Layer *layer;
@@ -123,6 +153,7 @@ struct Model {
 // A sequence's rows in this pass, and the blocks that they see. The last view holds the pending rows behind its slots.
 struct View {
     float *storage;  // [2][layers][kv_heads][capacity][head_dim]
+    const int64_t *positions;
     int64_t capacity, length;
 };
 struct Span {
@@ -131,78 +162,109 @@ struct Span {
     int64_t views;
     const View *view;
 };
+enum Site : int64_t { INPUT, ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, OUTPUT, FINAL_NORM };
+struct Tap {
+    Site site;
+    int64_t layer;
+    float *states;  // [rows][hidden]
+};
+struct Batch {
+    int64_t rows;
+    const int64_t *tokens, *positions;
+    const float *embedded;  // [rows][hidden] where tokens are -1, or null
+    int64_t spans;
+    const Span *span;
+    int64_t wanted;
+    const int64_t *row_wanted;
+    float *logits;  // [wanted][vocabulary]
+    int64_t taps;
+    const Tap *tap;
+};
 
 }  // namespace
 
-#define CONCAT_(a, b) a##b
-#define CONCAT(a, b) CONCAT_(a, b)
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_TARGETS 1
-#endif
-
+// LEVEL: 0 plain C++, 1 AVX2, 2 AVX-512 with VNNI, 3 with BF16 as well. MOST: rows of one pass over a panel.
 #define NAME portable
-#define BLOCK 4
-#include "step_body.h"
-#undef NAME
-#undef BLOCK
+#define LEVEL 0
+#define MOST 4
+#include "kernels.h"
 
 #ifdef HAS_TARGETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define NAME avx2
-#define BLOCK 3
-#include "step_body.h"
-#undef NAME
-#undef BLOCK
+#define LEVEL 1
+#define MOST 6
+#include "kernels.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")
 #define NAME avx512
-#define BLOCK 12
-#include "step_body.h"
-#undef NAME
-#undef BLOCK
+#define LEVEL 2
+#define MOST 24
+#include "kernels.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,prefer-vector-width=512")
+#define NAME avx512bf16
+#define LEVEL 3
+#define MOST 24
+#include "kernels.h"
 #pragma GCC pop_options
 #endif
 
 namespace {
-using Forward = void (*)(const Model &, Team &, int64_t, const float *, const int64_t *, int64_t, const Span *, int64_t,
-                         const int64_t *, float *);
 
-Forward choose() {
+struct Kernels {
+    const char *name;
+    void (*forward)(const Model &, Team &, const Batch &);
+    void (*apply)(const Linear &, Team &, int64_t, const float *, const float *, float *);
+};
+
+Kernels choose() {
 #ifdef HAS_TARGETS
     __builtin_cpu_init();
     const char *wanted = std::getenv("HASTEN_NATIVE");
-    const bool any = wanted == nullptr;
-    if ((any || !std::strcmp(wanted, "avx512")) && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return avx512::forward;
-    if ((any || !std::strcmp(wanted, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return avx2::forward;
+    auto may = [&](const char *name) { return wanted == nullptr || !std::strcmp(wanted, name); };
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+    if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16"))
+        return {"avx512bf16", avx512bf16::forward, avx512bf16::apply};
+    if (may("avx512") && wide) return {"avx512", avx512::forward, avx512::apply};
+    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return {"avx2", avx2::forward, avx2::apply};
 #endif
-    return portable::forward;
+    return {"portable", portable::forward, portable::apply};
 }
+
+const Kernels &kernels() {
+    static const Kernels chosen = choose();
+    return chosen;
+}
+
 }  // namespace
 
 extern "C" {
 
+const char *hasten_kernels() { return kernels().name; }
 void *hasten_team(int count) { return new Team(count); }
 void hasten_disband(void *team) { delete static_cast<Team *>(team); }
 
-// [outputs][inputs] to panels; outputs that fill the last panel are zero.
-void hasten_pack(const float *weight, int64_t outputs, int64_t inputs, float *panels) {
-    for (int64_t first = 0; first < outputs; first += PANEL)
-        for (int64_t k = 0; k < inputs; ++k)
-            for (int64_t n = 0; n < PANEL; ++n)
-                *panels++ = first + n < outputs ? weight[(first + n) * inputs + k] : 0.0f;
+// 0, or 1 for a token that the embedding does not have.
+int hasten_forward(const Model *model, void *team, const Batch *batch) {
+    for (int64_t row = 0; row < batch->rows; ++row) {
+        const int64_t token = batch->tokens[row];
+        if (token >= model->vocabulary || (token < 0 && !batch->embedded)) return 1;
+    }
+    kernels().forward(*model, *static_cast<Team *>(team), *batch);
+    return 0;
 }
 
-// The arrays are described where they are made, in backend.py.
-void hasten_forward(const Model *model, void *team, int64_t rows, const float *embedded, const int64_t *positions,
-                    int64_t spans, const Span *span, int64_t wanted, const int64_t *rows_wanted, float *logits) {
-    static const Forward forward = choose();
-    forward(*model, *static_cast<Team *>(team), rows, embedded, positions, spans, span, wanted, rows_wanted, logits);
+// One layer by itself: out [rows][outputs] = x [rows][inputs] W^T + bias (+ residual, or null).
+void hasten_linear(const Linear *weight, void *team, int64_t rows, const float *x, const float *residual, float *out) {
+    kernels().apply(*weight, *static_cast<Team *>(team), rows, x, residual, out);
 }
 }

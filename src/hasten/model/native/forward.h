@@ -1,0 +1,208 @@
+// The forward pass: every thread runs the same stages, with a barrier between them. Included once per instruction set.
+
+namespace {
+namespace NAME {
+
+inline void norm(const float *x, const float *weight, float eps, int64_t count, float *out) {
+    const float scale = 1.0f / __builtin_sqrtf(squares(x, count) / static_cast<float>(count) + eps);
+    for (int64_t i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+inline void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+// silu(gate) * up, up to sixteen channels.
+inline void gated(const float *gate, const float *up, int64_t count, float *out) {
+    Lanes values = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = -gate[i];
+    const Lanes e = exponential(values);
+    for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + e[i]) * up[i];
+}
+
+inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
+    const int64_t token = batch.tokens[row], hidden = model.hidden;
+    if (token < 0) {
+        std::memcpy(out, batch.embedded + row * hidden, hidden * sizeof(float));
+    } else if (model.embedding_format == FLOAT32) {
+        std::memcpy(out, static_cast<const float *>(model.embedding) + token * hidden, hidden * sizeof(float));
+    } else {
+        const uint16_t *from = static_cast<const uint16_t *>(model.embedding) + token * hidden;
+        for (int64_t i = 0; i < hidden; ++i) out[i] = as<float>(static_cast<uint32_t>(from[i]) << 16);
+    }
+}
+
+// Buffers that passes share; they only grow.
+struct Buffers {
+    std::vector<float> x, next, qkv, gate_up, cosine, sine;
+    std::vector<int64_t> span_of;
+    std::vector<Tile> tiles;
+    std::vector<Attend> attend;
+    Inputs normed, mixed, inner, last;
+};
+
+inline float *grown(std::vector<float> &values, int64_t count) {
+    if (static_cast<int64_t>(values.size()) < count) values.resize(count);
+    return values.data();
+}
+
+void forward(const Model &model, Team &team, const Batch &batch) {
+    static thread_local Buffers buffers;
+    Buffers &of = buffers;
+    const int64_t hidden = model.hidden, d = model.head_dim, half = d / 2, heads = model.heads, kv = model.kv_heads;
+    const int64_t rows = batch.rows, width = (heads + 2 * kv) * d, ffn = model.ffn, threads = team.count();
+    float *now = grown(of.x, rows * hidden), *then = grown(of.next, rows * hidden);
+    float *qkv = grown(of.qkv, rows * width), *gate_up = grown(of.gate_up, rows * 2 * ffn);
+    float *cosine = grown(of.cosine, rows * half), *sine = grown(of.sine, rows * half);
+    Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
+    of.attend.resize(threads);
+    of.span_of.resize(rows);
+    // Heads that share keys are computed together, unless some threads would have nothing to do.
+    const int64_t group = heads / kv, apart = std::min(group, (2 * threads + rows * kv - 1) / (rows * kv));
+    const int64_t together = std::min(TILE, (group + apart - 1) / apart), tile_rows = std::max<int64_t>(1, TILE / together);
+    of.tiles.clear();
+    for (int64_t s = 0; s < batch.spans; ++s) {
+        const int64_t count = batch.span[s].stop - batch.span[s].start;
+        std::fill(of.span_of.begin() + batch.span[s].start, of.span_of.begin() + batch.span[s].stop, s);
+        for (int64_t first = 0; first < count; first += tile_rows)
+            for (int64_t head = 0; head < heads; head += together) {
+                // Not beyond the heads of this key head.
+                const int64_t some = std::min(together, group - head % group);
+                of.tiles.push_back({s, first, std::min(tile_rows, count - first), head, some});
+                head -= together - some;
+            }
+    }
+    const int64_t parts = (ffn + WIDTH - 1) / WIDTH;
+
+    team.run([&](int number) {
+        // Contiguous shares where items are alike, every n-th item where later ones take longer.
+        auto share = [&](int64_t count, auto work) {
+            for (int64_t i = count * number / threads; i < count * (number + 1) / threads; ++i) work(i);
+        };
+        auto deal = [&](int64_t count, auto work) {
+            for (int64_t i = number; i < count; i += threads) work(i);
+        };
+        auto shape = [&](Inputs &inputs, const Linear &weight, int64_t count) {
+            if (number == 0) inputs.shape(weight, count);
+        };
+        // Hands out a row's state, less another one.
+        auto tap = [&](Site site, int64_t layer, int64_t row, const float *state, const float *less = nullptr) {
+            for (int64_t t = 0; t < batch.taps; ++t) {
+                if (batch.tap[t].site != site || batch.tap[t].layer != layer) continue;
+                float *to = batch.tap[t].states + row * hidden;
+                for (int64_t i = 0; i < hidden; ++i) to[i] = state[i] - (less ? less[i] : 0.0f);
+            }
+        };
+        auto norm_row = [&](const float *from, const float *weight, Inputs &to, int64_t row) {
+            norm(from, weight, model.norm_eps, hidden, to.row(row));
+            to.put_row(row);
+        };
+        // Codes need the scale of a whole row, which several threads have written.
+        auto finish = [&](Inputs &inputs) {
+            team.barrier();
+            if (inputs.direct()) return;
+            share(inputs.rows(), [&](int64_t row) { inputs.quantise(row); });
+            team.barrier();
+        };
+        share(rows, [&](int64_t row) {
+            embed(model, batch, row, now + row * hidden);
+            for (int64_t i = 0; i < half; ++i) {
+                const float angle = static_cast<float>(batch.positions[row]) * model.inverse_frequencies[i];
+                cosine[row * half + i] = std::cos(angle) * model.rope_factor;
+                sine[row * half + i] = std::sin(angle) * model.rope_factor;
+            }
+        });
+        for (int64_t l = 0; l < model.layers; ++l) {
+            const Layer &layer = model.layer[l];
+            shape(normed, layer.qkv, rows);
+            shape(mixed, layer.out, rows);
+            team.barrier();
+            share(rows, [&](int64_t row) {
+                norm_row(now + row * hidden, layer.attention_norm, normed, row);
+                tap(INPUT, l, row, now + row * hidden);
+                tap(ATTENTION_INPUT, l, row, normed.row(row));
+                if (l) tap(OUTPUT, l - 1, row, now + row * hidden);
+            });
+            team.barrier();
+            linear(layer.qkv, team, number, normed, qkv);
+            team.barrier();
+            share(rows * (heads + 2 * kv), [&](int64_t item) {
+                const int64_t row = item / (heads + 2 * kv), head = item % (heads + 2 * kv);
+                float *own = qkv + row * width + head * d;
+                if (head < heads + kv) {
+                    const float *weight = head < heads ? layer.query_norm : layer.key_norm;
+                    if (weight) norm(own, weight, model.norm_eps, d, own);
+                    rotate(own, cosine + row * half, sine + row * half, half);
+                }
+                if (head < heads) return;
+                const Span &span = batch.span[of.span_of[row]];
+                const View &view = span.view[span.views - 1];
+                const int64_t slot = view.length + span.pending - (span.stop - row);
+                const int64_t block = kv * view.capacity * d, kind = head < heads + kv ? 0 : model.layers;
+                const int64_t place = ((head - heads) % kv * view.capacity + slot) * d;
+                std::memcpy(view.storage + (kind + l) * block + place, own, d * sizeof(float));
+            });
+            team.barrier();
+            deal(of.tiles.size(), [&](int64_t item) {
+                const Tile &tile = of.tiles[item];
+                of.attend[number](model, batch.span[tile.span], tile, l, batch.positions, qkv, width, mixed);
+            });
+            finish(mixed);
+            linear(layer.out, team, number, mixed, then, now);
+            shape(normed, layer.gate_up, rows);
+            shape(inner, layer.down, rows);
+            team.barrier();
+            share(rows, [&](int64_t row) {
+                norm_row(then + row * hidden, layer.mlp_norm, normed, row);
+                tap(ATTENTION_OUTPUT, l, row, then + row * hidden, now + row * hidden);
+                tap(MLP_INPUT, l, row, normed.row(row));
+            });
+            team.barrier();
+            linear(layer.gate_up, team, number, normed, gate_up);
+            team.barrier();
+            share(rows * parts, [&](int64_t item) {
+                const int64_t row = item / parts, first = item % parts * WIDTH, count = std::min(WIDTH, ffn - first);
+                const float *gate = gate_up + row * 2 * ffn + first;
+                gated(gate, gate + ffn, count, inner.row(row) + first);
+                if (inner.direct()) inner.put(row, first, count);
+            });
+            finish(inner);
+            linear(layer.down, team, number, inner, now, then);
+            if (l + 1 == model.layers) shape(last, model.head, batch.wanted);
+            // The next layer's first stage begins with a barrier of its own.
+        }
+        team.barrier();
+        share(batch.wanted, [&](int64_t i) { norm_row(now + batch.row_wanted[i] * hidden, model.final_norm, last, i); });
+        if (batch.taps)
+            share(rows, [&](int64_t row) {
+                tap(OUTPUT, model.layers - 1, row, now + row * hidden);
+                norm(now + row * hidden, model.final_norm, model.norm_eps, hidden, then + row * hidden);
+                tap(FINAL_NORM, 0, row, then + row * hidden);
+            });
+        team.barrier();
+        linear(model.head, team, number, last, batch.logits);
+    });
+}
+
+// One layer by itself: out [rows][outputs] from x [rows][inputs].
+void apply(const Linear &weight, Team &team, int64_t rows, const float *x, const float *residual, float *out) {
+    static thread_local Inputs buffer;
+    Inputs &inputs = buffer;
+    inputs.shape(weight, rows);
+    team.run([&](int number) {
+        const int64_t threads = team.count();
+        for (int64_t row = rows * number / threads; row < rows * (number + 1) / threads; ++row) {
+            std::memcpy(inputs.row(row), x + row * weight.inputs, weight.inputs * sizeof(float));
+            inputs.put_row(row);
+        }
+        team.barrier();
+        linear(weight, team, number, inputs, out, residual);
+    });
+}
+
+}  // namespace NAME
+}  // namespace

@@ -1,0 +1,8 @@
+// All that runs in one instruction set, in the namespace NAME.
+#include "lanes.h"
+#include "linear.h"
+#include "attention.h"
+#include "forward.h"
+#undef NAME
+#undef LEVEL
+#undef MOST
