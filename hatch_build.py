@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+LIBRARIES = ("-ldl",) if sys.platform == "linux" else ()
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 
 
@@ -25,7 +27,7 @@ class NativeStep(BuildHookInterface):  # type: ignore[type-arg]
             self.app.display_warning("hasten: no C++ compiler, so no native step; PyTorch does its work")
             return
         target = folder / "_step.so"
-        command = [compiler, *FLAGS, str(folder / "step.cpp"), "-o", str(target)]
+        command = [compiler, *FLAGS, str(folder / "step.cpp"), *LIBRARIES, "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             self.app.display_warning(f"hasten: the native step was not built; PyTorch does its work\n{done.stderr}")

@@ -192,6 +192,32 @@ def test_every_instruction_set_agrees_with_pytorch(make_checkpoint, tmp_path, ke
     assert error < {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.04, "int4": 0.04}[precision]
 
 
+OWN_THREADS = """
+import sys, torch
+from hasten.model.native import library
+if sys.argv[2] == "own":
+    library._openmp = lambda: None
+torch.set_num_threads(3)
+from hasten.cache import Cache
+from hasten.model import Rows, load_model
+model = load_model(sys.argv[1], dtype="float32", device="cpu", backend="native")
+cache = Cache(model.config.layers, model.cache_dtype, model.device)
+logits = [model.forward(Rows.of(cache.sequence(), list(range(2, 2 + rows)), 0)) for rows in (1, 5, 60)]
+print(logits[0].sum().item(), logits[1].sum().item(), logits[2].sum().item())
+"""
+
+
+def test_threads_borrowed_or_our_own_give_the_same(make_checkpoint):
+    folder = str(make_checkpoint("llama").folder)
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", OWN_THREADS, folder, kind], check=True, capture_output=True, text=True
+        ).stdout
+        for kind in ("borrowed", "own")
+    ]
+    assert runs[0] == runs[1] != ""
+
+
 def test_tokens_that_are_not_there_are_refused(model):
     cache = Cache(model.config.layers, model.cache_dtype, model.device)
     with pytest.raises(IndexError):

@@ -54,15 +54,15 @@ void forward(const Model &model, Team &team, const Batch &batch) {
     static thread_local Buffers buffers;
     Buffers &of = buffers;
     const int64_t hidden = model.hidden, d = model.head_dim, half = d / 2, heads = model.heads, kv = model.kv_heads;
-    const int64_t rows = batch.rows, width = (heads + 2 * kv) * d, ffn = model.ffn, threads = team.count();
+    const int64_t rows = batch.rows, width = (heads + 2 * kv) * d, ffn = model.ffn;
     float *now = grown(of.x, rows * hidden), *then = grown(of.next, rows * hidden);
     float *qkv = grown(of.qkv, rows * width), *gate_up = grown(of.gate_up, rows * 2 * ffn);
     float *cosine = grown(of.cosine, rows * half), *sine = grown(of.sine, rows * half);
     Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
-    of.attend.resize(threads);
+    of.attend.resize(team.most());
     of.span_of.resize(rows);
     // Heads that share keys are computed together, unless some threads would have nothing to do.
-    const int64_t group = heads / kv, apart = std::min(group, (2 * threads + rows * kv - 1) / (rows * kv));
+    const int64_t group = heads / kv, apart = std::min(group, (2 * team.most() + rows * kv - 1) / (rows * kv));
     const int64_t together = std::min(TILE, (group + apart - 1) / apart), tile_rows = std::max<int64_t>(1, TILE / together);
     of.tiles.clear();
     for (int64_t s = 0; s < batch.spans; ++s) {
@@ -79,6 +79,7 @@ void forward(const Model &model, Team &team, const Batch &batch) {
     const int64_t parts = (ffn + WIDTH - 1) / WIDTH;
 
     team.run([&](int number) {
+        const int64_t threads = team.count();
         // Contiguous shares where items are alike, every n-th item where later ones take longer.
         auto share = [&](int64_t count, auto work) {
             for (int64_t i = count * number / threads; i < count * (number + 1) / threads; ++i) work(i);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -20,12 +21,26 @@ def library() -> ctypes.CDLL | None:
     except OSError:
         return None
     loaded.hasten_kernels.restype, loaded.hasten_kernels.argtypes = c_char_p, []
+    loaded.hasten_borrow.restype, loaded.hasten_borrow.argtypes = c_int, [c_char_p]
     loaded.hasten_team.restype, loaded.hasten_team.argtypes = c_void_p, [c_int]
     loaded.hasten_disband.restype, loaded.hasten_disband.argtypes = None, [c_void_p]
     loaded.hasten_forward.restype, loaded.hasten_forward.argtypes = c_int, [c_void_p, c_void_p, c_void_p]
     loaded.hasten_linear.restype = None
     loaded.hasten_linear.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
+    runtime = _openmp()
+    if runtime is not None:
+        loaded.hasten_borrow(os.fsencode(runtime))
     return loaded
+
+
+def _openmp() -> str | None:
+    """The file of the OpenMP runtime that PyTorch has loaded, where that is GNU's (as in PyTorch's builds for Linux)."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
+    return next((file for file in files if "torch" in file), None)
 
 
 def kernels() -> str | None:
@@ -35,7 +50,7 @@ def kernels() -> str | None:
 
 
 class Team:
-    """The threads that all native work of this process shares, as many as PyTorch has at the moment."""
+    """The threads that all native work shares: PyTorch's own where they can be borrowed, and as many as it has."""
 
     count = 0
     handle = 0

@@ -16,6 +16,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_TARGETS 1
 #include <immintrin.h>
@@ -23,11 +26,21 @@
 
 namespace {
 
-// Threads: they spin between the stages of a step, and sleep between steps.
+// The OpenMP runtime that PyTorch computes with. Its threads spin for a while after each operation: threads of our own
+// beside them would wait for a core, so a step borrows them instead. GOMP_parallel is what compilers call for a parallel
+// region.
+struct OpenMP {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
+    int (*number)() = nullptr;
+    int (*count)() = nullptr;
+} openmp;
 
+// Threads that run the same task side by side. They spin between the stages of a step; those of our own sleep between
+// steps.
 class Team {
   public:
-    explicit Team(int count) : count_(count) {
+    explicit Team(int count) : most_(count), borrowed_(openmp.parallel != nullptr) {
+        if (borrowed_) return;
         for (int number = 1; number < count; ++number) threads_.emplace_back([this, number] { work(number); });
     }
     ~Team() {
@@ -39,14 +52,21 @@ class Team {
         wake_.notify_all();
         for (auto &thread : threads_) thread.join();
     }
-    int count() const { return count_; }
+    int most() const { return most_; }
+    // Inside a task: of the threads that run it. OpenMP may give fewer than were asked for.
+    int count() const { return count_.load(std::memory_order_relaxed); }
 
     // Every thread calls `task(number)`; returns when all are done. Callers take turns.
     void run(const std::function<void(int)> &task) {
         std::lock_guard<std::mutex> turn(turn_);
-        if (count_ == 1) return task(0);
         task_ = &task;
-        left_.store(count_ - 1, std::memory_order_relaxed);
+        if (most_ == 1) {
+            count_ = 1;
+            return task(0);
+        }
+        if (borrowed_) return openmp.parallel(&Team::enter, this, most_, 0);
+        count_ = most_;
+        left_.store(most_ - 1, std::memory_order_relaxed);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             ++round_;
@@ -58,9 +78,9 @@ class Team {
 
     // Inside a task: wait until every thread has come so far.
     void barrier() {
-        if (count_ == 1) return;
+        if (count() == 1) return;
         const int phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count() - 1) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
         } else {
@@ -81,6 +101,12 @@ class Team {
         std::this_thread::yield();
 #endif
     }
+    static void enter(void *self) {
+        Team &team = *static_cast<Team *>(self);
+        // All write the same.
+        team.count_.store(openmp.count(), std::memory_order_relaxed);
+        (*team.task_)(openmp.number());
+    }
     void work(int number) {
         uint64_t seen = 0;
         for (;;) {
@@ -95,7 +121,9 @@ class Team {
             left_.fetch_sub(1, std::memory_order_release);
         }
     }
-    int count_;
+    const int most_;
+    const bool borrowed_;
+    std::atomic<int> count_{1};
     std::vector<std::thread> threads_;
     std::mutex mutex_, turn_;
     std::condition_variable wake_;
@@ -250,6 +278,23 @@ const Kernels &kernels() {
 extern "C" {
 
 const char *hasten_kernels() { return kernels().name; }
+// Borrow the threads of an OpenMP runtime that the process has loaded from `path`; whether that can be done.
+int hasten_borrow(const char *path) {
+#if defined(__linux__)
+    void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return 0;
+    OpenMP found;
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(library, "GOMP_parallel"));
+    found.number = reinterpret_cast<decltype(found.number)>(dlsym(library, "omp_get_thread_num"));
+    found.count = reinterpret_cast<decltype(found.count)>(dlsym(library, "omp_get_num_threads"));
+    if (!found.parallel || !found.number || !found.count) return 0;
+    openmp = found;
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void *hasten_team(int count) { return new Team(count); }
 void hasten_disband(void *team) { delete static_cast<Team *>(team); }
 
