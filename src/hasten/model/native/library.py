@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _openmp() -> str | None:
-    """The file of the OpenMP runtime that PyTorch has loaded, where that is GNU's (as in PyTorch's builds for Linux)."""
+    """The file of the OpenMP runtime that PyTorch has loaded, where it is GNU's (as in its builds for Linux)."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
