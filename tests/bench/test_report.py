@@ -111,10 +111,10 @@ def test_the_same_document_gives_the_same_page(page: str):
 
 def test_what_cannot_be_written_is_said_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="folder that exists"):
-        report.check_target(tmp_path / "none" / "report.html")
+        plots.check_target(tmp_path / "none" / "report.html")
     with pytest.raises(UserError, match="folder that exists"):
-        report.check_target(tmp_path)
-    report.check_target(tmp_path / "report.html")
+        plots.check_target(tmp_path)
+    plots.check_target(tmp_path / "report.html")
     with pytest.raises(UserError, match="cannot write"):
         report.write_report(document(), tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

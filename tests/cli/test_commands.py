@@ -148,6 +148,17 @@ def test_doctor(hasten):
     assert document.keys() >= {"bandwidth_gbs", "step_ms", "roofline_ms", "verify_cost"}
     assert document["bandwidth_gbs"] > 0 and document["step_ms"] > 0 and document["roofline_ms"] > 0
     assert document["verify_cost"]["1"] == 1 and "32" in document["verify_cost"]
+    assert document["token_cost"] == pytest.approx((document["verify_cost"]["8"] - 1) / 7, abs=1e-3)
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
+def test_doctor_draws_every_precision(hasten, tmp_path: Path):
+    document = hasten("doctor", "--picture", tmp_path / "doctor.svg", "--json").json()
+    sizes = {name: found["weight_bytes"] for name, found in document["precisions"].items()}
+    assert list(sizes) == ["float32", "bfloat16", "int8", "int4"]
+    assert sizes["float32"] == 2 * sizes["bfloat16"] and sizes["int4"] < 0.65 * sizes["int8"]
+    drawn = (tmp_path / "doctor.svg").read_text()
+    assert drawn.startswith("<svg") and all(name in drawn for name in sizes)
 
 
 @pytest.mark.parametrize("program", [[Path(sys.executable).parent / "hasten"], [sys.executable, "-m", "hasten"]])

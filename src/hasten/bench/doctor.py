@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hasten.engine.cost import step_seconds
 from hasten.llm import LLM
-from hasten.model import Rows
+from hasten.model import Rows, native
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CONTEXT = 256
@@ -52,26 +52,52 @@ def row_invariant(llm: LLM, context: int = 64, count: int = 8) -> bool:
         alone.release()
 
 
-def doctor(llm: LLM, report: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
-    """The JSON document of `hasten doctor`.
+def step_costs(llm: LLM, bandwidth: float) -> dict[str, Any]:
+    """What a step costs in one precision.
 
-    `roofline_ms` is the time in which one step's weights can be read at `bandwidth_gbs`; a model that fits into the
-    processor's caches can be faster. `verify_cost` is v(n): the cost of a step of n rows over that of one.
+    Keys: `weight_bytes`; `step_ms` for one row; `roofline_ms`, the time in which the weights can be read at
+    `bandwidth` (in 1e9 bytes per second; a model that fits into the processor's caches can be faster); `verify_cost`,
+    v(n): the cost of a step of n rows over that of one; `token_cost`: of each further row up to 8, in steps. A draft
+    pays where more of its tokens are accepted than that.
+    """
+    context = min(CONTEXT, llm.model.config.max_positions - max(ROWS))
+    costs = {rows: seconds for (_, rows), seconds in step_seconds(llm.model, [(1, n) for n in ROWS], context).items()}
+    weight_bytes = llm.model.weight_bytes()
+    return {
+        "weight_bytes": weight_bytes,
+        "step_ms": round(costs[1] * 1e3, 4),
+        "roofline_ms": round(weight_bytes / bandwidth / 1e6, 4),
+        "verify_cost": {str(count): round(seconds / costs[1], 4) for count, seconds in costs.items()},
+        "token_cost": round((costs[8] / costs[1] - 1) / 7, 4),
+    }
+
+
+def doctor(
+    llm: LLM,
+    precisions: Mapping[str, Callable[[], LLM]] | None = None,
+    report: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """The JSON document of `hasten doctor`: the machine, `bandwidth_gbs`, `row_invariant`, and `step_costs`.
+
+    Args:
+        llm: what is examined.
+        precisions: the same model in other precisions, to compare steps: the document's `precisions`.
+        report: is told of each stage.
     """
     report("measuring bandwidth")
     bandwidth = read_bandwidth(llm.model.device)
     report("timing steps of 1 to 32 rows")
-    context = min(CONTEXT, llm.model.config.max_positions - max(ROWS))
-    costs = {rows: seconds for (_, rows), seconds in step_seconds(llm.model, [(1, n) for n in ROWS], context).items()}
-    weight_bytes = llm.model.weight_bytes()
-    return machine(llm) | {
-        "weight_bytes": weight_bytes,
+    document = machine(llm) | {
         "bandwidth_gbs": round(bandwidth, 2),
-        "step_ms": round(costs[1] * 1e3, 4),
-        "roofline_ms": round(weight_bytes / bandwidth / 1e6, 4),
-        "verify_cost": {str(count): round(seconds / costs[1], 4) for count, seconds in costs.items()},
+        **step_costs(llm, bandwidth),
         "row_invariant": row_invariant(llm),
     }
+    if precisions is not None:
+        document["precisions"] = {}
+        for name, load in precisions.items():
+            report(f"timing steps in {name}")
+            document["precisions"][name] = step_costs(load(), bandwidth)
+    return document
 
 
 def machine(llm: LLM) -> dict[str, Any]:
@@ -82,6 +108,7 @@ def machine(llm: LLM) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "backend": llm.model.backend.name,
+        "kernels": native.kernels() if llm.model.backend.name == "native" else None,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "model": str(llm.folder),
     }

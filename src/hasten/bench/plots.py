@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UserError
@@ -55,6 +56,17 @@ def require() -> None:
         import scipy  # noqa: F401
     except ImportError as error:
         raise UserError(f"a report needs {error.name}: pip install 'hasten[plots]'") from None
+
+
+def check_target(path: Path) -> None:
+    """Fail now rather than after a long measurement.
+
+    Raises:
+        UserError: matplotlib is missing, or there is no folder to write the file to.
+    """
+    require()
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"cannot write to {path}: give a file in a folder that exists")
 
 
 def speedups(rows: Sequence[Row], overall: str) -> str:
@@ -205,6 +217,35 @@ def laws(document: Mapping[str, Any]) -> str:
             axes.set_ylabel("speed-up" if key == "speedup" else "tokens per step")
 
     return _svg("laws", 3.0, draw)
+
+
+def step_costs(document: Mapping[str, Any]) -> str:
+    """Of `hasten doctor`: per precision a step against the time its weights take to read, v(n), and a further row."""
+    precisions = document["precisions"]
+
+    def draw(figure: Figure) -> None:
+        bars, curves, rows = figure.subplots(1, 3, width_ratios=(1.0, 1.1, 1.1))
+        for place, (name, found) in enumerate(precisions.items()):
+            bars.barh(place, found["step_ms"], color=_colour(place), height=0.6)
+            bars.plot([found["roofline_ms"]] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=1.6)
+            cost = {int(count): value for count, value in found["verify_cost"].items()}
+            curves.plot(list(cost), list(cost.values()), "o-", color=_colour(place), markersize=3.5, label=name)
+            further = {count: (value - 1) / (count - 1) for count, value in cost.items() if count > 1}
+            rows.plot(list(further), list(further.values()), "o-", color=_colour(place), markersize=3.5)
+        bars.set_yticks(range(len(precisions)), list(precisions))
+        bars.invert_yaxis()
+        bars.grid(axis="y", visible=False)
+        bars.set_xlabel(f"ms of a step of one row\n(mark: weights at {document['bandwidth_gbs']:.0f} GB/s)")
+        curves.set_xlabel("rows of a step")
+        curves.set_ylabel("its cost, over one row: v(n)")
+        curves.set_ylim(bottom=0)
+        rows.set_xlabel("rows of a step")
+        rows.set_ylabel("steps that a further row costs")
+        rows.set_ylim(bottom=0)
+        handles, labels = curves.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+
+    return _svg("step-costs", 3.1, draw)
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

@@ -35,17 +35,6 @@ Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 
 
-def check_target(path: Path) -> None:
-    """Fail now rather than after a long measurement.
-
-    Raises:
-        UserError: matplotlib is missing, or there is no folder to write the report to.
-    """
-    plots.require()
-    if not path.parent.is_dir() or path.is_dir():
-        raise UserError(f"cannot write a report to {path}: give a file in a folder that exists")
-
-
 def write_report(document: Mapping[str, Any], path: Path) -> None:
     """Write the page.
 

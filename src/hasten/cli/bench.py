@@ -37,9 +37,10 @@ def bench(
     if rounds < 1 or samples < 1 or (per_task is not None and per_task < 1):
         raise UserError("per-task, rounds and samples must be at least 1")
     if report is not None:
-        from hasten.bench.report import check_target, write_report
+        from hasten.bench import plots
+        from hasten.bench.report import write_report
 
-        check_target(report)
+        plots.check_target(report)
     llm = options.load(model, dtype, device, threads, backend, weights)
 
     from hasten.bench.compare import bench as measure
