@@ -1,0 +1,154 @@
+"""hasten beside the engines that people would pick instead: same checkpoint, prompts and tokens, in turns.
+
+    python benchmarks/peers [--checkpoint FOLDER] [--peers NAMES] [--precisions NAMES] [--batches SIZES]
+                            [--speculation] [--draft FOLDER] [--prompts SUITES_OR_FILES] [--out FOLDER] [--json]
+    python benchmarks/peers --list
+
+Each peer is installed in an environment of its own, once, and reads the checkpoint converted to its format, once.
+Ctrl-C loses nothing that was measured; the same command with the same --out goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import show
+from catalogue import PEERS, PRECISIONS
+from environments import digest, version
+from measure import Plan, measure
+from prompts import encode
+from results import Results
+
+from hasten.errors import UserError
+from hasten.model.checkpoint import resolve
+
+RESULTS, PLOT = "results.json", "tokens_per_second.svg"
+
+
+def main() -> int:
+    """The exit status: 2 for bad input, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="show the peers and what is installed, and end")
+    parser.add_argument("--checkpoint", default="tiny", help="folder, or the name of a model that ships")
+    parser.add_argument("--draft", help="a smaller model of the same vocabulary, for speculation with it")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--speculation", action="store_true", help="each peer's own speculation, too")
+    parser.add_argument("--prompts", default="agent,tasks", help="suites of hasten bench, or files of prompts")
+    parser.add_argument("--prompt-count", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help=f"folder for {RESULTS}, {PLOT} and the logs")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else on stdout")
+    options = parser.parse_args()
+    # Told to end, it ends its workers first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _list(options.json) if options.list else _compare(options)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(as_json: bool) -> int:
+    rows = show.listing(version)
+    print(json.dumps(rows, indent=2)) if as_json else show.peers(rows)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Measure what is asked for and not yet there, and show all that is."""
+    with TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        plan = _plan(options, folder / "logs")
+        results = Results(options.out and folder / RESULTS, _settings(options, plan))
+        interrupted = False
+        try:
+            measure(plan, results, _saying())
+        except KeyboardInterrupt:
+            interrupted = True
+        document = results.document()
+        if options.out and document["rows"]:
+            results.save()
+            from plot import draw
+
+            draw(document, folder / PLOT)
+    print(json.dumps(document, indent=2)) if options.json else show.results(document)
+    return 130 if interrupted else 0
+
+
+def _plan(options: argparse.Namespace, logs: Path) -> Plan:
+    """The plan that the options describe.
+
+    Raises:
+        UserError: unknown names, numbers out of range, prompts that do not fit.
+    """
+    peers, precisions = options.peers.split(","), options.precisions.split(",")
+    for what, names, known in (("peer", peers, PEERS), ("precision", precisions, PRECISIONS)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"unknown {what} {name!r}: known are {', '.join(known)}")
+    try:
+        batches = [int(size) for size in options.batches.split(",")]
+    except ValueError:
+        raise UserError(f"batches must be numbers with commas between, not {options.batches!r}") from None
+    if min(*batches, options.rounds, options.threads, options.max_tokens) < 1:
+        raise UserError("batches, rounds, threads and max-tokens must be at least 1")
+    if options.prompt_count < max(batches):
+        raise UserError(f"prompt-count must be at least the largest batch, {max(batches)}")
+    checkpoint = resolve(options.checkpoint).absolute()
+    return Plan(
+        checkpoint=checkpoint,
+        draft=resolve(options.draft).absolute() if options.draft else None,
+        prompts=encode(checkpoint, options.prompts, options.prompt_count, options.max_tokens),
+        max_tokens=options.max_tokens,
+        peers=peers,
+        precisions=precisions,
+        batches=batches,
+        speculation=options.speculation,
+        rounds=options.rounds,
+        threads=options.threads,
+        logs=logs.absolute(),
+    )
+
+
+def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """What figures of one document must have in common."""
+    return {
+        "checkpoint": f"{options.checkpoint} {digest(plan.checkpoint)}",
+        "draft": plan.draft and f"{options.draft} {digest(plan.draft)}",
+        "prompts": f"{len(plan.prompts)} of {options.prompts} "
+        + hashlib.sha256(json.dumps(plan.prompts).encode()).hexdigest()[:12],
+        "max_tokens": plan.max_tokens,
+        "threads": plan.threads,
+    }
+
+
+def _saying() -> Callable[[str], None]:
+    """Progress on stderr: one line that is written over on a terminal, silence elsewhere but for what takes long."""
+    terminal = sys.stderr.isatty()
+
+    def say(text: str) -> None:
+        if terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif "(once" in text:
+            print(text, file=sys.stderr, flush=True)
+
+    return say
+
+
+if __name__ == "__main__":
+    sys.exit(main())

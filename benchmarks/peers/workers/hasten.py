@@ -1,0 +1,45 @@
+"""hasten, in the interpreter that runs the comparison."""
+
+from __future__ import annotations
+
+import torch
+
+from hasten import LLM, SamplingParams
+from hasten.bench.lane import engine_for
+from workers.protocol import Answer, Clock, Settings, Worker
+
+
+class Hasten(Worker):
+    """A model; every `begin` makes a new engine, whose drafters have learned nothing yet."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        quantised = {"weights": settings.precision} if settings.precision.startswith("int") else {}
+        dtype = "float32" if settings.precision == "float32" else "bfloat16"
+        self.llm = LLM(settings.model, dtype=dtype, **quantised)
+        self.draft = settings.draft
+
+    def _method(self, speculation: str | None) -> str:
+        if speculation == "draft-model":
+            return f"draft-model:model={self.draft}"
+        return speculation or "plain"
+
+    def begin(self, speculation: str | None) -> None:
+        self.engine = engine_for(self.llm)
+        self.engine.drafter(self._method(speculation))
+
+    def run(self, prompts: list[list[int]], max_tokens: int, speculation: str | None) -> Answer:
+        params, method = SamplingParams(max_tokens=max_tokens, ignore_eos=True), self._method(speculation)
+        prefill = None
+        clock = Clock()
+        requests = [self.engine.add(prompt, params, method)[0] for prompt in prompts]
+        while self.engine.busy:
+            self.engine.step()
+            if prefill is None and all(request.started for request in requests):
+                prefill = clock()
+        tokens = [request.output for request in requests]
+        return Answer(tokens, clock(), prefill)
+
+
+def load(settings: Settings) -> Worker:
+    return Hasten(settings)
