@@ -116,13 +116,14 @@ class Inputs {
 
 // The weights that are wanted soon are fetched by hand: the processor's own guess comes too late when several rows keep
 // the arithmetic busy.
-// Bytes. Weights that are wanted soon are fetched by hand: the processor's own guess comes too late when several rows keep
-// the arithmetic busy.
+// Bytes. Weights that are wanted soon are fetched by hand where several rows keep the arithmetic busy: the processor's own
+// guess then comes too late.
 constexpr int64_t AHEAD = 2048;
 
+template <int ROWS>
 inline Words weights_at(const void *panels, int64_t vector) {
     const char *from = static_cast<const char *>(panels) + vector * 64;
-    __builtin_prefetch(from + AHEAD);
+    if (ROWS > 2) __builtin_prefetch(from + AHEAD);
     Words value;
     std::memcpy(&value, from, sizeof value);
     return value;
@@ -138,7 +139,7 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
         for (int64_t k = 0; k < words; ++k) {
             const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
             Words now[PANELS];
-            for (int p = 0; p < PANELS; ++p) now[p] = weights_at(weight.panels, (panel + p) * words + k);
+            for (int p = 0; p < PANELS; ++p) now[p] = weights_at<ROWS>(weight.panels, (panel + p) * words + k);
 #pragma GCC unroll 24
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -156,7 +157,7 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
         for (int64_t k = 0; k < words; ++k) {
             const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
             Words now[PANELS];
-            for (int p = 0; p < PANELS; ++p) now[p] = weights_at(weight.panels, (panel + p) * words + k);
+            for (int p = 0; p < PANELS; ++p) now[p] = weights_at<ROWS>(weight.panels, (panel + p) * words + k);
 #pragma GCC unroll 24
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -178,7 +179,7 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
             for (int64_t k = 0; k < GROUP_WORDS; k += 2, input += 2) {
                 Words low[PANELS], high[PANELS];
                 for (int p = 0; p < PANELS; ++p) {
-                    const Words both = weights_at(weight.panels, ((panel + p) * words + g * GROUP_WORDS + k) / 2);
+                    const Words both = weights_at<ROWS>(weight.panels, ((panel + p) * words + g * GROUP_WORDS + k) / 2);
                     low[p] = both & 0x0f0f0f0fu;
                     high[p] = both >> 4 & 0x0f0f0f0fu;
                 }
@@ -207,14 +208,15 @@ void tile(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, f
     for (int r = 0; r < ROWS; ++r)
         for (int p = 0; p < PANELS; ++p) {
             const int64_t column = (panel + p) * WIDTH, at = (first + r) * weight.outputs + column;
-            const int64_t count = std::min(WIDTH, weight.outputs - column);
-            float values[WIDTH];
-            store(values, result[r][p]);
-            for (int64_t n = 0; n < count; ++n) {
-                float value = values[n] + (weight.bias ? weight.bias[column + n] : 0.0f);
-                if (residual) value += residual[at + n];
-                out[at + n] = value;
+            Lanes value = result[r][p];
+            if (column + WIDTH <= weight.outputs) {
+                if (weight.bias) value += load(weight.bias + column);
+                if (residual) value += load(residual + at);
+                store(out + at, value);
+                continue;
             }
+            for (int64_t n = 0; n < weight.outputs - column; ++n)
+                out[at + n] = value[n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
         }
 }
 
