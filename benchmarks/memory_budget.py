@@ -177,12 +177,14 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--plot", default="")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = measure(LLM(options.model), options.drafter, options.batch, options.per_task, options.tokens)
+    llm = LLM(options.model, backend=options.backend)
+    result = measure(llm, options.drafter, options.batch, options.per_task, options.tokens)
     print(json.dumps(result, indent=2)) if options.json else show(result)
     if options.plot:
         draw(result, options.plot)

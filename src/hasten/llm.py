@@ -85,8 +85,9 @@ class LLM:
         dtype: `auto`, `float32`, `bfloat16`, `float16`, `float64`.
         device: `auto`, `cpu`, `cuda`, ...
         limits: of batch and step.
-        backend: what runs the forward pass: `torch`, `native` (float32 and bfloat16 on CPU), or `auto`.
+        backend: what runs the forward pass: `torch`, `native` (float32 and bfloat16 on CPU), `cuda`, or `auto`.
         weights: `dense`, or rounded to `int8` or `int4` as they are loaded (native only).
+        numerics: `invariant` for rows whose results never depend on the rows beside them, also on a GPU.
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
@@ -101,10 +102,11 @@ class LLM:
         limits: Limits | None = None,
         backend: str = "auto",
         weights: str = "dense",
+        numerics: str = "default",
     ) -> None:
         folder = resolve(model)
         self.folder = folder
-        self.model: Decoder = load_model(folder, dtype, device, backend, weights)
+        self.model: Decoder = load_model(folder, dtype, device, backend, weights, numerics)
         self.tokenizer = load_tokenizer(folder)
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}

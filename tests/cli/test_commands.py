@@ -148,6 +148,7 @@ def test_doctor(hasten):
     assert document.keys() >= {"bandwidth_gbs", "step_ms", "roofline_ms", "verify_cost"}
     assert document["bandwidth_gbs"] > 0 and document["step_ms"] > 0 and document["roofline_ms"] > 0
     assert document["verify_cost"]["1"] == 1 and "32" in document["verify_cost"]
+    assert document.get("invariance_price", 1.0) == 1.0
     assert document["token_cost"] == pytest.approx((document["verify_cost"]["8"] - 1) / 7, abs=1e-3)
 
 

@@ -243,3 +243,16 @@ def test_refusals(make_checkpoint):
     with pytest.raises(UserError, match="native backend cannot run"):
         load_model(checkpoint.folder, backend="native", dtype="float16")
     assert load_model(checkpoint.folder, dtype="float16", device="cpu").backend.name == "torch"
+
+
+def test_invariant_numerics_are_given_or_refused(make_checkpoint):
+    folder = make_checkpoint("llama").folder
+    assert load_model(folder, dtype="bfloat16", device="cpu", numerics="invariant").backend.name == "native"
+    with pytest.raises(UserError, match="numerics must be"):
+        load_model(folder, numerics="exact")
+    with pytest.raises(UserError, match="invariant numerics need"):
+        load_model(folder, device="cpu", backend="torch", numerics="invariant")
+    with pytest.raises(UserError, match="native backend cannot run"):
+        load_model(folder, device="cpu", dtype="float16", numerics="invariant")
+    with pytest.raises(UserError, match="cuda backend cannot run"):
+        load_model(folder, device="cpu", backend="cuda")

@@ -75,6 +75,7 @@ def step_costs(llm: LLM, bandwidth: float) -> dict[str, Any]:
 def doctor(
     llm: LLM,
     precisions: Mapping[str, Callable[[], LLM]] | None = None,
+    invariant: Callable[[], LLM] | None = None,
     report: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """The JSON document of `hasten doctor`: the machine, `bandwidth_gbs`, `row_invariant`, and `step_costs`.
@@ -82,6 +83,8 @@ def doctor(
     Args:
         llm: what is examined.
         precisions: the same model in other precisions, to compare steps: the document's `precisions`.
+        invariant: the same model with `numerics="invariant"`, where that costs anything: the document's
+            `invariance_price`, the cost of a step of one row over what it costs now. Native rows have it for nothing.
         report: is told of each stage.
     """
     report("measuring bandwidth")
@@ -92,6 +95,11 @@ def doctor(
         **step_costs(llm, bandwidth),
         "row_invariant": row_invariant(llm),
     }
+    if llm.model.backend.name == "native":
+        document["invariance_price"] = 1.0
+    elif invariant is not None:
+        report("timing steps with invariant numerics")
+        document["invariance_price"] = step_costs(invariant(), bandwidth)["step_ms"] / document["step_ms"]
     if precisions is not None:
         document["precisions"] = {}
         for name, load in precisions.items():

@@ -29,6 +29,7 @@ def bench(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     weights: options.Weights = "dense",
+    numerics: options.Numerics = "default",
     threads: options.Threads = 0,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots here.")] = None,
     json: options.Json = False,
@@ -41,7 +42,7 @@ def bench(
         from hasten.bench.report import write_report
 
         plots.check_target(report)
-    llm = options.load(model, dtype, device, threads, backend, weights)
+    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 
     from hasten.bench.compare import bench as measure
     from hasten.bench.suite import load_suite

@@ -26,6 +26,7 @@ def doctor(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     weights: options.Weights = "dense",
+    numerics: options.Numerics = "default",
     threads: options.Threads = 0,
     picture: Annotated[
         Path | None, typer.Option(help="Compare steps in all precisions, and draw them into this SVG file.")
@@ -40,7 +41,7 @@ def doctor(
 
     if picture is not None:
         plots.check_target(picture)
-    llm = options.load(model, dtype, device, threads, backend, weights)
+    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
     precisions = None
     if picture is not None:
         if llm.model.backend.name != "native":
@@ -49,9 +50,12 @@ def doctor(
             name: partial(options.load, model, kind, "cpu", threads, "native", rounded)
             for name, (kind, rounded) in PRECISIONS.items()
         }
+    invariant = None
+    if llm.model.device.type == "cuda":
+        invariant = partial(options.load, model, dtype, device, threads, backend, weights, "invariant")
     console = Console(stderr=True)
     with console.status("starting") as status:
-        document = examine(llm, precisions, status.update if not json else (lambda stage: None))
+        document = examine(llm, precisions, invariant, status.update if not json else (lambda stage: None))
     if picture is not None:
         picture.write_text(plots.step_costs(document), encoding="utf-8")
     if json:
@@ -79,6 +83,9 @@ def _print(document: dict[str, Any]) -> None:
     console.print(f"{'a row more':>14}  {document['token_cost']:.2f} steps: what a drafted token must be accepted for")
     invariant = "yes" if document["row_invariant"] else "no (near-ties may fall differently in larger steps)"
     console.print(f"{'row-invariant':>14}  {invariant}")
+    if "invariance_price" in document:
+        price = document["invariance_price"]
+        console.print(f"{'its price':>14}  {price:.2f} times the step: what --numerics invariant costs here")
     console.print(f"\n{'rows':>14}  cost of a step, relative to one row: v(n)")
     longest = max(document["verify_cost"].values())
     for count, cost in document["verify_cost"].items():

@@ -42,6 +42,7 @@ def generate(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     weights: options.Weights = "dense",
+    numerics: options.Numerics = "default",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -52,7 +53,7 @@ def generate(
     if not text:
         raise UserError("the prompt is empty")
     constraint = options.constraint(json_schema, regex, grammar)
-    llm = options.load(model, dtype, device, threads, backend, weights)
+    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
     llm.engine.drafter(method)
     given: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,

@@ -21,14 +21,25 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
-Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU) or torch.")]
+Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU), cuda or torch.")]
+Numerics = Annotated[
+    str, typer.Option("--numerics", help="default, or invariant: no row depends on those beside it, on a GPU, too.")
+]
 Weights = Annotated[str, typer.Option("--weights", help="dense, or rounded at loading: int8 or int4 (native only).")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]
 Method = Annotated[str, typer.Option("--method", help="slug, or slug:key=value,key=value (see `hasten methods`).")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most.")]
 
 
-def load(model: str, dtype: str, device: str, threads: int, backend: str = "auto", weights: str = "dense") -> LLM:
+def load(
+    model: str,
+    dtype: str,
+    device: str,
+    threads: int,
+    backend: str = "auto",
+    weights: str = "dense",
+    numerics: str = "default",
+) -> LLM:
     """The model, with threads set.
 
     Raises:
@@ -44,7 +55,7 @@ def load(model: str, dtype: str, device: str, threads: int, backend: str = "auto
         raise UserError("threads must be 0 (all cores) or positive")
     if threads:
         torch.set_num_threads(threads)
-    return LLM(model, dtype=dtype, device=device, backend=backend, weights=weights)
+    return LLM(model, dtype=dtype, device=device, backend=backend, weights=weights, numerics=numerics)
 
 
 def constraint(json_schema: str | None, regex: str | None, grammar: str | None) -> Constraint | None:

@@ -35,6 +35,7 @@ def race(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     weights: options.Weights = "dense",
+    numerics: options.Numerics = "default",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -46,7 +47,7 @@ def race(
     if rounds < 1 or slow < 0:
         raise UserError("rounds must be at least 1 and slow not negative")
     text = sys.stdin.read() if prompt == "-" else prompt
-    llm = options.load(model, dtype, device, threads, backend, weights)
+    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 
     from hasten.bench import race as racing
     from hasten.engine import SamplingParams

@@ -86,6 +86,7 @@ def scylla(
     per_task: Annotated[int, typer.Option(help="Held-out prompts of each task.")] = 10,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    backend: options.Backend = "auto",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -95,7 +96,7 @@ def scylla(
     already are not trained again.
     """
     axes = {name: _numbers(name, text) for name, text in (("tokens", tokens), ("layers", layers), ("batches", batches))}
-    llm = options.load(model, "float32", "auto", threads)
+    llm = options.load(model, "float32", "auto", threads, backend)
 
     from rich.console import Console
 

@@ -26,6 +26,7 @@ def tune(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     weights: options.Weights = "dense",
+    numerics: options.Numerics = "default",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -37,7 +38,7 @@ def tune(
     if not seconds > 0:
         raise UserError("seconds must be positive")
     names = None if candidates is None else split_methods(candidates)
-    llm = options.load(model, dtype, device, threads, backend, weights)
+    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 
     from hasten.bench import tune as tuning
     from hasten.bench.suite import load_suite

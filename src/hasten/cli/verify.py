@@ -21,6 +21,7 @@ def verify(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     weights: options.Weights = "dense",
+    numerics: options.Numerics = "default",
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
@@ -28,7 +29,7 @@ def verify(
 
     Exits with status 1 if any prompt differs.
     """
-    llm = options.load(model, dtype, device, threads, backend, weights)
+    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 
     from hasten.bench import verify as check
     from hasten.bench.prompts import encode, load_prompts

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from hasten.errors import UserError
+from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.checkpoint import Tensors, one_line, read_json, resolve
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
-from hasten.model.native import Format, NativeBackend, refusal
+from hasten.model.native import Format, NativeBackend
 
 DTYPES = {
     "float32": torch.float32,
@@ -80,11 +81,17 @@ def choose_device(device: str) -> torch.device:
 
 
 WEIGHTS = ("dense", "int8", "int4")
-BACKENDS = ("auto", "torch", "native")
+BACKENDS = ("auto", "torch", "native", "cuda")
+NUMERICS = ("default", "invariant")
 
 
 def load_model(
-    model: str | Path, dtype: str = "auto", device: str = "auto", backend: str = "auto", weights: str = "dense"
+    model: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    weights: str = "dense",
+    numerics: str = "default",
 ) -> Decoder:
     """Load a model for decoding.
 
@@ -92,9 +99,11 @@ def load_model(
         model: a checkpoint folder or a hub id.
         dtype: `auto`, `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        backend: what runs the default forward pass: `torch`, `native` (`hasten.model.native`), or `auto`: native
-            where it can run the model.
+        backend: what runs the default forward pass: `torch`, `native` (`hasten.model.native`, on CPU), `cuda`
+            (`hasten.model.cuda`), or `auto`: native where it can run the model, else torch.
         weights: `dense`, or rounded to `int8` or `int4` (the head to int8) as they are loaded; native only.
+        numerics: `invariant` for rows whose results never depend on the rows beside them: the native backend, whose
+            rows never do, or the cuda backend with passes of a fixed size.
 
     Raises:
         UserError: anything wrong with the checkpoint or the arguments, in one sentence.
@@ -105,28 +114,53 @@ def load_model(
     chosen = choose_dtype(folder, dtype, target)
     # A bf16 model's cache on CPU is float32: for few rows attention is several times as fast on it.
     cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
-    runner = choose_backend(backend, weights, config, chosen, target)
+    runner = choose_backend(backend, weights, numerics, config, chosen, target)
     return ARCHITECTURES[config.architecture].build(config, Tensors(folder, chosen, target), runner, cache_dtype)
 
 
-def choose_backend(name: str, weights: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+def choose_backend(
+    name: str, weights: str, numerics: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Backend:
     """A backend by name.
 
     Raises:
         UserError: unknown, or not for this model.
     """
-    if name not in BACKENDS:
-        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
-    if weights not in WEIGHTS:
-        raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
-    reason = "the backend is torch" if name == "torch" else refusal(config, dtype, device)
-    if reason is None:
-        if weights == "int4":
-            return NativeBackend("int4", head="int8")
-        format: Format = "int8" if weights == "int8" else "float32" if dtype == torch.float32 else "bfloat16"
-        return NativeBackend(format, head=format)
-    if name == "native":
-        raise UserError(f"the native backend cannot run this model: {reason}")
+    for what, given, known in (
+        ("backend", name, BACKENDS),
+        ("weights", weights, WEIGHTS),
+        ("numerics", numerics, NUMERICS),
+    ):
+        if given not in known:
+            raise UserError(f"{what} must be one of {', '.join(known)}, not {given!r}")
+    invariant = numerics == "invariant"
+    if name == "auto":
+        name = "cuda" if device.type == "cuda" and invariant else "native" if device.type == "cpu" else "torch"
+        optional = not invariant and weights == "dense"
+    else:
+        optional = False
+    reason = {"native": native.refusal, "cuda": cuda.refusal}.get(name, _no_refusal)(config, dtype, device)
+    if reason is not None and not optional:
+        raise UserError(f"the {name} backend cannot run this model: {reason}")
+    if reason is None and name == "native":
+        return _native(weights, dtype)
     if weights != "dense":
-        raise UserError(f"{weights} weights need the native backend: {reason}")
+        raise UserError(f"{weights} weights need the native backend")
+    if reason is None and name == "cuda":
+        from hasten.model.cuda.backend import CudaBackend
+
+        return CudaBackend(invariant=invariant)
+    if invariant:
+        raise UserError("invariant numerics need the native or the cuda backend")
     return TorchBackend()
+
+
+def _no_refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """PyTorch's pieces run everything."""
+
+
+def _native(weights: str, dtype: torch.dtype) -> NativeBackend:
+    if weights == "int4":
+        return NativeBackend("int4", head="int8")
+    format: Format = "int8" if weights == "int8" else "float32" if dtype == torch.float32 else "bfloat16"
+    return NativeBackend(format, head=format)
