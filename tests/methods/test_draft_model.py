@@ -13,6 +13,7 @@ from hasten import LLM, SamplingParams, UserError
 from hasten.engine import ROOT, Engine, Target
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.model import OracleModel, Rows
+from hasten.model.native.library import LIBRARY
 from helpers import CONTEXT, VOCABULARY, make_model, same
 
 PROMPTS = [[number * 13 % 140 + 2 for number in range(1, length)] for length in (2, 40, 7, 23, 61, 12)]
@@ -229,3 +230,20 @@ def test_a_full_context_is_drafted_to_the_end(llm):
     for spec in ("draft-model:confidence=0,length=32", "draft-model:width=4,length=6"):
         same(llm.generate([prompt], asked, spec)[0].choices[0], expected)
     assert len(expected.token_ids) == 10
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
+@pytest.mark.parametrize("spec", ["draft-model:confidence=0", "draft-model:length=9,confidence=0.05"])
+def test_a_chain_in_one_native_call_is_the_chain_of_levels(llm, spec):
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    prompts = [[2, 3, 4] * 4, [9] * 7, list(range(10, 30))]
+    drafter = llm.engine.drafter(spec)[1]
+    seen = []
+    for plain_tokens in (True, False):
+        drafter.plain_tokens = plain_tokens
+        made = [llm.generate([prompt], params, spec)[0] for prompt in prompts]
+        seen.append([(each.token_ids, each.choices[0].statistics.accepted_per_step) for each in made])
+        seen[-1].append(sum(each.choices[0].statistics.proposed for each in made))
+    assert seen[0] == seen[1]
+    assert seen[0][-1] > 100
+    assert drafter.cache.used_bytes == 0

@@ -8,16 +8,18 @@ draws from its own coins and hands over q (rule B for a chain, D for a tree).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
 from torch import Tensor
 
-from hasten.engine import Request, Target, register
+from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
-from hasten.model import Model
+from hasten.model import Decoder, Model
+from hasten.model.native import NativeBackend
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,13 @@ class DraftModelParameters:
     parameters=DraftModelParameters,
 )
 class DraftModel(SmallModelDrafter):
-    """Drafts for the whole batch together: one forward of the small model per level."""
+    """Drafts for the whole batch together: one forward of the small model per level.
+
+    Attributes:
+        plain_tokens: whether the small model's tokens and logits are the target's, as they are.
+    """
+
+    plain_tokens: ClassVar[bool] = True
 
     def __init__(self, target: Target, parameters: DraftModelParameters) -> None:
         super().__init__(self._load(target, parameters))
@@ -70,8 +78,33 @@ class DraftModel(SmallModelDrafter):
     def _load(self, target: Target, parameters: DraftModelParameters) -> Model:
         return load_small_model(parameters.slug, target, parameters.model, parameters.dtype)
 
-    def start(self, request: Request, budget: int) -> Growth:
+    def start(self, request: Request, budget: int) -> _Levels:
         return _Levels(self, request, budget, self.parameters)
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        """As the base says; the greedy chain of a lone request is one native call, where the model runs natively."""
+        model = self.model
+        if (
+            len(requests) > 1
+            or self.parameters.width > 1
+            or not self.plain_tokens
+            or not requests[0].sampler.is_argmax
+            or not isinstance(model, Decoder)
+            or not isinstance(model.backend, NativeBackend)
+        ):
+            return super().propose_all(requests, budgets)
+        request, growth = requests[0], self.start(requests[0], budgets[0])
+        if growth.frontier:
+            growth.grow(self._read([growth]))
+        if growth.frontier:
+            sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
+            first, vocabulary = growth.draft.tokens[0], request.sampler.vocabulary
+            chain = model.backend.chain(
+                model, sequence, first, len(request.tokens), vocabulary, most, self.parameters.confidence
+            )
+            for token, probability in chain:
+                growth.add(len(growth.draft) - 1, token, probability)
+        return [growth.draft]
 
 
 class _Levels(Growth):

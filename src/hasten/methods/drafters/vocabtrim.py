@@ -92,6 +92,8 @@ class VocabTrim(DraftModel):
             tokens or other calibration text.
     """
 
+    plain_tokens: ClassVar[bool] = False
+
     def __init__(self, target: Target, parameters: VocabTrimParameters) -> None:
         super().__init__(target, parameters)
         counts = self._count(target, parameters)

@@ -18,7 +18,7 @@ from hasten.model.decoder import Decoder
 from hasten.model.linear import Linear
 from hasten.model.native.library import Team, library
 from hasten.model.native.linear import FORMATS, Format, LinearStruct, PanelLinear
-from hasten.model.rows import Rows
+from hasten.model.rows import Rows, SequenceState
 from hasten.model.taps import Site, Taps
 
 if TYPE_CHECKING:
@@ -87,6 +87,17 @@ class _Batch(ctypes.Structure):
     ]
 
 
+def _views(sequence: SequenceState) -> ctypes.Array[_View]:
+    """A sequence's blocks."""
+    blocks = sequence.blocks()
+    return (_View * len(blocks))(
+        *(
+            _View(block.storage[0].data_ptr(), block.positions.data_ptr(), block.capacity, length)
+            for block, length in blocks
+        )
+    )
+
+
 def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a model cannot run natively, in a few words; None if it can."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
@@ -136,13 +147,7 @@ class NativeBackend:
         spans = (_Span * len(rows.spans))()
         for index, span in enumerate(rows.spans):
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
-            blocks = span.sequence.blocks()
-            views = (_View * len(blocks))(
-                *(
-                    _View(block.storage[0].data_ptr(), block.positions.data_ptr(), block.capacity, length)
-                    for block, length in blocks
-                )
-            )
+            views = _views(span.sequence)
             mask = None if span.mask is None else span.mask.contiguous()
             kept += [views, mask]
             spans[index] = _Span(
@@ -150,7 +155,7 @@ class NativeBackend:
                 span.stop,
                 span.sequence.pending,
                 None if mask is None else mask.data_ptr(),
-                len(blocks),
+                len(views),
                 ctypes.addressof(views),
             )
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
@@ -171,6 +176,46 @@ class NativeBackend:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))
         return logits
+
+    @torch.inference_mode()
+    def chain(
+        self,
+        model: Decoder,
+        sequence: SequenceState,
+        token: int,
+        position: int,
+        vocabulary: int,
+        most: int,
+        confidence: float,
+    ) -> list[tuple[int, float]]:
+        """A greedy draft in one call: what follows `token` in a sequence, token by token.
+
+        Args:
+            sequence: its committed rows stand before `token`; the chain's rows are left pending.
+            token, position: the chain's first row.
+            vocabulary: tokens that may be chosen, from 0 on.
+            most: how many to draft.
+            confidence: the chain ends behind a token that has less probability.
+
+        Returns:
+            Tokens and their probabilities.
+
+        Raises:
+            IndexError: the embedding does not have `token`.
+        """
+        loaded = library()
+        assert loaded is not None
+        sequence.begin(torch.arange(position, position + most))
+        views = _views(sequence)
+        span = _Span(0, 1, 1, None, len(views), ctypes.addressof(views))
+        tokens, probabilities = (c_int64 * most)(), (c_float * most)()
+        count = loaded.hasten_chain(
+            *(ctypes.addressof(self._describe(model)), Team.get(), ctypes.addressof(span), token, position, vocabulary),
+            *(most, confidence, ctypes.addressof(tokens), ctypes.addressof(probabilities)),
+        )
+        if count < 0:
+            raise IndexError(f"token id {token} is not below {model.embedding.shape[0]}, the size of the vocabulary")
+        return list(zip(tokens[:count], probabilities[:count], strict=True))
 
     def _describe(self, model: Decoder) -> _Model:
         """The model as `step.cpp` sees it."""

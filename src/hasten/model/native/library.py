@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +25,11 @@ def library() -> ctypes.CDLL | None:
     loaded.hasten_team.restype, loaded.hasten_team.argtypes = c_void_p, [c_int]
     loaded.hasten_disband.restype, loaded.hasten_disband.argtypes = None, [c_void_p]
     loaded.hasten_forward.restype, loaded.hasten_forward.argtypes = c_int, [c_void_p, c_void_p, c_void_p]
+    loaded.hasten_chain.restype = c_int64
+    loaded.hasten_chain.argtypes = [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
+        *(c_float, c_void_p, c_void_p),
+    ]
     loaded.hasten_linear.restype = None
     loaded.hasten_linear.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
     runtime = _openmp()

@@ -249,6 +249,7 @@ struct Kernels {
     const char *name;
     void (*forward)(const Model &, Team &, const Batch &);
     void (*apply)(const Linear &, Team &, int64_t, const float *, const float *, float *);
+    int64_t (*likeliest)(const float *, int64_t, float *);
 };
 
 Kernels choose() {
@@ -260,12 +261,12 @@ Kernels choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
     if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16"))
-        return {"avx512bf16", avx512bf16::forward, avx512bf16::apply};
-    if (may("avx512") && wide) return {"avx512", avx512::forward, avx512::apply};
+        return {"avx512bf16", avx512bf16::forward, avx512bf16::apply, avx512bf16::likeliest};
+    if (may("avx512") && wide) return {"avx512", avx512::forward, avx512::apply, avx512::likeliest};
     if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {"avx2", avx2::forward, avx2::apply};
+        return {"avx2", avx2::forward, avx2::apply, avx2::likeliest};
 #endif
-    return {"portable", portable::forward, portable::apply};
+    return {"portable", portable::forward, portable::apply, portable::likeliest};
 }
 
 const Kernels &kernels() {
@@ -306,6 +307,24 @@ int hasten_forward(const Model *model, void *team, const Batch *batch) {
     }
     kernels().forward(*model, *static_cast<Team *>(team), *batch);
     return 0;
+}
+
+// Continues one sequence greedily: `token` at `position`, then what is likeliest among the first `vocabulary` tokens, up to
+// `most` tokens or behind one that has less than `confidence`. The span has one row; its view has room for `most` slots.
+// Returns how many `tokens` and `probabilities` there are; -1 if the embedding does not have `token`.
+int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t token, int64_t position, int64_t vocabulary,
+                     int64_t most, float confidence, int64_t *tokens, float *probabilities) {
+    std::vector<float> logits(model->head.outputs);
+    const int64_t first = 0;
+    for (int64_t i = 0; i < most; ++i, ++position) {
+        Span now = *span;
+        now.pending = i + 1;
+        const Batch batch{1, &token, &position, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr};
+        if (hasten_forward(model, team, &batch)) return -1;
+        token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
+        if (probabilities[i] < confidence) return i + 1;
+    }
+    return most;
 }
 
 // One layer by itself: out [rows][outputs] = x [rows][inputs] W^T + bias (+ residual, or null).
