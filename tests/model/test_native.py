@@ -119,6 +119,10 @@ def test_a_tree_gives_each_path_its_chain(model):
     assert torch.equal(model.forward(Rows.of(sequence, [3, 5, 6], 11)), tree[[0, 2, 3]])
 
 
+def test_no_rows_give_no_logits(model):
+    assert model.forward(Rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), [])).shape == (0, 97)
+
+
 def test_a_prompt_in_pieces_is_the_prompt(model):
     cache = Cache(model.config.layers, model.cache_dtype, model.device)
     text = tokens(90, 4)

@@ -114,8 +114,6 @@ class Inputs {
     std::vector<int32_t> starts_;
 };
 
-// The weights that are wanted soon are fetched by hand: the processor's own guess comes too late when several rows keep
-// the arithmetic busy.
 // Bytes. Weights that are wanted soon are fetched by hand where several rows keep the arithmetic busy: the processor's own
 // guess then comes too late.
 constexpr int64_t AHEAD = 2048;

@@ -305,6 +305,7 @@ int hasten_forward(const Model *model, void *team, const Batch *batch) {
         const int64_t token = batch->tokens[row];
         if (token >= model->vocabulary || (token < 0 && !batch->embedded)) return 1;
     }
+    if (batch->rows == 0) return 0;
     kernels().forward(*model, *static_cast<Team *>(team), *batch);
     return 0;
 }
