@@ -120,7 +120,8 @@ def test_a_tree_gives_each_path_its_chain(model):
 
 
 def test_no_rows_give_no_logits(model):
-    assert model.forward(Rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), [])).shape == (0, 97)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert model.forward(Rows(none, none, [])).shape == (0, 97)
 
 
 def test_a_prompt_in_pieces_is_the_prompt(model):
