@@ -180,7 +180,7 @@ def test_likeliest(vocabulary):
 
 
 def test_vocabulary_smaller_than_the_tree_is_wide():
-    recycling = drafter(Target(OracleModel(lambda history: None, 3)))
+    recycling = drafter(Target(OracleModel(lambda history: None, 3)), nodes=16)
     see(recycling, a_request([1]), Draft(), [], 2)
     draft = recycling.propose(a_request([1]), 80)
     assert sorted(draft.tokens[child] for child in draft.children()[ROOT]) == [0, 1, 2]

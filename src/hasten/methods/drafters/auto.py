@@ -26,7 +26,7 @@ from hasten.methods.drafters.auto_candidate import Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.model.taps import Taps
 
-CANDIDATES = "suffix/token-recycling"
+CANDIDATES = "suffix/token-recycling:nodes=16"
 CHEAP = 0.1
 """Share of a plain step below which a drafter is simply asked, unless it rests."""
 RETRIAL = 64

@@ -63,7 +63,8 @@ class TokenRecyclingParameters:
     """Parameters; the authors' tree is `nodes=80`.
 
     Attributes:
-        nodes: of the tree, the most useful ones first.
+        nodes: of the tree, the most useful ones first; 7 and the root are 8 rows, which cost little more than one where
+            the step is bound by memory.
         candidates: successors kept per token (the paper's k).
         warm_prompt: put the prompt's own pairs of tokens into the matrix before decoding.
         shared: one matrix for all requests of a tenant; else one per request, which dies with it.
@@ -75,7 +76,7 @@ class TokenRecyclingParameters:
         UserError: out of range, or a store without sharing.
     """
 
-    nodes: int = 16
+    nodes: int = 7
     candidates: int = 8
     warm_prompt: bool = True
     shared: bool = True
