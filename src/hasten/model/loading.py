@@ -134,12 +134,11 @@ def choose_backend(
         if given not in known:
             raise UserError(f"{what} must be one of {', '.join(known)}, not {given!r}")
     invariant = numerics == "invariant"
+    optional = name == "auto" and not invariant and weights == "dense"
     if name == "auto":
         name = "cuda" if device.type == "cuda" and invariant else "native" if device.type == "cpu" else "torch"
-        optional = not invariant and weights == "dense"
-    else:
-        optional = False
-    reason = {"native": native.refusal, "cuda": cuda.refusal}.get(name, _no_refusal)(config, dtype, device)
+    refusals = {"native": native.refusal, "cuda": cuda.refusal}
+    reason = refusals[name](config, dtype, device) if name in refusals else None
     if reason is not None and not optional:
         raise UserError(f"the {name} backend cannot run this model: {reason}")
     if reason is None and name == "native":
@@ -153,10 +152,6 @@ def choose_backend(
     if invariant:
         raise UserError("invariant numerics need the native or the cuda backend")
     return TorchBackend()
-
-
-def _no_refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """PyTorch's pieces run everything."""
 
 
 def _native(weights: str, dtype: torch.dtype) -> NativeBackend:

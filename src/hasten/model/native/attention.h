@@ -35,15 +35,7 @@ inline Lanes dots(const float *query, const float *keys, int64_t count, int64_t 
         return total[0];
     }
 #endif
-    for (int64_t slot = 0; slot < count; ++slot) {
-        const float *key = keys + slot * d;
-        Lanes total = {};
-        int64_t i = 0;
-        for (; i + WIDTH <= d; i += WIDTH) total += load(query + i) * load(key + i);
-        float rest = 0;
-        for (; i < d; ++i) rest += query[i] * key[i];
-        result[slot] = sum(total) + rest;
-    }
+    for (int64_t slot = 0; slot < count; ++slot) result[slot] = dot(query, keys + slot * d, d);
     return result;
 }
 
@@ -101,13 +93,13 @@ class Attend {
         window_ = model.layer[layer].window;
         first_ = tile.first;
         positions_ = positions + span.start;
-        if (static_cast<int64_t>(scores_.size()) < queries * room) scores_.resize(queries * room);
+        float *scores = grown(scores_, queries * room);
         const float *query[TILE];
         float *score[TILE], *out[TILE], *next[TILE];
         for (int64_t q = 0; q < queries; ++q) {
             const int64_t row = span.start + tile.first + q / tile.heads, head = tile.head + q % tile.heads;
             query[q] = qkv + row * width + head * d;
-            score[q] = next[q] = scores_.data() + q * room;
+            score[q] = next[q] = scores + q * room;
             out[q] = mixed.row(row) + head * d;
             std::fill(out[q], out[q] + d, 0.0f);
         }

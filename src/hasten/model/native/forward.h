@@ -4,7 +4,7 @@ namespace {
 namespace NAME {
 
 inline void norm(const float *x, const float *weight, float eps, int64_t count, float *out) {
-    const float scale = 1.0f / __builtin_sqrtf(squares(x, count) / static_cast<float>(count) + eps);
+    const float scale = 1.0f / __builtin_sqrtf(dot(x, x, count) / static_cast<float>(count) + eps);
     for (int64_t i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
 }
 
@@ -44,11 +44,6 @@ struct Buffers {
     std::vector<Attend> attend;
     Inputs normed, mixed, inner, last;
 };
-
-inline float *grown(std::vector<float> &values, int64_t count) {
-    if (static_cast<int64_t>(values.size()) < count) values.resize(count);
-    return values.data();
-}
 
 void forward(const Model &model, Team &team, const Batch &batch) {
     static thread_local Buffers buffers;

@@ -47,13 +47,20 @@ inline float sum(Lanes value) {
     return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
 }
 
-inline float squares(const float *x, int64_t count) {
+inline float dot(const float *a, const float *b, int64_t count) {
     Lanes total = {};
     int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH) total += load(x + i) * load(x + i);
+    for (; i + WIDTH <= count; i += WIDTH) total += load(a + i) * load(b + i);
     float rest = 0;
-    for (; i < count; ++i) rest += x[i] * x[i];
+    for (; i < count; ++i) rest += a[i] * b[i];
     return sum(total) + rest;
+}
+
+// Memory for so many values; it only grows.
+template <class T>
+inline T *grown(std::vector<T> &values, int64_t count) {
+    if (static_cast<int64_t>(values.size()) < count) values.resize(count);
+    return values.data();
 }
 
 // e^x to about 2 units in the last place; 0 far below.

@@ -22,10 +22,10 @@ class Inputs {
         per_word_ = format_ == FLOAT32 ? 1 : format_ == BFLOAT16 ? 2 : 4;
         stride_ = chunks_ * WIDTH * per_word_;
         // Conversions read 32 floats at a time.
-        grow(plain_, rows * stride_ + 2 * WIDTH);
-        grow(words_, rows * chunks_ * WIDTH);
-        grow(scales_, rows * groups_);
-        grow(starts_, rows * groups_);
+        grown(plain_, rows * stride_ + 2 * WIDTH);
+        grown(words_, rows * chunks_ * WIDTH);
+        grown(scales_, rows * groups_);
+        grown(starts_, rows * groups_);
         for (int64_t row = 0; row < rows; ++row) std::fill(this->row(row) + width_, this->row(row) + stride_, 0.0f);
     }
     float *row(int64_t row) { return plain_.data() + row * stride_; }
@@ -103,10 +103,6 @@ class Inputs {
         const int64_t first = row / size_ * size_;
         return words_.data() + (first * chunks_ + row - first) * WIDTH;
     }
-    template <class T>
-    static void grow(std::vector<T> &values, int64_t count) {
-        if (static_cast<int64_t>(values.size()) < count) values.resize(count);
-    }
     Format format_ = FLOAT32;
     int64_t rows_ = 0, width_ = 0, stride_ = 0, chunks_ = 0, per_word_ = 1, groups_ = 1, blocks_ = 0, size_ = 0;
     std::vector<float> plain_, scales_;
@@ -127,24 +123,35 @@ inline Words weights_at(const void *panels, int64_t vector) {
     return value;
 }
 
+template <Format FORMAT, class Sum>
+inline Sum add_word(Sum total, Words weights, uint32_t input) {
+    if constexpr (FORMAT == FLOAT32) return add_float(total, weights, input);
+    else if constexpr (FORMAT == BFLOAT16) return add_bf16(total, weights, input);
+    else return add_signed(total, weights, input);
+}
+
+// Adds all words of ROWS rows of a block times PANELS panels to their sums; not for int4, which adds by groups.
+template <Format FORMAT, int ROWS, int PANELS, class Sum>
+inline void add_words(const Linear &weight, int64_t panel, const uint32_t *inputs, Sum (&total)[ROWS][PANELS]) {
+    const int64_t words = words_of(weight);
+    for (int64_t k = 0; k < words; ++k) {
+        const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
+        Words now[PANELS];
+        for (int p = 0; p < PANELS; ++p) now[p] = weights_at<ROWS>(weight.panels, (panel + p) * words + k);
+#pragma GCC unroll 24
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) total[r][p] = add_word<FORMAT>(total[r][p], now[p], input[r * WIDTH]);
+    }
+}
+
 // ROWS rows of a block times PANELS panels from the `panel`th on.
 template <Format FORMAT, int ROWS, int PANELS>
 inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, Lanes (&result)[ROWS][PANELS]) {
-    const int64_t words = words_of(weight);
     const uint32_t *inputs = x.words(first);
     if constexpr (FORMAT == FLOAT32 || FORMAT == BFLOAT16) {
         Lanes total[ROWS][PANELS] = {};
-        for (int64_t k = 0; k < words; ++k) {
-            const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
-            Words now[PANELS];
-            for (int p = 0; p < PANELS; ++p) now[p] = weights_at<ROWS>(weight.panels, (panel + p) * words + k);
-#pragma GCC unroll 24
-            for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p)
-                    total[r][p] = FORMAT == FLOAT32 ? add_float(total[r][p], now[p], input[r * WIDTH])
-                                                    : add_bf16(total[r][p], now[p], input[r * WIDTH]);
-        }
+        add_words<FORMAT>(weight, panel, inputs, total);
         std::memcpy(&result, &total, sizeof total);
     } else if constexpr (FORMAT == INT8) {
         Whole total[ROWS][PANELS];
@@ -152,21 +159,13 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
             const Whole offset = load(weight.sums + (panel + p) * WIDTH) * (SHIFTED ? -128 : 0);
             for (int r = 0; r < ROWS; ++r) total[r][p] = offset;
         }
-        for (int64_t k = 0; k < words; ++k) {
-            const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
-            Words now[PANELS];
-            for (int p = 0; p < PANELS; ++p) now[p] = weights_at<ROWS>(weight.panels, (panel + p) * words + k);
-#pragma GCC unroll 24
-            for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-                for (int p = 0; p < PANELS; ++p) total[r][p] = add_signed(total[r][p], now[p], input[r * WIDTH]);
-        }
+        add_words<FORMAT>(weight, panel, inputs, total);
         for (int p = 0; p < PANELS; ++p) {
             const Lanes scale = load(static_cast<const float *>(weight.scales) + (panel + p) * WIDTH);
             for (int r = 0; r < ROWS; ++r) result[r][p] = floats(total[r][p]) * (scale * x.scales(first)[r]);
         }
     } else {
-        const int64_t groups = words / GROUP_WORDS;
+        const int64_t words = words_of(weight), groups = words / GROUP_WORDS;
         for (int r = 0; r < ROWS; ++r)
             for (int p = 0; p < PANELS; ++p) result[r][p] = Lanes{};
         for (int64_t g = 0; g < groups; ++g) {
