@@ -331,3 +331,16 @@ def test_the_pieces_compose_to_the_default_forward(plain: tuple[Any, Decoder]) -
         logits = model.logits(x, None)
         sequence.commit(len(chunk))
     close(logits, prefill(model, tokens)[9:])
+
+
+def test_rows_that_see_all_others_are_those_of_transformers_without_a_causal_mask(plain: tuple[Any, Decoder]) -> None:
+    """In one piece, and with the first rows in the cache."""
+    checkpoint, model = plain
+    tokens, sequence = some_tokens(11), new_sequence(model)
+    with torch.no_grad():
+        expected = checkpoint.reference(torch.tensor([tokens]), attention_mask=torch.zeros(1, 1, 11, 11)).logits[0]
+    for first in (0, 7):
+        rows = Rows.of(sequence, tokens[first:], first)
+        rows.spans[0].mask = "all"
+        close(model.forward(rows), expected[first:])
+        sequence.commit(7 if first == 0 else 0)

@@ -96,7 +96,7 @@ class Sequence:
         tail.block.keys[layer][:, stop - self._rows : stop] = keys
         tail.block.values[layer][:, stop - self._rows : stop] = values
 
-    def parts(self, layer: int, mask: Tensor | None) -> list[Part]:
+    def parts(self, layer: int, mask: Tensor | Literal["all"] | None) -> list[Part]:
         """See `hasten.model.rows.SequenceState`: committed blocks without a mask, then the rows."""
         window = self._cache.layers[layer].window
         if window is not None:
@@ -114,16 +114,20 @@ class Sequence:
             return parts
         if tail.length:
             parts.append(Part(keys[:, : tail.length], values[:, : tail.length]))
-        own: Tensor | Literal["causal"] | None = mask
-        if own is None:
+        own: Tensor | Literal["causal"] | None
+        if mask is None:
             own = "causal" if self._rows == self.pending else self._causal()
+        else:
+            own = None if isinstance(mask, str) else mask
         parts.append(Part(keys[:, tail.length : stop], values[:, tail.length : stop], own))
         return parts
 
-    def _windowed(self, layer: int, window: int, mask: Tensor | None) -> list[Part]:
+    def _windowed(self, layer: int, window: int, mask: Tensor | Literal["all"] | None) -> list[Part]:
         """As `parts`, keeping only slots whose position lies inside the rows' windows."""
         band = self._bands.get(window)
         if band is None:
+            if isinstance(mask, str):
+                mask = torch.zeros(self._rows, self.pending, dtype=self._cache.dtype, device=self._cache.device)
             own = self._causal() if mask is None else mask
             band = self._bands[window] = _Band.of(self._views, self.pending, window, own)
         tail = self._views[-1]

@@ -204,7 +204,7 @@ class Engine:
 
     def _record(self, plan: Sequence[Scheduled], rows: Rows, logits: Tensor) -> None:
         """Enter the step into the ledger."""
-        masks = sum(span.mask.nbytes for span in rows.spans if span.mask is not None)
+        masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
 
     def _propose(self, plan: Sequence[Scheduled]) -> list[Draft]:

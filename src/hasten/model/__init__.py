@@ -1,6 +1,6 @@
 """The transformer as pieces, and Hugging Face checkpoints to fill them."""
 
-from hasten.model.config import LayerConfig, ModelConfig
+from hasten.model.config import DiffusionConfig, LayerConfig, ModelConfig
 from hasten.model.decoder import Decoder, Model
 from hasten.model.loading import load_model
 from hasten.model.oracle import OracleModel
@@ -9,6 +9,7 @@ from hasten.model.taps import Taps
 
 __all__ = [
     "Decoder",
+    "DiffusionConfig",
     "LayerConfig",
     "Model",
     "ModelConfig",

@@ -26,6 +26,25 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """How a checkpoint was trained to fill masked positions. No configuration file lets one infer this.
+
+    Attributes:
+        attention: `full`: every position of the canvas sees every other one; `block-causal`: those of its own block
+            and of earlier ones; `context-causal`: finished tokens see what is before them, as in an autoregressive
+            model, the block under construction sees itself, too.
+        alignment: whether a row predicts its own position (`same`) or the next one (`shifted`).
+        mask_id: the token that stands where nothing is decided yet.
+        block: positions per block it was trained with; None where the decoder may choose (`full` only).
+    """
+
+    attention: Literal["full", "block-causal", "context-causal"]
+    alignment: Literal["same", "shifted"]
+    mask_id: int
+    block: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -35,6 +54,7 @@ class ModelConfig:
         rope: inverse frequencies [head_dim / 2] and the factor that scales cos and sin, as lists so that the
             configuration stays hashable and printable.
         source: the raw configuration, for fields only one architecture knows.
+        diffusion: how it fills masked positions; None for an autoregressive model.
     """
 
     architecture: str
@@ -47,3 +67,4 @@ class ModelConfig:
     inverse_frequencies: tuple[float, ...]
     rope_factor: float = 1.0
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    diffusion: DiffusionConfig | None = None

@@ -96,7 +96,10 @@ class Decoder:
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
         return Pass(
             spans=rows.spans,
-            masks=[None if span.mask is None else additive(span.mask, self.cache_dtype) for span in rows.spans],
+            masks=[
+                additive(span.mask, self.cache_dtype) if isinstance(span.mask, Tensor) else span.mask
+                for span in rows.spans
+            ],
             angles=self.layers[0].attention.rotary.angles(rows.positions, self.dtype),
             kernel=self.kernel,
             cache_dtype=self.cache_dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class Pass:
     """What every layer of one forward pass shares."""
 
     spans: list[Span]
-    masks: list[Tensor | None]
+    masks: list[Tensor | Literal["all"] | None]
     angles: tuple[Tensor, Tensor]
     kernel: Kernel
     cache_dtype: torch.dtype

@@ -58,7 +58,8 @@ class OracleModel:
             count = span.stop - span.start
             pending = span.sequence.pending
             causal = torch.ones(count, pending, dtype=torch.bool).tril(pending - count)
-            visible = causal if span.mask is None else span.mask
+            mask = span.dense_mask(pending)
+            visible = causal if mask is None else mask
             additive = torch.zeros(count, pending).masked_fill_(~visible, -torch.inf)
             parts = span.sequence.parts(0, additive)
             for row in range(count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class SequenceState(Protocol):
     def blocks(self) -> Sequence[tuple[Storage, int]]:
         """The blocks of the cache and how many of their slots are committed; the last holds the pending rows behind."""
 
-    def parts(self, layer: int, mask: Tensor | None) -> Sequence[Part]:
-        """What the rows attend to in a layer; `mask` is additive [rows, pending], or None (causal)."""
+    def parts(self, layer: int, mask: Tensor | Literal["all"] | None) -> Sequence[Part]:
+        """What the rows attend to in a layer; `mask` is additive [rows, pending], or as in `Span`."""
 
 
 @dataclass
@@ -51,15 +51,22 @@ class Span:
     """The rows `start:stop` of a packed batch: all of one sequence.
 
     `mask` is boolean [rows, rows]: row i sees row j where it is True (the diagonal always is). None means
-    causal: row i sees rows 0..i. With `extend`, rows that earlier passes left pending stay, and the mask is
-    [rows, pending], theirs first: a draft model grows a tree this way, level by level.
+    causal: row i sees rows 0..i; `"all"` that every row sees every other, as in a block under construction.
+    With `extend`, rows that earlier passes left pending stay, and the mask is [rows, pending], theirs first: a
+    draft model grows a tree this way, level by level.
     """
 
     sequence: SequenceState
     start: int
     stop: int
-    mask: Tensor | None = None
+    mask: Tensor | Literal["all"] | None = None
     extend: bool = False
+
+    def dense_mask(self, pending: int) -> Tensor | None:
+        """The mask as a tensor [rows, pending] where there is one, for backends without an `"all"`; None is causal."""
+        if isinstance(self.mask, str):
+            return torch.ones(self.stop - self.start, pending, dtype=torch.bool)
+        return self.mask
 
 
 @dataclass

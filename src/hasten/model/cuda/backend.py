@@ -63,11 +63,11 @@ class CudaBackend:
         count = rows.tokens.shape[0]
         # A range counts negative numbers from the end, and refuses those beyond it.
         numbers = list(range(count)) if wanted is None else [range(count)[number] for number in wanted]
+        rows = _on_device(rows, model)
         cuts = self._cuts(rows) if count and len({*numbers}) == len(numbers) and fits(rows) else None
         if cuts is None:
             return self._torch.forward(model, rows, wanted, taps)
         with torch.cuda.device_of(model.embedding):  # type: ignore[no-untyped-call]
-            rows = _on_device(rows, model)
             for span in rows.spans:
                 span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
             if len(cuts) == 1:
@@ -95,7 +95,7 @@ class CudaBackend:
             return [(0, total)] if short and total <= BUCKETS[-1] else None
         starts = [0]
         for span in rows.spans:
-            if span.mask is not None and span.stop - starts[-1] > FIXED:
+            if isinstance(span.mask, Tensor) and span.stop - starts[-1] > FIXED:
                 if span.stop - span.start <= FIXED:
                     # A row may see any other of its span, so that these must be in one piece.
                     starts.append(span.start)
@@ -175,10 +175,11 @@ class CudaBackend:
 
 def _on_device(rows: Rows, model: Decoder) -> Rows:
     """The pass with everything that kernels read by address contiguous on the model's device."""
-    spans = [
-        span if span.mask is None else replace(span, mask=span.mask.to(model.device, torch.bool).contiguous())
-        for span in rows.spans
-    ]
+    spans = []
+    for span in rows.spans:
+        earlier = span.sequence.pending if span.extend else 0
+        mask = span.dense_mask(earlier + span.stop - span.start)
+        spans.append(span if mask is None else replace(span, mask=mask.to(model.device, torch.bool).contiguous()))
     embeddings = None if rows.embeddings is None else rows.embeddings.to(model.device, model.dtype).contiguous()
     tokens, positions = (each.to(model.device, torch.int64).contiguous() for each in (rows.tokens, rows.positions))
     return Rows(tokens, positions, spans, embeddings)

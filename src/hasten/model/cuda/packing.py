@@ -68,7 +68,7 @@ class Room:
                 committed += length
             before = span.sequence.pending - (span.stop - start)
             mask, stride = 0, 0
-            if span.mask is not None:
+            if isinstance(span.mask, Tensor):
                 stride = span.mask.shape[1]
                 mask = span.mask.data_ptr() + (start - span.start) * stride
             spans += first, before, committed, mask, stride, first_view, len(blocks)
@@ -98,7 +98,8 @@ def _power(count: int) -> int:
 def fits(rows: Rows) -> bool:
     """Whether masks and blocks of a pass (before its rows are pending) are within what a room holds."""
     return all(
-        (span.mask is None or span.mask.shape[1] <= MAX_PENDING) and len(span.sequence.blocks()) < MAX_VIEWS
+        (not isinstance(span.mask, Tensor) or span.mask.shape[1] <= MAX_PENDING)
+        and len(span.sequence.blocks()) < MAX_VIEWS
         for span in rows.spans
     )
 

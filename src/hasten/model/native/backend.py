@@ -148,7 +148,8 @@ class NativeBackend:
         for index, span in enumerate(rows.spans):
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
             views = _views(span.sequence)
-            mask = None if span.mask is None else span.mask.contiguous()
+            mask = span.dense_mask(span.sequence.pending)
+            mask = None if mask is None else mask.contiguous()
             kept += [views, mask]
             spans[index] = _Span(
                 span.start,
