@@ -20,6 +20,7 @@ class Waiter:
     left: int
     leader: Waiter | None = None
     started: bool = False
+    filling: None = None
     sequence: SimpleNamespace = field(default_factory=SimpleNamespace)
     drafter: Drafter = field(default_factory=Drafter)
 

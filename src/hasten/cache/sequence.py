@@ -199,6 +199,31 @@ class Sequence:
                 self._cache.drop(self._views.pop().block)
                 self._writer = False
 
+    def evict(self, slots: Items[int]) -> None:
+        """Forget committed slots with these (ascending) numbers, and all pending rows; what is behind them moves up.
+
+        Raises:
+            ValueError: numbers out of range or not ascending, or slots that another sequence may read.
+            RollbackError: a recurrent layer would have to forget.
+        """
+        self._refuse_released()
+        if not slots:
+            return
+        before = self.length - self._views[-1].length if self._views else 0
+        if slots[0] < 0 or slots[-1] >= self.length or any(a >= b for a, b in pairwise(slots)):
+            raise ValueError(f"evicted slots {list(slots)} are not ascending numbers below {self.length}")
+        self._refuse_rollback(f"evict {len(slots)} slots")
+        tail, first = self._views[-1], slots[0] - before
+        # Who writes behind the tail's end may also write what nobody else reads.
+        if first < 0 or not self._may_write(tail) or first < tail.block.shared:
+            raise ValueError(f"slot {slots[0]} is in a block that another sequence may read")
+        gone = {slot - slots[0] for slot in slots}
+        kept = [slot for slot in range(tail.length - first) if slot not in gone]
+        self.pending = 0
+        if kept:
+            tail.block.gather(first, kept)
+        tail.length = first + len(kept)
+
     def fork(self) -> Sequence:
         """A second sequence with the same committed slots; blocks are shared, and copied by nobody.
 

@@ -1,5 +1,7 @@
 """Requests, scheduler, step loop, sampling, verification, and the registry of methods."""
 
+from hasten.engine.canvas import Canvas
+from hasten.engine.denoiser import Denoiser
 from hasten.engine.draft import ROOT, Draft, Drawn
 from hasten.engine.drafter import Drafter, Observation
 from hasten.engine.engine import Engine, Progress
@@ -8,23 +10,32 @@ from hasten.engine.params import SamplingParams
 from hasten.engine.registry import Method, Target, methods, register
 from hasten.engine.request import Request, Statistics, TokenLogprobs
 from hasten.engine.scheduler import Limits
+from hasten.engine.view import View
+from hasten.engine.window import BlockWindow, FullWindow, Passes, Window
 
 __all__ = [
     "ROOT",
+    "BlockWindow",
+    "Canvas",
     "Constraint",
+    "Denoiser",
     "Draft",
     "Drafter",
     "Drawn",
     "Engine",
+    "FullWindow",
     "Limits",
     "Method",
     "Observation",
+    "Passes",
     "Progress",
     "Request",
     "SamplingParams",
     "Statistics",
     "Target",
     "TokenLogprobs",
+    "View",
+    "Window",
     "methods",
     "register",
 ]

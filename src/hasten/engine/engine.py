@@ -13,11 +13,14 @@ from torch import Tensor
 
 from hasten.cache import Cache
 from hasten.engine import registry, verification
+from hasten.engine.canvas import Canvas
+from hasten.engine.denoiser import Denoiser, Filling
 from hasten.engine.draft import MAX_DRAFT, ROOT, Draft
 from hasten.engine.drafter import Drafter, Observation
 from hasten.engine.grammar import Grammars, GrammarState
 from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
+from hasten.engine.passage import Passage
 from hasten.engine.request import Request, TokenKind, TokenLogprobs
 from hasten.engine.sampling import Sampler
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
@@ -71,12 +74,23 @@ class Engine:
     # Requests
 
     def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
-        """The shared drafter of a specification (made once per engine), or a drafter object as it is."""
+        """The shared drafter of a specification (made once per engine), or a drafter object as it is.
+
+        Raises:
+            UserError: unknown, or not for this model.
+        """
         if isinstance(method, Drafter):
-            return type(method).__name__, method
-        if method not in self._drafters:
-            self._drafters[method] = registry.create(method, self.target)
-        return method, self._drafters[method]
+            name, drafter = type(method).__name__, method
+        else:
+            if method not in self._drafters:
+                self._drafters[method] = registry.create(method, self.target)
+            name, drafter = method, self._drafters[method]
+        diffusion = self.model.config.diffusion
+        if isinstance(drafter, Denoiser) and diffusion is None:
+            raise UserError(f"{name} needs a model that fills masked positions; this one predicts the next token")
+        if not isinstance(drafter, Denoiser) and diffusion is not None and diffusion.attention != "context-causal":
+            raise UserError(f"{name} needs a model that predicts the next token; this one fills masked positions")
+        return name, drafter
 
     def _grammar(self, params: SamplingParams) -> GrammarState | None:
         """A constraint's state at the start of a request."""
@@ -140,6 +154,8 @@ class Engine:
             )
             self._next_id += 1
             requests.append(request)
+            if isinstance(drafter, Denoiser):
+                request.leader, request.filling = None, self._filling(request, drafter)
             self.scheduler.add(request)
         try:
             for request in requests:
@@ -149,6 +165,21 @@ class Engine:
                 self.abort(request)
             raise
         return requests
+
+    def _filling(self, request: Request, denoiser: Denoiser) -> Filling:
+        """A fresh canvas for a request.
+
+        Raises:
+            UserError: parameters that a canvas cannot serve.
+        """
+        config, params = self.model.config, request.params
+        assert config.diffusion is not None
+        if params.constraint is not None or params.logprobs is not None:
+            what = "a constraint" if params.constraint is not None else "logprobs"
+            raise UserError(f"{what} cannot be had from a model that fills masked positions in any order")
+        length = denoiser.canvas_length(request, config)
+        canvas = Canvas(request.tokens, length, config.diffusion.mask_id, request.sampler)
+        return Filling(canvas, denoiser.decode(request, canvas))
 
     def abort(self, request: Request) -> None:
         """End a request now; harmless if it has ended."""
@@ -177,21 +208,26 @@ class Engine:
             return []
         drafts = self._propose(plan)
         started = time.perf_counter()
-        rows, wanted = self._pack(plan, drafts)
+        passages = [self._passage(scheduled, draft) for scheduled, draft in zip(plan, drafts, strict=True)]
+        rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
         logits = self.model.forward(rows, wanted, taps)
-        best = logits.argmax(-1).tolist() if any(s.decodes and s.request.sampler.is_argmax for s in plan) else None
+        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
+        best = logits.argmax(-1).tolist() if chain else None
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
 
-        progress, offset = [], 0
-        for scheduled, span, draft in zip(plan, rows.spans, drafts, strict=True):
+        progress, stop = [], 0
+        for scheduled, passage, span, draft in zip(plan, passages, rows.spans, drafts, strict=True):
             request = scheduled.request
             request.statistics.forward_seconds += forward_seconds
+            offset, stop = stop, stop + len(passage.wanted)
+            if request.filling is not None:
+                progress += self._fill(request, request.filling, passage, logits[offset:stop])
+                continue
             if not scheduled.decodes:
                 self._commit_prompt(scheduled, span, taps)
                 continue
-            stop = offset + len(draft) + 1
             own = None if best is None else best[offset:stop]
             if request.started:
                 progress.append(self._decode(request, draft, logits[offset:stop], own, taps, span.start))
@@ -199,7 +235,6 @@ class Engine:
                 self._commit_prompt(scheduled, span, taps)
                 choices = [request, *self._fork_prompt(request)]
                 progress += [self._decode(each, draft, logits[offset:stop], own, None, 0) for each in choices]
-            offset = stop
         return progress
 
     def _record(self, plan: Sequence[Scheduled], rows: Rows, logits: Tensor) -> None:
@@ -229,32 +264,38 @@ class Engine:
                 request.statistics.draft_seconds += seconds
         return drafts
 
-    def _pack(self, plan: Sequence[Scheduled], drafts: Sequence[Draft]) -> tuple[Rows, list[int]]:
+    def _passage(self, scheduled: Scheduled, draft: Draft) -> Passage:
+        """What a request computes in this step: its next uncached tokens and its draft, or a look at its canvas."""
+        request = scheduled.request
+        if request.filling is not None:
+            assert request.filling.passage is not None
+            return request.filling.passage
+        cached, count = request.sequence.length, scheduled.rows
+        if cached in (0, request.prompt_length):
+            # Before the prompt's first chunk; and before a forked choice's own first row.
+            request.sequence.reserve(len(request.tokens) - cached + request.drafter.headroom(request))
+        tokens, positions = request.tokens[cached : cached + count], list(range(cached, cached + count))
+        wanted = [count - 1] if scheduled.decodes else []
+        if not draft:
+            return Passage(tokens, positions, wanted)
+        root = positions[-1]
+        positions += [root + depth for depth in draft.depths()]
+        return Passage(tokens + draft.tokens, positions, [*wanted, *range(count, count + len(draft))], draft.mask())
+
+    def _pack(self, plan: Sequence[Scheduled], passages: Sequence[Passage]) -> tuple[Rows, list[int]]:
         """All rows of the step, and the numbers of those whose logits are wanted."""
         tokens: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
         wanted: list[int] = []
-        for scheduled, draft in zip(plan, drafts, strict=True):
-            request, start = scheduled.request, len(tokens)
-            cached = request.sequence.length
-            if cached in (0, request.prompt_length):
-                # Before the prompt's first chunk; and before a forked choice's own first row.
-                request.sequence.reserve(len(request.tokens) - cached + request.drafter.headroom(request))
-            tokens += request.tokens[cached : cached + scheduled.rows]
-            positions += range(cached, cached + scheduled.rows)
-            if scheduled.decodes:
-                wanted.append(len(tokens) - 1)
-            if draft:
-                root = positions[-1]
-                wanted += range(len(tokens), len(tokens) + len(draft))
-                tokens += draft.tokens
-                positions += [root + depth for depth in draft.depths()]
-            mask = draft.mask() if draft else None
-            if mask is not None:
-                mask = mask.to(self.model.device)
-            spans.append(Span(request.sequence, start, len(tokens), mask))
         device = self.model.device
+        for scheduled, passage in zip(plan, passages, strict=True):
+            start = len(tokens)
+            tokens += passage.tokens
+            positions += passage.positions
+            wanted += [start + row for row in passage.wanted]
+            mask = passage.mask.to(device) if isinstance(passage.mask, Tensor) else passage.mask
+            spans.append(Span(scheduled.request.sequence, start, len(tokens), mask))
         packed = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
         return packed, wanted
 
@@ -345,6 +386,37 @@ class Engine:
             self._finish(request)
         return Progress(request, tokens, kinds, text, request.finish_reason)
 
+    def _fill(self, request: Request, filling: Filling, passage: Passage, logits: Tensor) -> list[Progress]:
+        """Hand a canvas its logits; what became final goes through the stopping rules, and is reported."""
+        started = time.perf_counter()
+        canvas, statistics = filling.canvas, request.statistics
+        if passage.prompt:
+            statistics.prompt_rows += len(passage.tokens)
+        else:
+            statistics.rows += len(passage.tokens)
+        before = canvas.steps
+        filling.receive(logits)
+        statistics.steps += canvas.steps - before
+        statistics.verify_seconds += time.perf_counter() - started
+        fresh = canvas.fresh()
+        tokens = fresh[: request.stopper.accept(fresh)]
+        steps = canvas.committed_at[len(request.tokens) : len(request.tokens) + len(tokens)]
+        alone = torch.bincount(canvas.committed_at)[steps] == 1 if tokens else steps
+        request.kinds += (kinds := [_kind_of(single) for single in alone.tolist()])
+        request.tokens += tokens
+        statistics.tokens += len(tokens)
+        request.finish_reason = request.stopper.reason
+        if request.finish_reason is None and (filling.passage is None or canvas.finished):
+            request.finish_reason = "length"
+        if not tokens and request.finish_reason is None:
+            return []
+        if request.first_token_at is None and tokens:
+            request.first_token_at = time.perf_counter()
+        text = request.stopper.fresh()
+        if request.finish_reason is not None:
+            self._finish(request)
+        return [Progress(request, tokens, kinds, text, request.finish_reason)]
+
     def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int] | None) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
         sampler, params = request.sampler, request.params
@@ -371,8 +443,15 @@ class Engine:
         """Release everything a request holds."""
         request.finished_at = time.perf_counter()
         self.scheduler.remove(request)
+        if request.filling is not None:
+            request.filling.close()
         request.drafter.end(request)
         request.sequence.release()
+
+
+def _kind_of(single: bool) -> TokenKind:
+    """A token of a canvas came alone or with others."""
+    return "plain" if single else "accepted"
 
 
 def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps | None:

@@ -59,7 +59,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-D = TypeVar("D", bound=type[Drafter])
+D = TypeVar("D", bound=Callable[[Target, Any], Drafter])
 
 
 def register(
@@ -72,14 +72,11 @@ def register(
     parameters: type[Any],
     needs_training: bool = False,
 ) -> Callable[[D], D]:
-    """Class decorator: the drafter is constructed as `cls(target, parameters)`."""
+    """Decorator of a class, or of a function, that makes the drafter from (target, parameters)."""
 
-    def decorate(cls: D) -> D:
-        def create(target: Target, chosen: Any) -> Drafter:
-            return cls(target, chosen)  # type: ignore[call-arg]
-
+    def decorate(create: D) -> D:
         _METHODS[slug] = Method(slug, family, exactness, paper, title, needs_training, parameters, create)
-        return cls
+        return create
 
     return decorate
 

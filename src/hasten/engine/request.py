@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hasten.cache import Sequence
+from hasten.engine.denoiser import Filling
 from hasten.engine.drafter import Drafter
 from hasten.engine.params import SamplingParams
 from hasten.engine.sampling import Sampler
@@ -20,8 +21,8 @@ TokenKind = Literal["plain", "accepted", "correction"]
 class Statistics:
     """What a request cost. Rows and forwards of the prompt are counted apart from those of decoding.
 
-    `steps` are forwards that gave tokens; `tokens` counts them up to end of text. Seconds of a batch's shared forward
-    are counted in full for each of its requests.
+    `steps` are forwards that gave tokens, or worked on a canvas; `tokens` counts them up to end of text. Seconds of a
+    batch's shared forward are counted in full for each of its requests.
     """
 
     steps: int = 0
@@ -61,6 +62,7 @@ class Request:
         drafter: proposes for it.
         method: the drafter's specification, for reports.
         leader: the sibling choice whose prompt cache this one forks, until it has.
+        filling: the canvas, where a denoiser fills one.
     """
 
     id: int
@@ -74,6 +76,7 @@ class Request:
     sampler: Sampler
     stopper: Stopper
     leader: Request | None = None
+    filling: Filling | None = None
     statistics: Statistics = field(default_factory=Statistics)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)

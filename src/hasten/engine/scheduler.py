@@ -73,11 +73,14 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
         ready = [request for request in self.running if request.leader is None]
-        decoding = [Scheduled(request, 1) for request in ready if request.started]
+        decoding = [Scheduled(request, 1) for request in ready if request.started and request.filling is None]
         left = max(self.limits.rows - len(decoding), 1)
         prompts = []
         for request in ready:
-            if not request.started and left > 0:
+            if request.filling is not None:
+                # A canvas says itself what its passes compute.
+                decoding.append(Scheduled(request, 0))
+            elif not request.started and left > 0:
                 rows = min(request.waiting_rows, left)
                 prompts.append(Scheduled(request, rows))
                 left -= rows

@@ -7,16 +7,19 @@ crops and forks are exercised as they are with a network.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hasten.model.config import LayerConfig, ModelConfig
+from hasten.model.config import DiffusionConfig, LayerConfig, ModelConfig
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
 
 Law = Callable[[tuple[int, ...]], Tensor]
 """Tokens so far (at least one) to the logits of the next, float32 [vocabulary]."""
+CanvasLaw = Callable[[tuple[tuple[int, int], ...], int], Tensor]
+"""What a row sees, as (position, token) in order of position, and the position that it predicts, to logits there."""
 
 
 class OracleModel:
@@ -49,7 +52,8 @@ class OracleModel:
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """See `hasten.model.decoder.Model.forward`; there are no hidden states to tap."""
         chosen = range(len(rows.tokens)) if wanted is None else wanted
-        histories: dict[int, tuple[int, ...]] = {}
+        laws: dict[int, Tensor] = {}
+        positions = rows.positions.tolist()
         for span in rows.spans:
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
             own = rows.tokens[span.start : span.stop].float().reshape(1, -1, 1)
@@ -63,14 +67,40 @@ class OracleModel:
             additive = torch.zeros(count, pending).masked_fill_(~visible, -torch.inf)
             parts = span.sequence.parts(0, additive)
             for row in range(count):
+                if span.start + row not in chosen:
+                    continue
                 seen: list[tuple[int, int]] = []
                 for part in parts:
                     open_slots = slice(None)
                     if isinstance(part.mask, Tensor):
                         open_slots = part.mask[row] == 0  # type: ignore[assignment]
                     tokens = part.keys[0, :, 0][open_slots].long().tolist()
-                    positions = part.values[0, :, 0][open_slots].long().tolist()
-                    seen += zip(positions, tokens, strict=True)
-                histories[span.start + row] = tuple(token for _, token in sorted(seen))
-        laws = [self.law(histories[row]) for row in chosen]
-        return torch.stack(laws).float() if laws else torch.empty(0, self.config.vocab_size)
+                    places = part.values[0, :, 0][open_slots].long().tolist()
+                    seen += zip(places, tokens, strict=True)
+                laws[span.start + row] = self.predict(tuple(sorted(seen)), positions[span.start + row])
+        return torch.stack([laws[row] for row in chosen]).float() if laws else torch.empty(0, self.config.vocab_size)
+
+    def predict(self, seen: tuple[tuple[int, int], ...], position: int) -> Tensor:
+        """Logits of a row at a position that sees these (position, token)."""
+        return self.law(tuple(token for _, token in seen))
+
+
+class CanvasOracle(OracleModel):
+    """Logits from a law over what is visible of a canvas, masks included.
+
+    Args:
+        canvas_law: the distribution.
+        vocabulary: number of tokens, the mask included.
+        diffusion: attention, alignment, mask.
+    """
+
+    def __init__(
+        self, canvas_law: CanvasLaw, vocabulary: int, diffusion: DiffusionConfig, max_positions: int = 4096
+    ) -> None:
+        super().__init__(lambda history: torch.empty(0), vocabulary, max_positions)
+        self.canvas_law = canvas_law
+        self.config = replace(self.config, diffusion=diffusion)
+        self._shift = 1 if diffusion.alignment == "shifted" else 0
+
+    def predict(self, seen: tuple[tuple[int, int], ...], position: int) -> Tensor:
+        return self.canvas_law(seen, position + self._shift)

@@ -1,6 +1,7 @@
 """Plain decoding: the empty draft, and the yardstick of every other method.
 
-Exactness: lossless by definition.
+For a model that fills masked positions it is one token per forward pass, the surest first, without a stale cache
+(`hasten.methods.diffusion.denoise`). Exactness: lossless by definition.
 """
 
 from __future__ import annotations
@@ -8,11 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hasten.engine import Draft, Drafter, Request, Target, register
+from hasten.methods.diffusion.denoise import Denoise, DenoiseParameters
 
 
 @dataclass(frozen=True)
 class PlainParameters:
     """Nothing to set."""
+
+
+class Plain(Drafter):
+    """Proposes nothing."""
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        return Draft()
 
 
 @register(
@@ -23,11 +32,9 @@ class PlainParameters:
     title="Plain decoding: one token per forward pass",
     parameters=PlainParameters,
 )
-class Plain(Drafter):
-    """Proposes nothing."""
-
-    def __init__(self, target: Target, parameters: PlainParameters) -> None:
-        pass
-
-    def propose(self, request: Request, budget: int) -> Draft:
-        return Draft()
+def plain(target: Target, parameters: PlainParameters) -> Drafter:
+    """What one token per forward pass means for this model."""
+    diffusion = target.model.config.diffusion
+    if diffusion is None or diffusion.attention == "context-causal":
+        return Plain()
+    return Denoise(target, DenoiseParameters())

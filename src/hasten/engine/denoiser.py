@@ -1,0 +1,70 @@
+"""The interface of a denoiser: what fills a canvas, for models that predict masked positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hasten.engine.canvas import Canvas
+from hasten.engine.draft import Draft
+from hasten.engine.drafter import Drafter
+from hasten.engine.passage import Passage
+from hasten.engine.window import Passes
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Request
+    from hasten.model import ModelConfig
+
+
+class Denoiser(Drafter):
+    """Fills a request's canvas, pass by pass. One object serves all requests of the same method and parameters.
+
+    What it commits is final, so the text is handed out as far as no mask stands before it, and the request is over as
+    soon as that part ends: with end of text, a stop string or the budget of tokens.
+    """
+
+    alone = True
+
+    def canvas_length(self, request: Request, config: ModelConfig) -> int:
+        """Positions that the canvas has, the prompt's included; at most the context."""
+        raise NotImplementedError
+
+    def decode(self, request: Request, canvas: Canvas) -> Passes:
+        """Yields passages and is sent the logits of the rows that they want, until the canvas is full."""
+        raise NotImplementedError
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        """Nothing: a canvas is not drafted token by token."""
+        return Draft()
+
+
+class Filling:
+    """A canvas being filled: the denoiser's generator and the passage that it waits for."""
+
+    def __init__(self, canvas: Canvas, passes: Passes) -> None:
+        self.canvas, self._passes = canvas, passes
+        self._passage: Passage | None = None
+        self._begun = False
+
+    @property
+    def passage(self) -> Passage | None:
+        """The next one; None when the canvas is full. The first is made when it is asked for."""
+        if not self._begun:
+            self._begun, self._passage = True, next(self._passes, None)
+        return self._passage
+
+    def receive(self, logits: Tensor) -> None:
+        """The passage was computed: logits float32 [wanted rows, vocabulary]."""
+        passage = self.passage
+        assert passage is not None
+        if passage.wanted or not passage.prompt:
+            self.canvas.steps += 1
+        try:
+            self._passage = self._passes.send(logits)
+        except StopIteration:
+            self._passage = None
+
+    def close(self) -> None:
+        """The request is over."""
+        self._passes.close()

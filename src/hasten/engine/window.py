@@ -1,0 +1,225 @@
+"""How a canvas is looked at: which rows a forward pass computes, and what the cache keeps of them.
+
+`FullWindow` is for models whose positions all see each other, `BlockWindow` for those that finish one block before the
+next. Both are written as generators: they yield passages and are sent the logits of the rows that these want.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.cache import Sequence as Slots
+from hasten.engine.canvas import Canvas
+from hasten.engine.passage import Passage
+from hasten.engine.view import View
+from hasten.model import DiffusionConfig
+
+Passes = Generator[Passage, Tensor, None]
+Look = Generator[Passage, Tensor, list[View]]
+CacheMode = Literal["none", "prefix", "dual"]
+CHUNK = 512
+"""Rows of finished text that one pass brings into the cache."""
+
+
+class Window(Protocol):
+    """What a denoiser sees of canvas, cache and model."""
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each block, in order, as far as the canvas reaches."""
+
+    def open(self, start: int, stop: int) -> Passes:
+        """Begin a block: everything before it is finished."""
+
+    def look(self, low: int, high: int, hypotheses: Sequence[tuple[Tensor, Tensor]] = (), beyond: bool = False) -> Look:
+        """A forward pass over what is needed to predict the positions `low` to `high` of the open block.
+
+        Args:
+            hypotheses: contents of the open block, as ids and masked [block] each, to be looked at instead of the
+                canvas's own; all in one pass.
+            beyond: also predict what is behind `high`, where the pass computes it anyway.
+
+        Returns:
+            A view of the canvas, or one per hypothesis.
+        """
+
+
+def _block_diagonal(size: int, count: int) -> Tensor | Literal["all"]:
+    """The mask of `count` hypotheses of `size` rows each, which see nothing of each other."""
+    if count == 1:
+        return "all"
+    number = torch.arange(size * count) // size
+    return number[:, None] == number[None, :]
+
+
+class FullWindow:
+    """Every position sees every other: a pass computes the whole canvas, or less with a cache (Fast-dLLM, 2505.22618).
+
+    `prefix` keeps keys and values of what is before the block, `dual` of what is behind it, too, from a pass over the
+    whole canvas when the block is opened; they are stale from the next step on. That pass is the block's first look.
+
+    Args:
+        sequence: the request's cache, empty.
+        block: positions per block; the last block ends with the canvas.
+        cache: what is kept.
+        refresh: a pass over the whole canvas every so many looks, 0 for only when a block is opened.
+    """
+
+    def __init__(
+        self, canvas: Canvas, sequence: Slots, config: DiffusionConfig, block: int, cache: CacheMode, refresh: int
+    ) -> None:
+        self.canvas, self.sequence, self.size, self.cache, self.refresh = canvas, sequence, block, cache, refresh
+        self.shift = 1 if config.alignment == "shifted" else 0
+        self.start = self.stop = self.age = 0
+        sequence.reserve(canvas.length)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        start = self.canvas.prompt_length
+        while start < self.canvas.length:
+            yield start, min(start + self.size, self.canvas.length)
+            start += self.size
+
+    def open(self, start: int, stop: int) -> Passes:
+        self.start, self.stop, self.age = start, stop, 0
+        return
+        yield
+
+    def look(self, low: int, high: int, hypotheses: Sequence[tuple[Tensor, Tensor]] = (), beyond: bool = False) -> Look:
+        canvas, stop = self.canvas, min(self.stop, self.canvas.length)
+        # A row that predicts the next position stands one before the block.
+        first = self.start - self.shift
+        bottom, top = 0, canvas.length
+        whole = self.cache == "none" or self.age == 0 or (self.refresh > 0 and self.age % self.refresh == 0)
+        if self.cache != "none" and whole:
+            self.sequence.crop(0)
+        if not whole:
+            bottom, top = first, stop if self.cache == "dual" else canvas.length
+        until = top if beyond else min(high, stop)
+        size, contents = top - bottom, [ids for ids, _ in hypotheses] or [canvas.ids[self.start : stop]]
+        tokens: list[int] = []
+        for ids in contents:
+            tokens += canvas.ids[bottom : self.start].tolist() + ids.tolist() + canvas.ids[stop:top].tolist()
+        wanted = [
+            number * size + position - self.shift - bottom
+            for number in range(len(contents))
+            for position in range(low, until)
+        ]
+        logits = yield Passage(
+            tokens, list(range(bottom, top)) * len(contents), wanted, _block_diagonal(size, len(contents))
+        )
+        if self.cache != "none" and whole:
+            behind = range(stop, top) if self.cache == "dual" else range(0)
+            self.sequence.commit([*range(first), *behind])
+        self.age += 1
+        return _views(canvas, low, min(high, stop), logits, hypotheses, self.start)
+
+
+class BlockWindow:
+    """Blocks are finished one after the other, and see what is before them in the cache, exactly.
+
+    With `block-causal` attention finished text sees all of its own block, and blocks are counted from position 0, so
+    that the first one may begin with the end of the prompt; with `context-causal` it sees what is before it only, and
+    blocks are counted from the end of the prompt. The pass that brings a finished block into the cache also predicts
+    the first token of the next one where rows predict the position behind their own.
+
+    Args:
+        sequence: the request's cache, empty.
+        parts: whether a look may compute only the part of a block that is being filled, over keys and values of the
+            rest that are stale (Fast-dLLM v2's sub-block cache, 2509.26328).
+    """
+
+    def __init__(self, canvas: Canvas, sequence: Slots, config: DiffusionConfig, parts: bool = False) -> None:
+        assert config.block is not None
+        self.canvas, self.sequence, self.size, self.parts = canvas, sequence, config.block, parts
+        self.shift = 1 if config.alignment == "shifted" else 0
+        self.causal = config.attention == "context-causal"
+        self.start = self.stop = 0
+        self._stale: list[int] = []
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        first = self.canvas.prompt_length
+        start = first if self.causal else first // self.size * self.size
+        while start < self.canvas.length:
+            yield start, min(start + self.size, self.canvas.length)
+            start += self.size
+
+    def open(self, start: int, stop: int) -> Passes:
+        self._forget()
+        self.start, self.stop = start, stop
+        canvas = self.canvas
+        logits = None
+        while self.sequence.length < start:
+            low = self.sequence.length
+            high = min(start, low + max(self.size, CHUNK // self.size * self.size))
+            mask = None
+            if not self.causal:
+                block = torch.arange(low, high) // self.size
+                mask = block[:, None] >= block[None, :]
+            wanted = [high - low - 1] if self.shift and high == start else []
+            logits = yield Passage(
+                canvas.ids[low:high].tolist(), range(low, high), wanted, mask, prompt=high <= canvas.prompt_length
+            )
+            self.sequence.commit(high - low)
+        if logits is not None and self.shift and canvas.masked[start]:
+            View(canvas, start, logits, 1).commit(torch.tensor([True]))
+
+    def look(self, low: int, high: int, hypotheses: Sequence[tuple[Tensor, Tensor]] = (), beyond: bool = False) -> Look:
+        canvas, start, stop = self.canvas, self.start, self.stop
+        until = stop if beyond else high
+        if self._stale and not hypotheses and not (self.shift and canvas.masked[low]):
+            return (yield from self._look_at_part(low, high))
+        self._forget()
+        contents = [ids for ids, _ in hypotheses] or [canvas.ids[start:stop]]
+        size = stop - start
+        tokens = [token for ids in contents for token in ids.tolist()]
+        # The first row of a shifted block predicts the second position; the first one is known.
+        first = max(low, start + self.shift)
+        wanted = [
+            number * size + position - self.shift - start
+            for number in range(len(contents))
+            for position in range(first, until)
+        ]
+        logits = yield Passage(
+            tokens, list(range(start, stop)) * len(contents), wanted, _block_diagonal(size, len(contents))
+        )
+        if self.parts and high - low < size and not hypotheses:
+            self._stale = list(range(start, stop))
+            self.sequence.commit(size)
+        return _views(canvas, first, high, logits, hypotheses, start)
+
+    def _look_at_part(self, low: int, high: int) -> Look:
+        """Only the rows `low` to `high`; their slots are made anew, those of the rest of the block stay as they are."""
+        base = self.sequence.length - len(self._stale)
+        self.sequence.evict([base + slot for slot, position in enumerate(self._stale) if low <= position < high])
+        first = low + self.shift
+        rows = range(low, high)
+        logits = yield Passage(self.canvas.ids[low:high].tolist(), rows, range(len(rows) - self.shift), "all")
+        self.sequence.commit(len(rows))
+        self._stale = [position for position in self._stale if position not in rows] + list(rows)
+        return [View(self.canvas, first, logits, high - first)]
+
+    def _forget(self) -> None:
+        """Drop what looks left of the open block."""
+        self.sequence.crop(self.sequence.length - len(self._stale))
+        self._stale = []
+
+
+def _views(
+    canvas: Canvas,
+    low: int,
+    high: int,
+    logits: Tensor,
+    hypotheses: Sequence[tuple[Tensor, Tensor]],
+    start: int,
+) -> list[View]:
+    """A view of the canvas from position `low` on, or one per hypothesis about the block from `start` on."""
+    if not hypotheses:
+        return [View(canvas, low, logits, high - low)]
+    views = []
+    for part, (ids, masked) in zip(logits.chunk(len(hypotheses)), hypotheses, strict=True):
+        inside = slice(low - start, low - start + part.shape[0])
+        views.append(View(canvas, low, part, high - low, ids[inside].clone(), masked[inside].clone()))
+    return views
