@@ -10,7 +10,7 @@ from hasten.engine.params import SamplingParams
 from hasten.engine.registry import Method, Target, methods, register
 from hasten.engine.request import Request, Statistics, TokenLogprobs
 from hasten.engine.scheduler import Limits
-from hasten.engine.view import View
+from hasten.engine.view import Hypothesis, View
 from hasten.engine.window import BlockWindow, FullWindow, Passes, Window
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Drawn",
     "Engine",
     "FullWindow",
+    "Hypothesis",
     "Limits",
     "Method",
     "Observation",

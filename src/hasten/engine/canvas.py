@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Canvas:
         length: of the canvas, prompt included.
         mask_id: stands where nothing is decided yet.
         sampler: chooses tokens, and is told of each one that is committed.
+        end_ids: tokens that end the text.
 
     Attributes:
         ids: int64 [length].
@@ -29,12 +30,15 @@ class Canvas:
         steps: forward passes so far, those that only read a prompt left out.
     """
 
-    def __init__(self, prompt: Sequence[int], length: int, mask_id: int, sampler: Sampler) -> None:
+    def __init__(
+        self, prompt: Sequence[int], length: int, mask_id: int, sampler: Sampler, end_ids: Collection[int] = ()
+    ) -> None:
         self.ids = torch.full((length,), mask_id)
         self.ids[: len(prompt)] = torch.tensor(prompt)
         self.masked = torch.arange(length) >= len(prompt)
         self.committed_at = torch.zeros(length, dtype=torch.int64)
         self.prompt_length, self.length, self.mask_id, self.sampler = len(prompt), length, mask_id, sampler
+        self.end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64)
         self.steps = 0
         self._shown = len(prompt)
 

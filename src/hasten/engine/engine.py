@@ -178,7 +178,8 @@ class Engine:
             what = "a constraint" if params.constraint is not None else "logprobs"
             raise UserError(f"{what} cannot be had from a model that fills masked positions in any order")
         length = denoiser.canvas_length(request, config)
-        canvas = Canvas(request.tokens, length, config.diffusion.mask_id, request.sampler)
+        ends = () if params.ignore_eos else self.end_ids
+        canvas = Canvas(request.tokens, length, config.diffusion.mask_id, request.sampler, ends)
         return Filling(canvas, denoiser.decode(request, canvas))
 
     def abort(self, request: Request) -> None:

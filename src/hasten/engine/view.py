@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hasten.engine.canvas import Canvas
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Contents that the block from position `start` on might have: int64 ids and bool masked, [block] each.
+
+    `path` are the tokens that it has more than the canvas.
+    """
+
+    start: int
+    ids: Tensor
+    masked: Tensor
+    path: tuple[int, ...]
+
+    def same(self, other: Hypothesis) -> bool:
+        """Whether all tokens and all masks are the same."""
+        return torch.equal(self.ids, other.ids) and torch.equal(self.masked, other.masked)
 
 
 class View:
@@ -18,7 +36,7 @@ class View:
         start: position of the first row.
         logits: float32 [rows, vocabulary].
         active: the first `active` rows belong to the block (or part of one) that is being filled.
-        ids, masked: the rows' own, for a view of a hypothesis; the canvas's if None.
+        hypothesis: what the view is of, if not of the canvas.
     """
 
     def __init__(
@@ -27,16 +45,22 @@ class View:
         start: int,
         logits: Tensor,
         active: int,
-        ids: Tensor | None = None,
-        masked: Tensor | None = None,
+        hypothesis: Hypothesis | None = None,
     ) -> None:
         rows = logits.shape[0]
         self.canvas, self.start, self.active = canvas, start, active
+        self.path = () if hypothesis is None else hypothesis.path
         self.logits = logits.cpu()
         # The mask is not a word: a model that likes it would never finish.
         self.logits[:, canvas.mask_id] = -torch.inf
-        self.ids = canvas.ids[start : start + rows].clone() if ids is None else ids
-        self.masked = canvas.masked[start : start + rows].clone() if masked is None else masked
+        if hypothesis is None:
+            self.ids, self.masked = (
+                canvas.ids[start : start + rows].clone(),
+                canvas.masked[start : start + rows].clone(),
+            )
+        else:
+            inside = slice(start - hypothesis.start, start - hypothesis.start + rows)
+            self.ids, self.masked = hypothesis.ids[inside], hypothesis.masked[inside]
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -46,7 +70,7 @@ class View:
         """
         rows = self.logits.shape[0]
         positions = list(range(self.start, self.start + rows))
-        chosen = self.canvas.sampler.choose(self.logits, positions, [()] * rows)
+        chosen = self.canvas.sampler.choose(self.logits, positions, [self.path] * rows)
         return torch.tensor(chosen, dtype=torch.int64)
 
     @cached_property
@@ -72,17 +96,37 @@ class View:
         return -torch.where(logs > -torch.inf, logs.exp() * logs, 0.0).sum(-1)
 
     @cached_property
+    def gaps(self) -> Tensor:
+        """float32 [rows]: the largest logit less the second."""
+        top = self.logits.topk(2, -1).values
+        return top[:, 0] - top[:, 1]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """bool [rows]: whether the text would end here."""
+        return torch.isin(self.tokens, self.canvas.end_ids)
+
+    @cached_property
     def open(self) -> Tensor:
         """bool [rows]: masked rows of the active part, the only ones a policy may commit."""
         inside = torch.arange(self.logits.shape[0]) < self.active
         return self.masked & inside
 
-    def best(self, scores: Tensor, count: int = 1) -> Tensor:
-        """bool [rows]: the `count` open rows of highest score; of equal ones the first."""
+    def decided(self) -> View:
+        """This view, its tokens chosen now: once the hypothesis is committed, penalties would count them twice."""
+        _ = self.tokens
+        return self
+
+    def ranking(self, scores: Tensor) -> Tensor:
+        """int64 [open rows]: the open rows, those of highest score first; of equal ones the first."""
         ranked = torch.sort(scores.masked_fill(~self.open, -torch.inf), descending=True, stable=True).indices
+        return ranked[self.open[ranked]]
+
+    def best(self, scores: Tensor, count: int = 1) -> Tensor:
+        """bool [rows]: the `count` open rows of highest score."""
         chosen = torch.zeros_like(self.open)
-        chosen[ranked[:count]] = True
-        return chosen & self.open
+        chosen[self.ranking(scores)[:count]] = True
+        return chosen
 
     def commit(self, chosen: Tensor) -> None:
         """Put the tokens of the chosen rows (bool [rows]) into the canvas."""

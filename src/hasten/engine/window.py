@@ -15,12 +15,11 @@ from torch import Tensor
 from hasten.cache import Sequence as Slots
 from hasten.engine.canvas import Canvas
 from hasten.engine.passage import Passage
-from hasten.engine.view import View
+from hasten.engine.view import Hypothesis, View
 from hasten.model import DiffusionConfig
 
 Passes = Generator[Passage, Tensor, None]
 Look = Generator[Passage, Tensor, list[View]]
-CacheMode = Literal["none", "prefix", "dual"]
 CHUNK = 512
 """Rows of finished text that one pass brings into the cache."""
 
@@ -34,12 +33,11 @@ class Window(Protocol):
     def open(self, start: int, stop: int) -> Passes:
         """Begin a block: everything before it is finished."""
 
-    def look(self, low: int, high: int, hypotheses: Sequence[tuple[Tensor, Tensor]] = (), beyond: bool = False) -> Look:
+    def look(self, low: int, high: int, hypotheses: Sequence[Hypothesis] = (), beyond: bool = False) -> Look:
         """A forward pass over what is needed to predict the positions `low` to `high` of the open block.
 
         Args:
-            hypotheses: contents of the open block, as ids and masked [block] each, to be looked at instead of the
-                canvas's own; all in one pass.
+            hypotheses: contents of the open block to be looked at instead of the canvas's own; all in one pass.
             beyond: also predict what is behind `high`, where the pass computes it anyway.
 
         Returns:
@@ -69,7 +67,7 @@ class FullWindow:
     """
 
     def __init__(
-        self, canvas: Canvas, sequence: Slots, config: DiffusionConfig, block: int, cache: CacheMode, refresh: int
+        self, canvas: Canvas, sequence: Slots, config: DiffusionConfig, block: int, cache: str, refresh: int
     ) -> None:
         self.canvas, self.sequence, self.size, self.cache, self.refresh = canvas, sequence, block, cache, refresh
         self.shift = 1 if config.alignment == "shifted" else 0
@@ -87,7 +85,7 @@ class FullWindow:
         return
         yield
 
-    def look(self, low: int, high: int, hypotheses: Sequence[tuple[Tensor, Tensor]] = (), beyond: bool = False) -> Look:
+    def look(self, low: int, high: int, hypotheses: Sequence[Hypothesis] = (), beyond: bool = False) -> Look:
         canvas, stop = self.canvas, min(self.stop, self.canvas.length)
         # A row that predicts the next position stands one before the block.
         first = self.start - self.shift
@@ -98,7 +96,7 @@ class FullWindow:
         if not whole:
             bottom, top = first, stop if self.cache == "dual" else canvas.length
         until = top if beyond else min(high, stop)
-        size, contents = top - bottom, [ids for ids, _ in hypotheses] or [canvas.ids[self.start : stop]]
+        size, contents = top - bottom, [each.ids for each in hypotheses] or [canvas.ids[self.start : stop]]
         tokens: list[int] = []
         for ids in contents:
             tokens += canvas.ids[bottom : self.start].tolist() + ids.tolist() + canvas.ids[stop:top].tolist()
@@ -114,7 +112,7 @@ class FullWindow:
             behind = range(stop, top) if self.cache == "dual" else range(0)
             self.sequence.commit([*range(first), *behind])
         self.age += 1
-        return _views(canvas, low, min(high, stop), logits, hypotheses, self.start)
+        return _views(canvas, low, min(high, stop), logits, hypotheses)
 
 
 class BlockWindow:
@@ -166,13 +164,13 @@ class BlockWindow:
         if logits is not None and self.shift and canvas.masked[start]:
             View(canvas, start, logits, 1).commit(torch.tensor([True]))
 
-    def look(self, low: int, high: int, hypotheses: Sequence[tuple[Tensor, Tensor]] = (), beyond: bool = False) -> Look:
+    def look(self, low: int, high: int, hypotheses: Sequence[Hypothesis] = (), beyond: bool = False) -> Look:
         canvas, start, stop = self.canvas, self.start, self.stop
         until = stop if beyond else high
         if self._stale and not hypotheses and not (self.shift and canvas.masked[low]):
             return (yield from self._look_at_part(low, high))
         self._forget()
-        contents = [ids for ids, _ in hypotheses] or [canvas.ids[start:stop]]
+        contents = [each.ids for each in hypotheses] or [canvas.ids[start:stop]]
         size = stop - start
         tokens = [token for ids in contents for token in ids.tolist()]
         # The first row of a shifted block predicts the second position; the first one is known.
@@ -188,7 +186,7 @@ class BlockWindow:
         if self.parts and high - low < size and not hypotheses:
             self._stale = list(range(start, stop))
             self.sequence.commit(size)
-        return _views(canvas, first, high, logits, hypotheses, start)
+        return _views(canvas, first, high, logits, hypotheses)
 
     def _look_at_part(self, low: int, high: int) -> Look:
         """Only the rows `low` to `high`; their slots are made anew, those of the rest of the block stay as they are."""
@@ -207,19 +205,9 @@ class BlockWindow:
         self._stale = []
 
 
-def _views(
-    canvas: Canvas,
-    low: int,
-    high: int,
-    logits: Tensor,
-    hypotheses: Sequence[tuple[Tensor, Tensor]],
-    start: int,
-) -> list[View]:
-    """A view of the canvas from position `low` on, or one per hypothesis about the block from `start` on."""
+def _views(canvas: Canvas, low: int, high: int, logits: Tensor, hypotheses: Sequence[Hypothesis]) -> list[View]:
+    """A view of the canvas from position `low` on, or one per hypothesis."""
     if not hypotheses:
         return [View(canvas, low, logits, high - low)]
-    views = []
-    for part, (ids, masked) in zip(logits.chunk(len(hypotheses)), hypotheses, strict=True):
-        inside = slice(low - start, low - start + part.shape[0])
-        views.append(View(canvas, low, part, high - low, ids[inside].clone(), masked[inside].clone()))
-    return views
+    parts = logits.chunk(len(hypotheses))
+    return [View(canvas, low, part, high - low, each) for part, each in zip(parts, hypotheses, strict=True)]

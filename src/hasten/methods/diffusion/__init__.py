@@ -1,5 +1,13 @@
 """Denoising policies and block decoders for diffusion language models, one file each."""
 
-from hasten.methods.diffusion import denoise, threshold
+from hasten.methods.diffusion import (
+    denoise,
+    dparallel,
+    fast_dllm_v2,
+    freedave,
+    localleap,
+    prophet,
+    threshold,
+)
 
-__all__ = ["denoise", "threshold"]
+__all__ = ["denoise", "dparallel", "fast_dllm_v2", "freedave", "localleap", "prophet", "threshold"]

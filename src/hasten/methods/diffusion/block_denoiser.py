@@ -72,15 +72,19 @@ class BlockDenoiser(Denoiser, Generic[P]):
         assert self.config is not None
         own = self.parameters
         if self.config.attention == "full":
-            return FullWindow(canvas, request.sequence, self.config, own.block, own.cache, own.refresh)  # type: ignore[arg-type]
+            return FullWindow(canvas, request.sequence, self.config, own.block, own.cache, own.refresh)
         return BlockWindow(canvas, request.sequence, self.config)
+
+    def parts(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Start and end of the parts of a block that are filled one after the other."""
+        size = self.parameters.part or stop - start
+        return [(low, min(low + size, stop)) for low in range(start, stop, size)]
 
     def decode(self, request: Request, canvas: Canvas) -> Passes:
         window = self.window(request, canvas)
         for start, stop in window.blocks():
             yield from window.open(start, stop)
-            for low in range(start, stop, self.parameters.part or stop - start):
-                high = min(low + (self.parameters.part or stop - start), stop)
+            for low, high in self.parts(start, stop):
                 while canvas.masks(low, high):
                     (view,) = yield from window.look(low, high, beyond=self.beyond)
                     self.update(request, view)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine import Request, Target, View, register
+from hasten.engine import Request, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
@@ -54,20 +54,16 @@ class Denoise(BlockDenoiser[DenoiseParameters]):
     """See the module."""
 
     def update(self, request: Request, view: View) -> None:
-        view.commit(view.best(self._scores(request, view), self.parameters.per_step))
-
-    def _scores(self, request: Request, view: View) -> Tensor:
-        """[rows]: the larger, the sooner."""
-        order = self.parameters.order
-        if order == "random":
+        if self.parameters.order == "random":
             coins = request.sampler.coins(view.canvas.steps, ORDER_COINS)
-            return torch.tensor([coins.draw() for _ in range(len(view.masked))], dtype=torch.float64)
-        if order == "margin":
-            return view.margin
-        return -view.entropy if order == "entropy" else view.confidence
+            order = torch.tensor([coins.draw() for _ in range(len(view.masked))], dtype=torch.float64)
+        else:
+            order = scores(self.parameters.order, view)
+        view.commit(view.best(order, self.parameters.per_step))
 
 
-def static(target: Target, parameters: BlockParameters) -> Denoise:
-    """One token per pass, the surest first, with the same blocks and cache as another method's parameters."""
-    names = ("block", "cache", "refresh", "canvas", "part")
-    return Denoise(target, DenoiseParameters(**{name: getattr(parameters, name) for name in names}))
+def scores(order: str, view: View) -> Tensor:
+    """float64 [rows]: the larger, the sooner, by `confidence`, `margin` or `entropy`."""
+    return {"confidence": lambda: view.confidence, "margin": lambda: view.margin, "entropy": lambda: -view.entropy}[
+        order
+    ]()
