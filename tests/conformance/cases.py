@@ -38,6 +38,9 @@ VARIANTS = {
     ],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],
+    # They need a model that fills masked positions: tests/methods/diffusion has one.
+    "freedave": [],
+    "tidar": [],
 }
 """Specifications to run per method; a method without an entry runs with its defaults."""
 

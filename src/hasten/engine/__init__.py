@@ -2,7 +2,7 @@
 
 from hasten.engine.canvas import Canvas
 from hasten.engine.denoiser import Denoiser
-from hasten.engine.draft import ROOT, Draft, Drawn
+from hasten.engine.draft import ROOT, Draft, Drawn, Probe
 from hasten.engine.drafter import Drafter, Observation
 from hasten.engine.engine import Engine, Progress
 from hasten.engine.grammar import Constraint
@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "Observation",
     "Passes",
+    "Probe",
     "Progress",
     "Request",
     "SamplingParams",

@@ -29,6 +29,19 @@ class Drawn:
     count: int | None = None
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Rows that a verification computes beside its nodes, to learn what the model predicts there: masks of a block
+    behind it.
+
+    They stand at the positions behind `node` (or ROOT), see it, all above it and each other, are seen by nothing else,
+    and vanish with the step. `Observation.probes` has their logits.
+    """
+
+    node: int
+    tokens: list[int]
+
+
 @dataclass
 class Draft:
     """Node i is `tokens[i]` below node `parents[i]` (ROOT or an earlier node).
@@ -36,13 +49,14 @@ class Draft:
     A node listed in `drawn` (or ROOT) has sampled children; all other nodes have deterministic ones (top-k, lookup).
     The acceptance rule follows from that, per node. `estimates` are the drafter's own, one per node or none at all: the
     probability that verification accepts the node and all above it. Their sum is the expected number of accepted
-    tokens; planners read them.
+    tokens; planners read them. `probes` are further rows of the step.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     drawn: dict[int, Drawn] = field(default_factory=dict)
     estimates: list[float] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
 
     @classmethod
     def chain(cls, tokens: Sequence[int], estimates: Sequence[float] = ()) -> Draft:
@@ -62,6 +76,16 @@ class Draft:
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
+
+    def probed(self) -> tuple[list[int], list[int]]:
+        """Tokens of all probes' rows, and how far behind the root each row stands."""
+        tokens: list[int] = []
+        offsets: list[int] = []
+        depths = {ROOT: 0} | dict(enumerate(self.depths()))
+        for probe in self.probes:
+            tokens += probe.tokens
+            offsets += range(depths[probe.node] + 1, depths[probe.node] + 1 + len(probe.tokens))
+        return tokens, offsets
 
     def children(self) -> dict[int, list[int]]:
         """Nodes below each node (and ROOT), in order."""
@@ -87,17 +111,22 @@ class Draft:
         return verdicts
 
     def mask(self) -> Tensor | None:
-        """Boolean [nodes + 1, nodes + 1] with the root as row 0: each row sees its ancestors and itself.
+        """Boolean [rows, rows]: the root, the nodes, the rows of the probes. Each row sees its ancestors and itself.
 
-        None for a chain, which is plain causal.
+        None for a chain without probes, which is plain causal.
         """
-        if self.is_chain:
+        if self.is_chain and not self.probes:
             return None
         count = len(self.tokens) + 1
-        mask = torch.eye(count, dtype=torch.bool)
-        mask[:, 0] = True
+        mask = torch.eye(count + sum(len(probe.tokens) for probe in self.probes), dtype=torch.bool)
+        mask[:count, 0] = True
         for node, parent in enumerate(self.parents):
             mask[node + 1] |= mask[parent + 1]
+        for probe in self.probes:
+            stop = count + len(probe.tokens)
+            mask[count:stop] = mask[probe.node + 1]
+            mask[count:stop, count:stop] = True
+            count = stop
         return mask
 
     def subset(self, nodes: Sequence[int]) -> Draft:
@@ -108,6 +137,7 @@ class Draft:
             [number[self.parents[node]] for node in nodes],
             {number[node]: drawn for node, drawn in self.drawn.items() if node in number},
             [self.estimates[node] for node in nodes] if self.estimates else [],
+            [Probe(number[probe.node], probe.tokens) for probe in self.probes if probe.node in number],
         )
 
     def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
@@ -136,5 +166,6 @@ class Draft:
             kept.estimates += self.estimates[node : node + 1]
         if len(kept) == len(self.tokens) == len(self.parents):
             return self
+        kept.probes = [Probe(number[probe.node], probe.tokens) for probe in self.probes if probe.node in number]
         kept.drawn = {number[node]: drawn for node, drawn in self.drawn.items() if node in number}
         return kept

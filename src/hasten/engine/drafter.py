@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from hasten.engine.draft import MAX_DRAFT, Draft
@@ -26,6 +27,7 @@ class Observation:
         logits: float32 [len(draft) + 1, vocabulary] on the model's device: the root's row, then one per node, rejected
             ones included.
         taps: hidden states of the same rows, where the drafter asked for any.
+        probes: float32 [rows of the draft's probes, vocabulary], one probe's behind the other's.
     """
 
     draft: Draft
@@ -33,6 +35,7 @@ class Observation:
     tokens: list[int]
     logits: Tensor
     taps: dict[tuple[Site, int], Tensor]
+    probes: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
 
 class Drafter:

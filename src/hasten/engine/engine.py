@@ -213,6 +213,9 @@ class Engine:
         rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
         logits = self.model.forward(rows, wanted, taps)
+        if self.model.config.diffusion is not None:
+            # The mask is not a word: a text that says it would never be finished.
+            logits[:, self.model.config.diffusion.mask_id] = -torch.inf
         chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
         best = logits.argmax(-1).tolist() if chain else None
         forward_seconds = time.perf_counter() - started
@@ -276,12 +279,13 @@ class Engine:
             # Before the prompt's first chunk; and before a forked choice's own first row.
             request.sequence.reserve(len(request.tokens) - cached + request.drafter.headroom(request))
         tokens, positions = request.tokens[cached : cached + count], list(range(cached, cached + count))
-        wanted = [count - 1] if scheduled.decodes else []
-        if not draft:
-            return Passage(tokens, positions, wanted)
+        if not scheduled.decodes:
+            return Passage(tokens, positions, [])
         root = positions[-1]
-        positions += [root + depth for depth in draft.depths()]
-        return Passage(tokens + draft.tokens, positions, [*wanted, *range(count, count + len(draft))], draft.mask())
+        probes, offsets = draft.probed()
+        tokens = tokens + draft.tokens + probes
+        positions += [root + offset for offset in draft.depths() + offsets]
+        return Passage(tokens, positions, range(count - 1, len(tokens)), draft.mask())
 
     def _pack(self, plan: Sequence[Scheduled], passages: Sequence[Passage]) -> tuple[Rows, list[int]]:
         """All rows of the step, and the numbers of those whose logits are wanted."""
@@ -347,6 +351,7 @@ class Engine:
     ) -> Progress:
         """Verify a draft, commit what is accepted, apply stopping, report."""
         started = time.perf_counter()
+        logits, probes = logits[: len(draft) + 1], logits[len(draft) + 1 :]
         verdict = self._verify(request, draft, logits, best)
         accepted = [draft.tokens[node] for node in verdict.path]
         emitted = [*accepted, verdict.token]
@@ -368,7 +373,7 @@ class Engine:
         statistics = request.statistics
         statistics.steps += 1
         statistics.tokens += len(tokens)
-        statistics.rows += len(draft) + 1
+        statistics.rows += logits.shape[0] + probes.shape[0]
         statistics.proposed += len(draft)
         statistics.accepted += min(kept, len(accepted))
         statistics.accepted_per_step.append(min(kept, len(accepted)))
@@ -378,7 +383,8 @@ class Engine:
         request.finish_reason = request.stopper.reason
         if request.finish_reason is None:
             hidden = _rows_of(taps, request.drafter, row, row + len(draft) + 1)
-            observation = Observation(draft, verdict.path, tokens, logits, hidden.states if hidden else {})
+            states = hidden.states if hidden else {}
+            observation = Observation(draft, verdict.path, tokens, logits, states, probes)
             observed = time.perf_counter()
             request.drafter.observe(request, observation)
             statistics.draft_seconds += time.perf_counter() - observed

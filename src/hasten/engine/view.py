@@ -34,7 +34,7 @@ class View:
     Args:
         canvas: as it was when the pass was made.
         start: position of the first row.
-        logits: float32 [rows, vocabulary].
+        logits: float32 [rows, vocabulary], the mask's own -inf.
         active: the first `active` rows belong to the block (or part of one) that is being filled.
         hypothesis: what the view is of, if not of the canvas.
     """
@@ -51,8 +51,6 @@ class View:
         self.canvas, self.start, self.active = canvas, start, active
         self.path = () if hypothesis is None else hypothesis.path
         self.logits = logits.cpu()
-        # The mask is not a word: a model that likes it would never finish.
-        self.logits[:, canvas.mask_id] = -torch.inf
         if hypothesis is None:
             self.ids, self.masked = (
                 canvas.ids[start : start + rows].clone(),

@@ -11,6 +11,7 @@ from hasten.methods.drafters import (
     specmemo,
     stand,
     suffix,
+    tidar,
     token_recycling,
     vocabtrim,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "specmemo",
     "stand",
     "suffix",
+    "tidar",
     "token_recycling",
     "vocabtrim",
 ]

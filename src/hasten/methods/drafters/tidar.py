@@ -1,0 +1,80 @@
+"""TiDAR: the model verifies its last draft autoregressively and drafts the next block by diffusion, in one pass.
+
+"TiDAR: Think in Diffusion, Talk in Autoregression" (2511.08923). Behind every node of the draft, and behind the root,
+stand as many masks as a block has: what they predict is the next draft for the case that verification accepts just so
+far. A mask predicts its own position; the first of each group stands where verification's own token comes, which
+replaces it. So a step of a draft of B - 1 nodes computes B + B * B rows and gives 1 to B tokens. `hasten train tidar`
+makes such a model.
+
+Exactness: lossless against plain (autoregressive) decoding of the same weights, the paper's trust parameter beta = 1:
+masks are seen by nothing, verification is the engine's own. Drafts are the likeliest tokens, or drawn with the noise
+that verification draws with. State per request: the next draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hasten.engine import Draft, Drafter, Observation, Probe, Request, Target, register
+from hasten.errors import UserError
+
+
+@dataclass(frozen=True)
+class TidarParameters:
+    """Tokens per step at most, the model's block length if 0; smaller blocks cost fewer rows.
+
+    Raises:
+        UserError: out of range.
+    """
+
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.block <= 32:
+            raise UserError("tidar: block must be between 0 (the model's own) and 32")
+
+
+@register(
+    "tidar",
+    family="drafters",
+    exactness="lossless",
+    paper="2511.08923",
+    title="TiDAR: masks behind each drafted token draft the next block in the pass that verifies this one",
+    parameters=TidarParameters,
+    needs_training=True,
+)
+class Tidar(Drafter):
+    """See the module."""
+
+    def __init__(self, target: Target, parameters: TidarParameters) -> None:
+        diffusion = target.model.config.diffusion
+        if diffusion is None or diffusion.attention != "context-causal" or diffusion.alignment != "same":
+            raise UserError(
+                "tidar needs a model that also fills masks behind a causal context: "
+                "`hasten train tidar --model MODEL --output FOLDER` makes one"
+            )
+        self.block = parameters.block or diffusion.block or 1
+        if diffusion.block is not None and self.block > diffusion.block:
+            raise UserError(f"tidar: block must be at most {diffusion.block}, which the model was trained with")
+        self.masks = [diffusion.mask_id] * self.block
+        self._next: dict[int, list[int]] = {}
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        draft = Draft.chain(self._next.pop(request.id, [])[: min(budget, request.stopper.left - 1)])
+        draft.probes = [Probe(node, self.masks) for node in range(-1, len(draft))]
+        return draft
+
+    def observe(self, request: Request, seen: Observation) -> None:
+        if not seen.draft.probes:
+            return
+        first = len(seen.path) * self.block
+        logits = seen.probes[first + 1 : first + self.block]
+        sampler, position = request.sampler, len(request.tokens)
+        if sampler.grammar is not None or not len(logits):
+            self._next[request.id] = logits.argmax(-1).tolist()
+        else:
+            positions = range(position, position + len(logits))
+            self._next[request.id] = sampler.choose(logits, list(positions), [()] * len(logits))
+
+    def end(self, request: Request) -> None:
+        self._next.pop(request.id, None)
