@@ -36,12 +36,13 @@ def read_diffusion(config: ModelConfig, known: Mapping[str, Any], section: objec
     """
     if section is None and not known:
         return None
-    if not isinstance(section, dict | None):
+    section = {} if section is None else section
+    if not isinstance(section, dict):
         raise UserError('config.json has a field "diffusion" that is no section (an object)')
-    if unknown := (section or {}).keys() - WANTED.keys():
-        known_keys = ", ".join(WANTED)
-        raise UserError(f'the section "diffusion" of config.json has {min(unknown)!r}; its keys are {known_keys}')
-    given = {name: value for name, value in {**known, **(section or {})}.items() if value is not None}
+    if unknown := section.keys() - WANTED.keys():
+        keys = ", ".join(WANTED)
+        raise UserError(f'the section "diffusion" of config.json has {min(unknown)!r}; its keys are {keys}')
+    given = {name: value for source in (known, section) for name, value in source.items() if value is not None}
     for name, choices in CHOICES.items():
         if given.get(name, choices[0]) not in choices:
             raise UserError(f"config.json has {name} {given[name]!r}, which must be {WANTED[name]}")
