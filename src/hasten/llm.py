@@ -117,12 +117,12 @@ class LLM:
         self._inboxes: dict[int, deque[Progress]] = {}
 
     def _end_ids(self) -> set[int]:
-        """End-of-text ids: the generation config's, else the model's, else the tokenizer's."""
-        for source in (self._generation_config, self.model.config.source):
-            ids = source.get("eos_token_id")
-            if ids is not None:
-                return set(ids) if isinstance(ids, list) else {ids}
-        return set() if self.tokenizer.eos_token_id is None else {self.tokenizer.eos_token_id}
+        """End-of-text ids: the generation config's, else the model's, else the tokenizer's; and the architecture's."""
+        config = self.model.config
+        named = (self._generation_config.get("eos_token_id"), config.source.get("eos_token_id"))
+        ids = next((ids for ids in named if ids is not None), self.tokenizer.eos_token_id)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return {*listed, *config.end_ids}
 
     @property
     def default_params(self) -> SamplingParams:

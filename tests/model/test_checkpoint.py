@@ -121,7 +121,7 @@ def test_corrupt_configuration(text: bytes, folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", None, ["llama"]])
 def test_unsupported_architecture(kind: object, folder: Path) -> None:
     edit_config(folder, model_type=kind)
-    refused(folder, repr(kind), "not supported", "llama, mistral, qwen2, qwen3")
+    refused(folder, repr(kind), "not supported", "Dream, Fast_dLLM_Qwen, llada, llama, mistral, qwen2, qwen3, sdar")
 
 
 @pytest.mark.parametrize(
@@ -431,11 +431,13 @@ def test_loading_by_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "consolidated.safetensors",
         "generation_config.json",
         "chat_template.jinja",
+        "merges.txt",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "onnx/config.json",
         "original/consolidated.00.pth",
         "original/model.safetensors",
+        "modeling_own.py",
         "pytorch_model.bin",
         "tokenizer.json",
         "tokenizer.model",
@@ -444,6 +446,7 @@ def test_loading_by_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "config.json",
         "generation_config.json",
         "chat_template.jinja",
+        "merges.txt",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "tokenizer.json",

@@ -16,7 +16,7 @@ from hasten.errors import UserError
 ASSETS = Path(__file__).parent.parent / "assets"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"]
 UNWANTED_FILES = ["*/*", "consolidated*"]
 """The same weights again, in other formats."""
 

@@ -55,6 +55,7 @@ class ModelConfig:
             configuration stays hashable and printable.
         source: the raw configuration, for fields only one architecture knows.
         diffusion: how it fills masked positions; None for an autoregressive model.
+        end_ids: tokens that end a text beside those that the checkpoint's configurations name.
     """
 
     architecture: str
@@ -68,3 +69,4 @@ class ModelConfig:
     rope_factor: float = 1.0
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     diffusion: DiffusionConfig | None = None
+    end_ids: tuple[int, ...] = ()

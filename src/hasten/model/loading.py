@@ -37,9 +37,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"architecture {kind!r} is not supported; supported are {known}")
     if raw.get("quantization_config"):
         raise UserError(f"{folder} is quantised (quantization_config): hasten loads plain weights only")
-    architecture = ARCHITECTURES[kind]
     try:
-        return architecture.read(architecture.fields(raw))
+        return ARCHITECTURES[kind].config(raw)
     except UserError:
         raise
     except Exception as error:

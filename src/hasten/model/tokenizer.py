@@ -17,31 +17,37 @@ def load_tokenizer(model: str | Path) -> Any:
     """
     folder = resolve(model)
     try:
-        return _reader(folder).from_pretrained(folder)
+        return _reader(folder).from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no usable tokenizer: {reason}") from error
+
+
+STAND_INS = {"DreamTokenizer": "Qwen2Tokenizer"}
+"""Tokenizers that checkpoints bring as code, which is never run, and transformers' class that reads the same files."""
 
 
 def _reader(folder: Path) -> Any:
     """transformers' class that reads a folder's tokenizer.
 
     A Llama checkpoint that names the generic class is read by it. So would AutoTokenizer decide, but it imports every
-    configuration of transformers first, which takes longer than importing PyTorch.
+    configuration of transformers first, which takes longer than importing PyTorch. A checkpoint with code of its own is
+    read by the class it names, too: AutoTokenizer would ask whether to run that code.
     """
-    try:
-        tokenizer = read_json(folder / "tokenizer_config.json")
-        generic = tokenizer.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in tokenizer
-        if generic and read_json(folder / "config.json").get("model_type") == "llama":
-            from transformers import TokenizersBackend
+    import transformers
 
-            return TokenizersBackend
+    try:
+        tokenizer, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+        name = str(tokenizer.get("tokenizer_class"))
+        generic = name == "TokenizersBackend" and "auto_map" not in tokenizer and config.get("model_type") == "llama"
+        named = getattr(transformers, STAND_INS.get(name, name), None)
+        usable = isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase)
+        if usable and (generic or "auto_map" in config):
+            return named
     except UserError:
         # AutoTokenizer copes, or says what is wrong.
         pass
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
+    return transformers.AutoTokenizer
 
 
 def same_vocabulary(one: Any, other: Any) -> bool:

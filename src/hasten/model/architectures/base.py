@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from hasten.errors import UserError
+from hasten.model.architectures.diffusion import read_diffusion
 from hasten.model.checkpoint import Tensors
 from hasten.model.config import LayerConfig, ModelConfig
 from hasten.model.decoder import Backend, Decoder
@@ -28,12 +29,28 @@ class Architecture:
 
     Attributes:
         defaults: fields that config.json may leave out, with the values that transformers gives them.
+        read: the fields that say what the model is made of.
+        build: the model from its configuration and tensors.
+        spelling: what config.json calls a field, where that is not transformers' name for it.
+        diffusion: of an architecture that fills masked positions, what is known of how: see `read_diffusion`.
     """
 
     name: str
     defaults: Mapping[str, Any]
     read: Callable[[Fields], ModelConfig]
     build: Callable[[ModelConfig, Tensors, Backend, torch.dtype], Decoder]
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    diffusion: Callable[[Fields], Mapping[str, Any]] = lambda config: {}
+
+    def config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """All that a config.json says.
+
+        Raises:
+            UserError: it lacks something, or says what is not supported.
+        """
+        fields = self.fields(raw)
+        model = self.read(fields)
+        return replace(model, diffusion=read_diffusion(model, self.diffusion(fields), raw.get("diffusion")))
 
     def fields(self, raw: Mapping[str, Any]) -> Fields:
         """A config.json with this architecture's defaults, and its rope as transformers 5 writes it.
@@ -41,7 +58,8 @@ class Architecture:
         Raises:
             UserError: its rope is not the same for all layers.
         """
-        values = {**DEFAULTS, **self.defaults, **raw}
+        spelt = {name: raw[theirs] for name, theirs in self.spelling.items() if raw.get(theirs) is not None}
+        values = {**DEFAULTS, **self.defaults, **raw, **spelt}
         return Fields(**values | {"rope_parameters": rope_parameters(values)})
 
 
@@ -132,8 +150,10 @@ def rotary_frequencies(config: Fields, head_dim: int) -> tuple[tuple[float, ...]
     return tuple(frequencies.tolist()), float(factor)
 
 
-def read_llama_family(config: Fields, windows: list[int | None] | None = None) -> ModelConfig:
-    """The fields that Llama, Mistral and Qwen share; `windows` has one entry per layer.
+def read_llama_family(
+    config: Fields, windows: list[int | None] | None = None, spelling: Mapping[str, str] | None = None
+) -> ModelConfig:
+    """The fields that Llama, Mistral and Qwen share; `windows` has one entry per layer, `spelling` is for errors.
 
     Raises:
         UserError: a field is missing or makes no sense.
@@ -145,7 +165,8 @@ def read_llama_family(config: Fields, windows: list[int | None] | None = None) -
     sizes["sliding_window"] = min((window for window in windows or () if window is not None), default=1)
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise UserError(f"config.json has {name} {size}, which must be a whole number of at least 1")
+            spelt = (spelling or {}).get(name, name)
+            raise UserError(f"config.json has {spelt} {size}, which must be a whole number of at least 1")
     if not isinstance(config.rms_norm_eps, int | float):
         raise UserError(f"config.json has rms_norm_eps {config.rms_norm_eps}, which must be a number")
     heads = config.num_attention_heads
@@ -201,6 +222,25 @@ def layer_windows(config: Fields, window: int | None, first: int = 0) -> list[in
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+TENSORS: Mapping[str, str] = {
+    "embedding": "model.embed_tokens",
+    "attention_norm": "model.layers.{}.input_layernorm",
+    "query": "model.layers.{}.self_attn.q_proj",
+    "key": "model.layers.{}.self_attn.k_proj",
+    "value": "model.layers.{}.self_attn.v_proj",
+    "query_norm": "model.layers.{}.self_attn.q_norm",
+    "key_norm": "model.layers.{}.self_attn.k_norm",
+    "attention_out": "model.layers.{}.self_attn.o_proj",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "gate": "model.layers.{}.mlp.gate_proj",
+    "up": "model.layers.{}.mlp.up_proj",
+    "down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+"""Llama's names of the pieces, `{}` standing for the layer."""
+
+
 def build_llama_family(
     config: ModelConfig,
     tensors: Tensors,
@@ -209,13 +249,15 @@ def build_llama_family(
     *,
     biases: Literal["config", "qkv", "none"] = "config",
     head_norms: bool = False,
+    names: Mapping[str, str] = TENSORS,
 ) -> Decoder:
-    """Pieces from Llama-style tensor names.
+    """The pieces of a Llama from its tensors.
 
     Args:
         biases: which projections must have one: those that the configuration names (`attention_bias`,
             `mlp_bias`), or q, k and v. Others are taken where the checkpoint has them.
         head_norms: whether each head's queries and keys are normed.
+        names: what the checkpoint calls the pieces (`TENSORS`).
 
     Raises:
         UserError: a tensor is missing, or its shape is not what the configuration says.
@@ -228,59 +270,48 @@ def build_llama_family(
     attention_bias = biases == "config" and bool(config.source.get("attention_bias"))
     mlp_bias = biases == "config" and bool(config.source.get("mlp_bias"))
 
-    def norm(name: str, width: int) -> RMSNorm:
-        return RMSNorm(tensors.get(name, width), config.norm_eps)
+    def norm(piece: str, width: int, layer: int = 0) -> RMSNorm:
+        return RMSNorm(tensors.get(names[piece].format(layer) + ".weight", width), config.norm_eps)
 
-    def projection(names: list[str], outs: list[int], width: int, biased: bool) -> Linear:
-        weight = tensors.stacked([f"{name}.weight" for name in names], [(out, width) for out in outs])
+    def projection(layer: int, outs: Mapping[str, int], width: int, biased: bool) -> Linear:
+        called = [names[piece].format(layer) for piece in outs]
+        weight = tensors.stacked([f"{name}.weight" for name in called], [(out, width) for out in outs.values()])
         read = tensors.stacked if biased else tensors.maybe_stacked
-        return backend.linear(weight, read([f"{name}.bias" for name in names], [(out,) for out in outs]))
+        return backend.linear(weight, read([f"{name}.bias" for name in called], [(out,) for out in outs.values()]))
 
-    embedding = tensors.get("model.embed_tokens.weight", vocabulary, hidden)
+    embedding = tensors.get(names["embedding"] + ".weight", vocabulary, hidden)
     layers = []
     for index, shape in enumerate(config.layers):
-        prefix = f"model.layers.{index}"
-        mixer, width, kv_width = (
-            f"{prefix}.self_attn",
-            shape.heads * shape.head_dim,
-            shape.kv_heads * shape.head_dim,
-        )
+        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         attention = Attention(
             shape,
             qkv=projection(
-                [f"{mixer}.{part}_proj" for part in "qkv"],
-                [width, kv_width, kv_width],
+                index,
+                {"query": width, "key": kv_width, "value": kv_width},
                 hidden,
                 attention_bias or biases == "qkv",
             ),
-            out=projection([f"{mixer}.o_proj"], [hidden], width, attention_bias),
+            out=projection(index, {"attention_out": hidden}, width, attention_bias),
             rotary=rotary,
-            query_norm=norm(f"{mixer}.q_norm.weight", shape.head_dim) if head_norms else None,
-            key_norm=norm(f"{mixer}.k_norm.weight", shape.head_dim) if head_norms else None,
+            query_norm=norm("query_norm", shape.head_dim, index) if head_norms else None,
+            key_norm=norm("key_norm", shape.head_dim, index) if head_norms else None,
         )
         mlp = GatedMLP(
-            gate_up=projection(
-                [f"{prefix}.mlp.{part}_proj" for part in ("gate", "up")], [shape.ffn] * 2, hidden, mlp_bias
-            ),
-            down=projection([f"{prefix}.mlp.down_proj"], [hidden], shape.ffn, mlp_bias),
+            gate_up=projection(index, {"gate": shape.ffn, "up": shape.ffn}, hidden, mlp_bias),
+            down=projection(index, {"down": hidden}, shape.ffn, mlp_bias),
         )
         layers.append(
-            Layer(
-                index,
-                norm(f"{prefix}.input_layernorm.weight", hidden),
-                attention,
-                norm(f"{prefix}.post_attention_layernorm.weight", hidden),
-                mlp,
-            )
+            Layer(index, norm("attention_norm", hidden, index), attention, norm("mlp_norm", hidden, index), mlp)
         )
     # A head of its own wins over the configuration's word that there is none, as in transformers.
-    tied = config.tied_head and "lm_head.weight" not in tensors
-    head = embedding if tied else tensors.get("lm_head.weight", vocabulary, hidden)
+    own_head = names["head"] + ".weight"
+    tied = config.tied_head and own_head not in tensors
+    head = embedding if tied else tensors.get(own_head, vocabulary, hidden)
     return Decoder(
         config=config,
         embedding=embedding,
         layers=layers,
-        norm=norm("model.norm.weight", hidden),
+        norm=norm("norm", hidden),
         head=backend.head_linear(head),
         backend=backend,
         cache_dtype=cache_dtype,
