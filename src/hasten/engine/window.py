@@ -72,6 +72,8 @@ class FullWindow:
         self.canvas, self.sequence, self.size, self.cache, self.refresh = canvas, sequence, block, cache, refresh
         self.shift = 1 if config.alignment == "shifted" else 0
         self.start = self.stop = self.age = 0
+        # Slots before the block, and positions behind it in the slots after these.
+        self._cached = (0, range(0))
         sequence.reserve(canvas.length)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -90,6 +92,7 @@ class FullWindow:
         # A row that predicts the next position stands one before the block.
         first = self.start - self.shift
         bottom, top = 0, canvas.length
+        self._drop_cut()
         whole = self.cache == "none" or self.age == 0 or (self.refresh > 0 and self.age % self.refresh == 0)
         if self.cache != "none" and whole:
             self.sequence.crop(0)
@@ -111,8 +114,17 @@ class FullWindow:
         if self.cache != "none" and whole:
             behind = range(stop, top) if self.cache == "dual" else range(0)
             self.sequence.commit([*range(first), *behind])
+            self._cached = (first, behind)
         self.age += 1
         return _views(canvas, low, min(high, stop), logits, hypotheses)
+
+    def _drop_cut(self) -> None:
+        """Forget cached slots behind the end of a canvas that was cut."""
+        first, behind = self._cached
+        if behind and self.canvas.length < behind.stop:
+            kept = range(behind.start, max(behind.start, self.canvas.length))
+            self.sequence.evict(range(first + len(kept), first + len(behind)))
+            self._cached = (first, kept)
 
 
 class BlockWindow:

@@ -5,9 +5,10 @@ from hasten.methods.diffusion import (
     dparallel,
     fast_dllm_v2,
     freedave,
+    learn2pd,
     localleap,
     prophet,
     threshold,
 )
 
-__all__ = ["denoise", "dparallel", "fast_dllm_v2", "freedave", "localleap", "prophet", "threshold"]
+__all__ = ["denoise", "dparallel", "fast_dllm_v2", "freedave", "learn2pd", "localleap", "prophet", "threshold"]
