@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +30,10 @@ from hasten.tasks.parallelbench.base import BenchTask
 from hasten.tasks.parallelbench.puzzles import LatinQuestion, SudokuQuestion, all_latin_squares
 from hasten.tasks.parallelbench.vocabulary import EVERYDAY, RARE
 from hasten.tasks.parallelbench.waiting_line import last_name
-from hasten.tasks.parallelbench.writing import ParaphraseQuestion, SentenceQuestion, grammar
+from hasten.tasks.parallelbench.writing import ParaphraseQuestion, SentenceQuestion, grammatical
 from hasten.tasks.words import LIST_WORDS
 
-WORDS = word_tasks(LIST_WORDS)
+WORDS = word_tasks(LIST_WORDS, per_size=8)
 ALL = {
     **PARALLELBENCH,
     **PARALLELBENCH_N15,
@@ -42,7 +46,14 @@ def sets() -> dict[str, list[Question]]:
     return {name: list(questions(task)) for name, task in ALL.items()}
 
 
-def test_there_are_17_tasks_of_the_papers_sizes(sets: dict[str, list[Question]]):
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs/parallelbench.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    exec(compile(code[1], "parallelbench.md", "exec"), {})
+
+
+def test_there_are_17_tasks_of_the_papers_sizes(sets: dict[str, list[Question]]) -> None:
     assert len(PARALLELBENCH) == 17 and len(PARALLELBENCH_N15) == 10
     for name in PARALLELBENCH:
         assert len(sets[name]) == (108 if name == "sudoku_n4_12" else 100)
@@ -53,16 +64,18 @@ def test_there_are_17_tasks_of_the_papers_sizes(sets: dict[str, list[Question]])
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_same_seed_gives_the_same_questions(name: str, sets: dict[str, list[Question]]):
-    assert list(questions(ALL[name])) == sets[name]
-    assert list(questions(ALL[name], seed=1)) != sets[name]
-    train = {question.prompt for question in questions(ALL[name], "train")}
+def test_the_same_seed_gives_the_same_questions(name: str, sets: dict[str, list[Question]]) -> None:
+    few = replace(ALL[name], per_size=8)
+    drawn = list(questions(few))
+    assert drawn == list(questions(few)) and drawn[:8] == sets[name][:8]
+    assert drawn != list(questions(few, seed=1))
+    train = {question.prompt for question in questions(few, "train")}
     test = {question.prompt for question in sets[name]}
     assert len(test) == len(sets[name]) and not test & train
-    assert {split_of(prompt) for prompt in test} == {"test"}
+    assert {split_of(prompt) for prompt in test} == {"test"} and {split_of(prompt) for prompt in train} == {"train"}
 
 
-def test_the_first_questions_stay_as_they_are(sets: dict[str, list[Question]]):
+def test_the_first_questions_stay_as_they_are(sets: dict[str, list[Question]]) -> None:
     """Scores are comparable only between the same questions: change them knowingly."""
     line = 'Copy the list: ["Will Evans", "Tina Moore", "Vera Lee"]'
     assert sets["copy"][0].prompt == f"{line}\nWrite only the final list."
@@ -70,7 +83,7 @@ def test_the_first_questions_stay_as_they_are(sets: dict[str, list[Question]]):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_right_answers_score_1(name: str, sets: dict[str, list[Question]]):
+def test_right_answers_score_1(name: str, sets: dict[str, list[Question]]) -> None:
     rng = random.Random(name)
     for question in sets[name]:
         for answer in (question.answer, question.draw(rng)):
@@ -88,8 +101,8 @@ def damaged(question: Question, rng: random.Random) -> list[str]:
     swap[i], swap[j] = swap[j], swap[i]
     k = rng.randrange(len(parts))
     wrong = "5" if isinstance(question, SudokuQuestion) else "Zed Quux"
-    # In place of a cell of a grid, as a cell more would be a line less, and the next line may do.
-    twice = parts[: k + 1] + parts[k:] if not is_puzzle(question) else [*parts[:k], parts[k - 1], *parts[k + 1 :]]
+    # In a grid in place of its neighbour: with a cell more, a line may be left out and the next ones be right.
+    twice = parts[: k + 1] + parts[k:] if not is_puzzle(question) else [*parts[:k], parts[k ^ 1], *parts[k + 1 :]]
     return [join(parts) for parts in (swap, parts[:k] + parts[k + 1 :], twice, [*parts[:k], wrong, *parts[k + 1 :]])]
 
 
@@ -97,10 +110,10 @@ def is_puzzle(question: Question) -> bool:
     return isinstance(question, LatinQuestion | SudokuQuestion)
 
 
-def parts_of(question: Question):
+def parts_of(question: Question) -> tuple[list[str], Callable[[list[str]], str]]:
     """The items of a list, the cells of a grid or the words of a sentence, and how to join them."""
     if isinstance(question, ListQuestion):
-        return question.kind.read(question.answer, True), question.kind.write
+        return question.kind.read(question.answer, strict=True) or [], question.kind.write
     if isinstance(question, LatinQuestion):
         return question.answer.replace("\n", ",").split(","), lambda cells: in_lines(cells, ",")
     if isinstance(question, SudokuQuestion):
@@ -121,7 +134,7 @@ def swapped(question: Question, parts: list[str], rng: random.Random) -> tuple[i
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "shuffle" not in name])
-def test_damaged_answers_score_0(name: str, sets: dict[str, list[Question]]):
+def test_damaged_answers_score_0(name: str, sets: dict[str, list[Question]]) -> None:
     rng = random.Random(name)
     for question in sets[name]:
         for text in damaged(question, rng):
@@ -129,7 +142,7 @@ def test_damaged_answers_score_0(name: str, sets: dict[str, list[Question]]):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "shuffle" in name])
-def test_a_shuffled_list_has_the_same_items_in_another_order(name: str, sets: dict[str, list[Question]]):
+def test_a_shuffled_list_has_the_same_items_in_another_order(name: str, sets: dict[str, list[Question]]) -> None:
     rng = random.Random(name)
     for question in sets[name]:
         assert isinstance(question, ListQuestion)
@@ -141,7 +154,7 @@ def test_a_shuffled_list_has_the_same_items_in_another_order(name: str, sets: di
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_lists_and_puzzles_show_one_example(name: str, sets: dict[str, list[Question]]):
+def test_lists_and_puzzles_show_one_example(name: str, sets: dict[str, list[Question]]) -> None:
     shows = not name.startswith(("words", "paraphrase", "summarise"))
     for question in sets[name]:
         roles = [message["role"] for message in question.messages]
@@ -155,7 +168,7 @@ def test_lists_and_puzzles_show_one_example(name: str, sets: dict[str, list[Ques
             )
 
 
-def test_sort_is_by_last_name_as_asked(sets: dict[str, list[Question]]):
+def test_sort_is_by_last_name_as_asked(sets: dict[str, list[Question]]) -> None:
     for question in sets["sort"]:
         assert isinstance(question, ListQuestion) and "by last name" in question.prompt
         right = sorted(question.problem.items, key=last_name)
@@ -164,7 +177,7 @@ def test_sort_is_by_last_name_as_asked(sets: dict[str, list[Question]]):
         assert question.grade(question.kind.write(by_first)) == (by_first == right)
 
 
-def test_lenient_and_strict_lists(sets: dict[str, list[Question]]):
+def test_lenient_and_strict_lists(sets: dict[str, list[Question]]) -> None:
     question = sets["copy"][0]
     inside = question.answer[1:-1]
     for text in (
@@ -182,7 +195,7 @@ def test_lenient_and_strict_lists(sets: dict[str, list[Question]]):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_answers_by_definition(operation: str):
+def test_answers_by_definition(operation: str) -> None:
     """Against the rules of the paper's graders, over all lists of the items and one item more."""
     items, word, index = ("a", "b", "c", "d"), "w", 2
     problem = ListProblem(
@@ -227,7 +240,7 @@ def test_answers_by_definition(operation: str):
     assert chi_square <= len(expected) - 1 + 4 * (2 * (len(expected) - 1)) ** 0.5
 
 
-def test_nouns_fit_the_grammar():
+def test_nouns_fit_the_grammar() -> None:
     nouns = [noun for topics in (EVERYDAY, RARE) for topic in topics.values() for noun in topic]
     assert len(set(nouns)) == len(nouns) and all(noun.isalpha() and noun.islower() for noun in nouns)
 
@@ -247,9 +260,9 @@ def test_nouns_fit_the_grammar():
         ("the owl and a cat need the dog near the bird", False),
     ],
 )
-def test_grammar(text: str, right: bool):
+def test_grammar(text: str, right: bool) -> None:
     nouns = ("owl", "cat", "dog", "fox")
-    assert bool(grammar(nouns).fullmatch(text)) == right
+    assert grammatical(text, nouns) == right
     question = SentenceQuestion("words_to_sentence_easy", "", "", nouns)
     sentence = text.capitalize() + "."
     assert (
@@ -258,13 +271,13 @@ def test_grammar(text: str, right: bool):
     assert question.grade(text, strict=True) == 0
 
 
-def test_words_count_as_whole_words():
+def test_words_count_as_whole_words() -> None:
     question = SentenceQuestion("words_to_sentence_easy", "", "", ("car", "scarf"))
     assert question.grade("The scarf covers the scarf.") == 0
     assert question.grade("The scarf covers the car.") == 1
 
 
-def test_a_paraphrase_scores_by_what_it_changes(sets: dict[str, list[Question]]):
+def test_a_paraphrase_scores_by_what_it_changes(sets: dict[str, list[Question]]) -> None:
     for question in sets["paraphrase"]:
         assert isinstance(question, ParaphraseQuestion)
         order, verb = question.source
@@ -275,7 +288,7 @@ def test_a_paraphrase_scores_by_what_it_changes(sets: dict[str, list[Question]])
         assert grades[(order + 1) % 8, 1 - verb] == 1
 
 
-def test_summaries_state_what_was_agreed_last(sets: dict[str, list[Question]]):
+def test_summaries_state_what_was_agreed_last(sets: dict[str, list[Question]]) -> None:
     for question in sets["summarise"]:
         talk = question.prompt
         day = max(
@@ -286,7 +299,7 @@ def test_summaries_state_what_was_agreed_last(sets: dict[str, list[Question]]):
         assert question.grade(question.answer.replace(day[1], "Someday")) == 0
 
 
-def test_puzzles(sets: dict[str, list[Question]]):
+def test_puzzles(sets: dict[str, list[Question]]) -> None:
     assert len(set(all_latin_squares())) == 576  # OEIS A002860
     square = LatinQuestion("latin_square_n4", "", "", ("A", "7", "Q", "B"))
     rows = ["A,7,Q,B", "7,A,B,Q", "Q,B,A,7", "B,Q,7,A"]
@@ -301,7 +314,7 @@ def test_puzzles(sets: dict[str, list[Question]]):
     assert sudoku.grade("\n".join(" ".join(line) for line in sudoku.answer.splitlines()), strict=True) == 0
 
 
-def test_bad_input_is_told():
+def test_bad_input_is_told() -> None:
     with pytest.raises(UserError, match="all different"):
         ListProblem("copy", (1, 1))
     with pytest.raises(UserError, match="take a word"):

@@ -3,7 +3,7 @@
 All valid answers Y of a question are equally likely. A step that fills several positions at once draws each from
 its marginal, so it loses what the positions know of each other: the conditional total correlation
 C(S | committed) = sum of H(y_i) - H(y_S), in nats. The expected C over the steps is the least Kullback-Leibler
-divergence of what is decoded from the truth (ParallelBench, arXiv 2510.04767, section 3). Accuracy is the
+divergence of what is decoded from the truth (ParallelBench, arXiv 2510.04767). Accuracy is the
 probability that what was sampled is a valid answer; for `shuffle` these are all n! orders, the input among them.
 Closed forms hold for sampling at temperature 1, not for greedy decoding.
 

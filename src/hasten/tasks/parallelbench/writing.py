@@ -53,18 +53,24 @@ def article(noun: str) -> str:
 
 
 @cache
-def grammar(nouns: tuple[str, ...]) -> re.Pattern[str]:
-    """The sentences of the language, in small letters and without the full stop.
+def grammar() -> re.Pattern[str]:
+    """The sentences of the language, with N for nouns that take "a" and O for those that take "an".
 
     sentence = one place? singular group place* | one "and" one place? plural group place*,
     group = one ("and" one)?, place = preposition group, one = article noun.
     """
-    one = "(?:" + "|".join(f"(?:the|{article(noun)}) {noun}" for noun in nouns) + ")"
+    one = "(?:the [NO]|a N|an O)"
     group = f"{one}(?: and {one})?"
     place = f"(?: (?:{'|'.join(PREPOSITIONS)}) {group})"
     singular, plural = "|".join(VERBS), "|".join(VERBS.values())
     subject = f"(?:{one}{place}? (?:{singular})|{one} and {one}{place}? (?:{plural}))"
     return re.compile(f"{subject} {group}{place}*")
+
+
+def grammatical(words: str, nouns: tuple[str, ...]) -> bool:
+    """Whether words in small letters, without the full stop, are a sentence with no other nouns than these."""
+    kinds = {noun: "O" if article(noun) == "an" else "N" for noun in nouns}
+    return grammar().fullmatch(" ".join(kinds.get(word, word) for word in words.split())) is not None
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class SentenceQuestion(Question):
     def grade(self, text: str, strict: bool = False) -> float:
         words = last_line(text)
         asked = not strict or (words != "" and text.strip() == written(words))
-        return float(asked and set(self.nouns) <= set(words.split()) and bool(grammar(self.nouns).fullmatch(words)))
+        return float(asked and set(self.nouns) <= set(words.split()) and grammatical(words, self.nouns))
 
     def draw(self, rng: random.Random) -> str:
         return draw_sentence(rng, self.nouns)
