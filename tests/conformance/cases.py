@@ -40,6 +40,7 @@ VARIANTS = {
     "swift": [],
     # They need a model that fills masked positions: tests/methods/diffusion has one.
     "freedave": [],
+    "nbdiff-draft": [],
     "tidar": [],
 }
 """Specifications to run per method; a method without an entry runs with its defaults."""

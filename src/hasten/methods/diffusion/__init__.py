@@ -7,8 +7,19 @@ from hasten.methods.diffusion import (
     freedave,
     learn2pd,
     localleap,
+    nbdiff,
     prophet,
     threshold,
 )
 
-__all__ = ["denoise", "dparallel", "fast_dllm_v2", "freedave", "learn2pd", "localleap", "prophet", "threshold"]
+__all__ = [
+    "denoise",
+    "dparallel",
+    "fast_dllm_v2",
+    "freedave",
+    "learn2pd",
+    "localleap",
+    "nbdiff",
+    "prophet",
+    "threshold",
+]
