@@ -27,10 +27,15 @@ STAND_INS = {"DreamTokenizer": "Qwen2Tokenizer"}
 """Tokenizers that checkpoints bring as code, which is never run, and transformers' class that reads the same files."""
 
 
+GENERIC = ("llama", "llada", "Dream", "Fast_dLLM_Qwen", "sdar")
+"""Architectures whose tokenizer is of the class that its own configuration names: what AutoTokenizer would come to, for
+those that transformers does not know after a warning."""
+
+
 def _reader(folder: Path) -> Any:
     """transformers' class that reads a folder's tokenizer.
 
-    A Llama checkpoint that names the generic class is read by it. So would AutoTokenizer decide, but it imports every
+    A checkpoint that names the generic class is read by it. So would AutoTokenizer decide, but it imports every
     configuration of transformers first, which takes longer than importing PyTorch. A checkpoint with code of its own is
     read by the class it names, too: AutoTokenizer would ask whether to run that code.
     """
@@ -39,7 +44,7 @@ def _reader(folder: Path) -> Any:
     try:
         tokenizer, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
         name = str(tokenizer.get("tokenizer_class"))
-        generic = name == "TokenizersBackend" and "auto_map" not in tokenizer and config.get("model_type") == "llama"
+        generic = name == "TokenizersBackend" and "auto_map" not in tokenizer and config.get("model_type") in GENERIC
         named = getattr(transformers, STAND_INS.get(name, name), None)
         usable = isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase)
         if usable and (generic or "auto_map" in config):
