@@ -94,7 +94,7 @@ def test_what_the_ideal_model_cannot_do_is_left_out_or_refused():
     with pytest.raises(UserError, match="next token"):
         sweep(None, ["ngram"], prompts, SAMPLED)
     with pytest.raises(UserError, match="list operations"):
-        sweep(None, None, parallelbench("parallelbench:sudoku", 1), SAMPLED)
+        sweep(None, None, parallelbench("parallelbench:sudoku_n4_12", 1), SAMPLED)
 
 
 def test_a_models_rows(diffusion_llm: Callable[..., LLM]):
