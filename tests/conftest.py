@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from hasten import LLM
-from helpers import save_checkpoint
+from helpers import save_checkpoint, save_diffusion_checkpoint
 
 # One thread: the models are tiny, and suites that run side by side must not wait for each other at barriers.
 torch.set_num_threads(1)
@@ -116,6 +117,28 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., C
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with tokenizer; `tiny-draft` lies beside it. Copy it before changing anything."""
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def diffusion_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """diffusion_checkpoint(attention, alignment): a folder, made once per session; do not write there."""
+
+    @functools.cache
+    def make(attention: str, alignment: str = "same") -> Path:
+        return save_diffusion_checkpoint(tmp_path_factory.mktemp(attention), attention, alignment)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def diffusion_llm(diffusion_checkpoint: Callable[..., Path]) -> Callable[..., LLM]:
+    """diffusion_llm(attention, alignment): that model, shared."""
+
+    @functools.cache
+    def load(attention: str, alignment: str = "same") -> LLM:
+        return LLM(diffusion_checkpoint(attention, alignment), dtype="float32")
+
+    return load
 
 
 @pytest.fixture(scope="session")

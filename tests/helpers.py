@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def make_model(noise: float = 0.0, **settings: Any) -> LlamaForCausalLM:
             weight.copy_(scale * torch.randn(weight.shape, generator=weights))
             weight.add_(noise * scale * torch.randn(weight.shape, generator=flaws))
     return model
+
+
+def save_diffusion_checkpoint(folder: Path, attention: str, alignment: str = "same", block: int = 4) -> Path:
+    """The tiny model of random weights, declared to fill masked positions; no text of the tokenizer is the mask."""
+    make_model(vocab_size=VOCABULARY + 1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["diffusion"] = {"attention": attention, "alignment": alignment, "mask_token_id": VOCABULARY} | (
+        {} if attention == "full" else {"block_length": block}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def save_checkpoint(folder: Path) -> Path:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from hasten import LLM, UserError
 from hasten.bench import doctor
-from hasten.bench.compare import compare
+from hasten.bench.compare import bench, compare
 from hasten.bench.lane import Lane, engine_for, interleave
 from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt
+from hasten.bench.race import default_method
 from hasten.bench.verify import verify
 from hasten.cli.bench import split_methods
 from hasten.engine import Draft, Drafter, SamplingParams
@@ -170,6 +174,9 @@ def test_predictions():
     assert predicted_speedup(VerifyCost((1, 9), (64,), ((1.0, 1.0),), 0.0), 2e-3, 1e-3, 4.0, 9, 0.0) == pytest.approx(
         4.0
     )
+    # A block of nine rows is what plain decoding computes, too.
+    curve = VerifyCost((1, 9), (64,), ((1.0, 3.0),), 0.0)
+    assert predicted_speedup(curve, 2e-3, 1e-3, 4.0, 9, 0.0, plain_rows=9) == pytest.approx(4.0)
     # A step of 2 ms, half of it the forward pass, which takes three times as long; and 1 ms for the draft.
     dear = VerifyCost((1, 9), (64,), ((1.0, 3.0),), 0.0)
     assert predicted_speedup(dear, 2e-3, 1e-3, 4.0, 9, 1e-3) == pytest.approx(4.0 * 2 / 5)
@@ -183,3 +190,82 @@ def test_method_lists():
 
 def test_rows_are_bit_identical_or_not(llm: LLM):
     assert isinstance(doctor.row_invariant(llm), bool)
+
+
+# Models that fill masked positions
+
+
+def figures_of(llm: LLM, method: str, params: SamplingParams):
+    return llm.generate([PROMPT], params, method)[0].choices[0].statistics
+
+
+@pytest.mark.parametrize("attention", ["full", "block-causal"])
+def test_steps_of_a_canvas_are_forward_passes(diffusion_llm: Callable[..., LLM], attention: str):
+    llm = diffusion_llm(attention)
+    methods = ["denoise:per_step=4", "freedave"]
+    rows = compare(llm, methods, prompts(PROMPT, grade=lambda output: 0.25), PARAMS, curve=CURVE)
+    rows = {row["method"]: row for row in rows if row["category"] == "overall"}
+    for method, row in rows.items():
+        numbers = figures_of(llm, method, PARAMS)
+        assert row["tokens_per_step"] == pytest.approx(12 / numbers.steps, abs=1e-4)
+        assert row["rows_per_token"] == pytest.approx(numbers.rows / 12, abs=1e-4)
+        assert row["accuracy"] == 0.25
+        assert len(numbers.accepted_per_step) == numbers.steps and sum(numbers.accepted_per_step) == numbers.accepted
+    plain, four, freedave = rows.values()
+    assert plain["tokens_per_step"] <= 1 and plain["agreement"] == 1
+    assert four["tokens_per_step"] > 2 * plain["tokens_per_step"]
+    assert (
+        freedave["identical"] == freedave["agreement"] == 1 and freedave["tokens_per_step"] > plain["tokens_per_step"]
+    )
+    assert sum(count * times for count, times in enumerate(freedave["accepted_histogram"])) > 0
+    assert plain["predicted_speedup"] == pytest.approx(1, abs=0.05) and four["predicted_speedup"] > 1
+
+
+def test_agreement_is_the_share_of_equal_positions(diffusion_llm: Callable[..., LLM]):
+    llm = diffusion_llm("full")
+    row = compare(llm, ["denoise:per_step=12"], prompts(PROMPT), PARAMS)[-1]
+    plain, fast = (llm.generate([PROMPT], PARAMS, method)[0].token_ids for method in ("plain", "denoise:per_step=12"))
+    assert row["agreement"] == pytest.approx(sum(a == b for a, b in zip(plain, fast, strict=True)) / 12, abs=1e-4)
+    assert row["identical"] == (plain == fast) and row["predicted_speedup"] is None
+
+
+def test_there_is_no_curve_of_a_whole_canvas(diffusion_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hasten.bench.compare.measure", lambda model: CURVE)
+    few = SamplingParams(max_tokens=4)
+    assert bench(diffusion_llm("full"), ["threshold"], prompts(PROMPT), few)["verify_cost"] is None
+    assert bench(diffusion_llm("block-causal"), ["threshold"], prompts(PROMPT), few)["verify_cost"]["1"] == 1
+
+
+def test_a_prompts_own_budget_holds_if_nothing_else_is_asked_for(diffusion_llm: Callable[..., LLM]):
+    own = [replace(prompt, max_tokens=5) for prompt in prompts(PROMPT)]
+    for params, length in ((SamplingParams(ignore_eos=True), 5), (PARAMS, 12)):
+        row = compare(diffusion_llm("full"), ["denoise:per_step=12"], own, params)[-1]
+        assert row["tokens_per_step"] == length
+
+
+@pytest.mark.parametrize(("attention", "method"), [("full", "freedave"), ("context-causal", "tidar")])
+def test_verify_passes_lossless_methods_of_diffusion_models(
+    diffusion_llm: Callable[..., LLM], attention: str, method: str
+):
+    result = verify(diffusion_llm(attention), method, [PROMPT, "red"], max_tokens=8)
+    assert result.identical == 2 and result.first_divergence is None and result.proposed > 0
+
+
+def test_verify_says_where_a_lossy_denoiser_differs(diffusion_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch):
+    """What a canvas would have become has no one row to look at: no pass is made that the model was not made for."""
+    result = verify(diffusion_llm("full"), "denoise:per_step=8", [PROMPT], max_tokens=8)
+    assert result.identical == 0
+    assert result.first_divergence is not None and result.first_divergence["top2_gap"] is None
+    assert result.first_divergence["got"] != result.first_divergence["expected"]
+
+
+def test_a_method_that_fits_the_model(llm: LLM, diffusion_llm: Callable[..., LLM]):
+    def fitting(model: LLM) -> tuple[str, str]:
+        config = model.model.config
+        return default_method(config), default_method(config, lossless=True)
+
+    assert fitting(llm) == ("ngram", "ngram")
+    for attention in ("full", "block-causal"):
+        assert fitting(diffusion_llm(attention)) == ("threshold", "freedave")
+    assert fitting(diffusion_llm("context-causal")) == ("tidar", "tidar")
+    assert fitting(diffusion_llm("context-causal", "shifted")) == ("ngram", "ngram")

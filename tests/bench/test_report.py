@@ -42,6 +42,8 @@ def row(method: str, category: str, speedup: float = 1.0, **other: Any) -> dict[
         "time_split": {"prompt": 0.01, "draft": 0.002 * drafts, "forward": 0.1, "verify": 0.01, "other": 0.001},
         "memory_bytes": 2_500_000 * drafts,
         "identical": 4,
+        "rows_per_token": 1.0,
+        "agreement": 1.0,
     } | other
 
 
@@ -97,7 +99,12 @@ def test_plain_alone_and_drafters_that_stay_silent():
     assert "Plain decoding alone" in report.render(document())
     silent = {"acceptance": None, "accepted_histogram": [], "accepted_per_step": None, "proposed_per_step": None}
     none = silent | {"decode_speedup": None, "predicted_speedup": None, "draft_overhead": None}
-    assert report.render(document("ngram", **none)).count("<svg") == 5
+    assert report.render(document("ngram", **none)).count("<svg") == 4
+
+
+def test_without_a_curve_there_is_no_prediction():
+    page = report.render(document("threshold") | {"verify_cost": None})
+    assert page.count("<svg") == 3 and "v(n)" not in page and "Predicted and measured" not in page
 
 
 def test_many_methods():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.bench import tune as tuning
@@ -15,6 +17,7 @@ from hasten.bench.prompts import BenchPrompt
 from hasten.bench.tune import TuneResult, default_candidates, settings, tune
 from hasten.engine import Draft, Drafter, methods
 from hasten.engine.registry import Method, parse
+from hasten.model import DiffusionConfig, ModelConfig, OracleModel
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -88,6 +91,12 @@ def run(stage: Stage, names: str, count: int = 16, seconds: float = 1e6) -> Tune
     return tune(None, prompts(count), PARAMS, seconds, list(names))  # type: ignore[arg-type]
 
 
+def config_of(attention: str | None, alignment: str = "same") -> ModelConfig:
+    """As far as the choice of candidates looks at it."""
+    diffusion = None if attention is None else DiffusionConfig(attention, alignment, 7, 4)  # type: ignore[arg-type]
+    return replace(OracleModel(lambda tokens: torch.zeros(8), 8).config, diffusion=diffusion)
+
+
 def test_halving_finds_the_fastest_and_checks_it_on_other_prompts(stage: Stage):
     stage.rates = {"a": 0.5, "b": 1.1, "c": 3.0, "d": 2.0, "e": 0.9, "f": 1.0, "g": 1.5, "h": 2.5}
     result = run(stage, "abcdefgh")
@@ -156,8 +165,8 @@ def test_what_lacks_something_is_skipped_unless_it_was_asked_for(stage: Stage, m
         return dict.fromkeys(names)
 
     monkeypatch.setattr(tuning, "warm_engines", load)
-    monkeypatch.setattr(tuning, "default_candidates", lambda: (["a", "b", "b:length=2"], {"c": "lossy"}))
-    result = tune(None, prompts(4), PARAMS, 1e6)  # type: ignore[arg-type]
+    monkeypatch.setattr(tuning, "default_candidates", lambda config: (["a", "b", "b:length=2"], {"c": "lossy"}))
+    result = tune(SimpleNamespace(model=SimpleNamespace(config=None)), prompts(4), PARAMS, 1e6)
     assert result.skipped == {"b": "b needs a model", "c": "lossy"}
     assert [candidate.method for candidate in result.candidates] == ["a"]
     assert tried == ["plain", "a", "b"]
@@ -171,7 +180,7 @@ def test_too_few_prompts():
 
 
 def test_default_candidates_come_from_the_registry():
-    chosen, skipped = default_candidates()
+    chosen, skipped = default_candidates(config_of(None))
     for name in chosen:
         method, _ = parse(name)
         assert method.exactness == "lossless" and not method.needs_training
@@ -179,6 +188,18 @@ def test_default_candidates_come_from_the_registry():
     assert slugs | skipped.keys() == methods().keys() - {"plain"}
     assert {"ngram", "ngram:length=5", "ngram:length=20"} <= set(chosen)
     assert all(len(list(group)) <= 3 for _, group in itertools.groupby(chosen, lambda name: name.partition(":")[0]))
+
+
+@pytest.mark.parametrize("attention", ["full", "block-causal"])
+def test_canvases_have_candidates_of_their_own(attention: str):
+    chosen, skipped = default_candidates(config_of(attention))
+    assert chosen == ["freedave", "freedave:drafts=2", "freedave:drafts=8"]
+    assert "lossy" in skipped["threshold"] and "kind" in skipped["ngram"]
+
+
+def test_tidar_is_a_candidate_where_the_model_is_one():
+    assert {"tidar", "ngram"} <= set(default_candidates(config_of("context-causal"))[0])
+    assert "tidar" in default_candidates(config_of("context-causal", "shifted"))[1]
 
 
 def test_settings_stay_within_a_methods_range():

@@ -29,7 +29,7 @@ class _Pair:
 
     run: Run
     plain: Run
-    right: bool | None
+    right: float | None
     sample: int = 0
 
     @property
@@ -38,8 +38,18 @@ class _Pair:
 
     @property
     def decodes(self) -> bool:
-        """Whether there was anything to decode behind the first token."""
+        """Whether there was anything to decode behind the first step."""
         return bool(self.run.step_seconds and self.plain.step_seconds)
+
+    @property
+    def positions(self) -> int:
+        """Of the longer one of the two outputs."""
+        return max(len(self.run.tokens), len(self.plain.tokens))
+
+    @property
+    def agreeing(self) -> int:
+        """Positions at which both have the same token."""
+        return sum(a == b for a, b in zip(self.run.tokens, self.plain.tokens, strict=False))
 
 
 def bench(
@@ -56,9 +66,13 @@ def bench(
     Raises:
         UserError: unknown method, a prompt that is too long.
     """
-    curve = measure(llm.model)
+    curve = cost = None
+    diffusion = llm.model.config.diffusion
+    if diffusion is None or diffusion.attention != "full":
+        # A pass over a whole canvas has no rows behind a cached context to count the cost of.
+        curve = measure(llm.model)
+        cost = {str(count): round(curve.ratio(count), 4) for count in curve.rows}
     rows = compare(llm, methods, prompts, params, rounds, report, curve, samples)
-    cost = {str(count): round(curve.ratio(count), 4) for count in curve.rows}
     return {"machine": machine(llm), "verify_cost": cost, "rows": rows}
 
 
@@ -79,7 +93,8 @@ def compare(
     this one's away.
 
     Args:
-        curve: what rows cost; measured here if None.
+        params: without `max_tokens`, each prompt's own holds.
+        curve: what rows cost; without it no speed-up is predicted.
         samples: of each prompt, one after the other, with seeds of their own.
 
     Raises:
@@ -89,7 +104,6 @@ def compare(
         raise UserError("several samples of a prompt need a temperature above 0: greedy ones are all the same")
     names = ["plain", *(method for method in methods if method != "plain")]
     ids = encode(llm, prompts, params)
-    curve = measure(llm.model) if curve is None else curve
     pairs: dict[tuple[str, str], list[_Pair]] = {}
     for _ in range(rounds):
         engines = warm_engines(llm, names)
@@ -98,7 +112,7 @@ def compare(
         ):
             # Shared noise would make answers to different prompts alike, and drafters that remember look good.
             seed = (params.seed or 0) + samples * number + sample
-            runs = _decode(llm, engines, tokens, replace(params, seed=seed))
+            runs = _decode(llm, engines, tokens, replace(prompt.within(params), seed=seed))
             for name, run in runs.items():
                 right = None
                 if prompt.grade is not None:
@@ -134,7 +148,7 @@ def _decode(llm: LLM, engines: dict[str, Engine], tokens: list[int], params: Sam
     return {lane.method: lane.run() for lane in lanes}
 
 
-def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
+def _figures(pairs: Sequence[_Pair], curve: VerifyCost | None) -> dict[str, Any]:
     """What a row says of one method and category. Its keys are explained in docs/benchmarks.md."""
     runs = [pair.run for pair in pairs]
     tokens = sum(len(run.tokens) for run in runs)
@@ -144,7 +158,10 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
     accepted = Counter(count for run in runs for count in run.accepted)
     proposed = sum(run.proposed for run in runs)
     graded = [pair.right for pair in pairs if pair.right is not None]
-    plain_step, plain_forward = _plain_step([pair.plain for pair in pairs])
+    plain_step, plain_forward, plain_rows = _plain_step([pair.plain for pair in pairs])
+    predicted: list[float] = []
+    if curve is not None:
+        predicted = [_predicted(pair, curve, plain_step, plain_forward, plain_rows) for pair in decoded]
     split = {
         "prompt": sum(run.prompt_seconds for run in runs),
         "draft": sum(run.draft_seconds for run in runs),
@@ -157,11 +174,12 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
     return {
         "prompts": len(pairs),
         "tokens_per_step": _tokens_per_step(runs),
+        "rows_per_token": round(sum(run.rows for run in runs) / tokens, 4) if tokens else None,
         "tokens_per_second": round(tokens / seconds, 2),
         "speedup": round(statistics.median(pair.speedup for pair in pairs), 4),
         "speedup_of_rates": round(rates / statistics.mean(pair.plain.tokens_per_second for pair in pairs), 4),
         "decode_speedup": _median([pair.plain.decode_seconds / pair.run.decode_seconds for pair in decoded]),
-        "predicted_speedup": _median([_predicted(pair, curve, plain_step, plain_forward) for pair in decoded]),
+        "predicted_speedup": _median(predicted),
         "accuracy": round(sum(graded) / len(graded), 4) if graded else None,
         "acceptance": round(_sum(accepted) / proposed, 4) if proposed else None,
         "accepted_per_step": round(_sum(accepted) / steps, 4) if steps else None,
@@ -174,6 +192,7 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost) -> dict[str, Any]:
         "memory_bytes": max(run.memory_bytes for run in runs),
         "tokens_per_step_by_sample": _by_sample(pairs),
         "identical": sum(pair.run.tokens == pair.plain.tokens for pair in pairs),
+        "agreement": round(sum(pair.agreeing for pair in pairs) / max(sum(pair.positions for pair in pairs), 1), 4),
     }
 
 
@@ -186,29 +205,30 @@ def _by_sample(pairs: Sequence[_Pair]) -> list[float]:
 
 
 def _tokens_per_step(runs: Sequence[Run]) -> float:
-    """Every prompt's own step gives its first token."""
-    return round(sum(len(run.tokens) for run in runs) / sum(len(run.step_seconds) + 1 for run in runs), 4)
+    return round(sum(len(run.tokens) for run in runs) / sum(run.steps for run in runs), 4)
 
 
-def _plain_step(runs: Sequence[Run]) -> tuple[float, float]:
-    """Median seconds of a step of plain decoding, and its forward pass's share of them; 0 if there was none."""
+def _plain_step(runs: Sequence[Run]) -> tuple[float, float, float]:
+    """Median seconds of a step of plain decoding, its forward pass's part of them, its rows; 0 if there was none."""
     steps = [step for run in runs for step in run.step_seconds]
     if not steps:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     median = statistics.median(steps)
-    return median, median * sum(run.forward_seconds for run in runs) / sum(steps)
+    rows = sum(run.later_rows for run in runs) / len(steps)
+    return median, median * sum(run.forward_seconds for run in runs) / sum(steps), rows
 
 
-def _predicted(pair: _Pair, curve: VerifyCost, plain_step: float, plain_forward: float) -> float:
+def _predicted(pair: _Pair, curve: VerifyCost, plain_step: float, plain_forward: float, plain_rows: float) -> float:
     """One prompt's speed-up of decoding as its own figures predict it."""
     run, steps = pair.run, len(pair.run.step_seconds)
     return predicted_speedup(
         curve,
         plain_step,
         plain_forward,
-        tokens_per_step=(len(run.tokens) - 1) / steps,
-        rows_per_step=1 + run.proposed / steps,
+        tokens_per_step=len(pair.plain.step_seconds) / steps,
+        rows_per_step=run.later_rows / steps,
         draft_seconds=run.draft_seconds / steps,
+        plain_rows=plain_rows,
     )
 
 

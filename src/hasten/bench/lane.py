@@ -23,9 +23,12 @@ class Run:
     Attributes:
         tokens: that came out.
         seconds: in all.
-        prompt_seconds: until the first token was out.
+        prompt_seconds: until the first token was out; of a canvas, until the first look at it was done.
         step_seconds: of each step after that.
-        accepted: draft tokens that each of those steps took over.
+        steps: forward passes that gave a token, or worked on a canvas; the first one, too.
+        rows: that all steps computed, those that only read the prompt left out.
+        later_rows: of them, those behind the first step.
+        accepted: draft tokens that each step behind the first took over.
         proposed: nodes that those steps drafted in all.
         draft_seconds, forward_seconds, verify_seconds: of those steps, by what they went into.
         memory_bytes: of the drafter, at its fullest.
@@ -35,6 +38,9 @@ class Run:
     seconds: float
     prompt_seconds: float
     step_seconds: list[float]
+    steps: int
+    rows: int
+    later_rows: int
     accepted: list[int]
     proposed: int
     draft_seconds: float
@@ -44,7 +50,7 @@ class Run:
 
     @property
     def decode_seconds(self) -> float:
-        """Since the first token."""
+        """Since the first step was done."""
         return sum(self.step_seconds)
 
     @property
@@ -72,7 +78,7 @@ class Lane:
     ) -> None:
         self.method, self.engine, self.seconds = method, engine, 0.0
         self._step_seconds: list[float] = []
-        self._until_first: tuple[float, float, float, float] | None = None
+        self._until_first: tuple[float, float, float, float, int] | None = None
         self._memory_bytes = 0
         started = time.perf_counter()
         self.request: Request = engine.add(prompt, params, method, read=read)[0]
@@ -86,17 +92,17 @@ class Lane:
         """One step of the lane, on its clock."""
         if len(self._step_seconds) % MEMORY_EVERY == 1:
             self._look_at_memory()
-        decoding = self.request.started
+        numbers = self.request.statistics
+        decoding = numbers.steps > 0
         started = time.perf_counter()
         progress = self.engine.step()
         seconds = time.perf_counter() - started
         self.seconds += seconds
         if decoding:
             self._step_seconds.append(seconds)
-        elif self.request.started:
-            numbers = self.request.statistics
+        elif numbers.steps:
             self._until_first = (
-                self.seconds, numbers.draft_seconds, numbers.forward_seconds, numbers.verify_seconds
+                self.seconds, numbers.draft_seconds, numbers.forward_seconds, numbers.verify_seconds, numbers.rows
             )  # fmt: skip
         if self.done:
             self._look_at_memory()
@@ -112,12 +118,15 @@ class Lane:
     def run(self) -> Run:
         """The figures so far."""
         numbers = self.request.statistics
-        prompt, draft, forward, verify = self._until_first or (self.seconds, 0.0, 0.0, 0.0)
+        prompt, draft, forward, verify, rows = self._until_first or (self.seconds, 0.0, 0.0, 0.0, 0)
         return Run(
             tokens=self.tokens,
             seconds=self.seconds,
             prompt_seconds=prompt,
             step_seconds=self._step_seconds,
+            steps=numbers.steps,
+            rows=numbers.rows,
+            later_rows=numbers.rows - rows,
             accepted=numbers.accepted_per_step[1:],
             proposed=numbers.proposed,
             draft_seconds=numbers.draft_seconds - draft,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -246,6 +247,41 @@ def step_costs(document: Mapping[str, Any]) -> str:
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
 
     return _svg("step-costs", 3.1, draw)
+
+
+def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
+    """Of `hasten sweep`: accuracy by tokens per step, a panel per category, a curve per decoder; the theory in grey."""
+    decoders = list(dict.fromkeys(row["decoder"] for row in rows))
+    categories = list(dict.fromkeys(row["category"] for row in rows if row["accuracy"] is not None))
+    if len(categories) == 2:
+        categories.pop()  # the whole is the one category
+    across = min(3, max(len(categories), 1))
+    down = -(-len(categories) // across) or 1
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+        for axes in panels[len(categories) :]:
+            axes.set_visible(False)
+        for axes, category in zip(panels, categories, strict=False):
+            theory = [(each["tokens_per_step"], each["accuracy"]) for each in ideal if each["category"] == category]
+            if theory:
+                axes.plot(*zip(*theory, strict=True), "--", color="#8d95a3", linewidth=2.4, label="ideal, random order")
+            for number, decoder in enumerate(decoders):
+                own = [row for row in rows if row["decoder"] == decoder and row["category"] == category]
+                x, y = [row["tokens_per_step"] for row in own], [row["accuracy"] for row in own]
+                axes.plot(x, y, "o-", color=_colour(number), markersize=4, linewidth=1.4, label=decoder)
+            axes.set_title(category, fontsize=9.5, loc="left")
+            axes.yaxis.set_major_formatter(_percent)
+            axes.set_ylim(-0.04, 1.06)
+        figure.supxlabel("tokens per step", fontsize=9.5)
+        figure.supylabel("right", fontsize=9.5)
+        named: dict[str, Artist] = {}
+        for axes in panels:
+            handles, labels = axes.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        figure.legend(named.values(), list(named), loc="outside upper left", ncols=min(len(named), 4) or 1)
+
+    return _svg("tradeoffs", 0.8 + 2.1 * down + 0.25 * (len(decoders) // 4), draw)
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

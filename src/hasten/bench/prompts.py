@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hasten.engine import SamplingParams
 from hasten.errors import UserError
 from hasten.llm import LLM
+from hasten.tasks.parallelbench import Question
+
+MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,24 @@ class BenchPrompt:
 
     `turns` are the user's turns of a conversation so far, this one (`prompt`) included; the answers between them are
     plain decoding's own. Empty for a prompt that is taken as it stands.
+
+    Attributes:
+        grade: from an output to its score, 0 to 1 (or false and true).
+        question: ParallelBench's, whose messages a chat template gets instead of `prompt`.
+        max_tokens: new tokens, and the size of a canvas, where nothing else is asked for.
     """
 
     category: str
     task: str
     prompt: str
-    grade: Callable[[str], bool] | None
+    grade: Callable[[str], float] | None
     turns: tuple[str, ...] = ()
+    question: Question | None = None
+    max_tokens: int = MAX_TOKENS
+
+    def within(self, params: SamplingParams) -> SamplingParams:
+        """These parameters, with the prompt's own budget if they have none."""
+        return params if params.max_tokens is not None else replace(params, max_tokens=self.max_tokens)
 
 
 def load_prompts(path: Path) -> list[BenchPrompt]:
@@ -86,21 +100,29 @@ def encode(llm: LLM, prompts: Sequence[BenchPrompt], params: SamplingParams) -> 
         UserError: a conversation that outgrows the context; the template refuses it.
     """
     answers: dict[tuple[str, ...], str] = {}
+    templated = bool(getattr(llm.tokenizer, "chat_template", None))
 
-    def ids(turns: tuple[str, ...]) -> list[int]:
+    def ids(turns: tuple[str, ...], budget: SamplingParams) -> list[int]:
         texts: list[str] = []
         for place, turn in enumerate(turns, 1):
             texts.append(turn)
             if place < len(turns):
-                texts.append(answer(turns[:place]))
-        if not getattr(llm.tokenizer, "chat_template", None):
+                texts.append(answer(turns[:place], budget))
+        if not templated:
             return llm.encode("\n\n".join(texts))
         roles = ("user", "assistant")
         return llm.apply_chat_template([{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)])
 
-    def answer(turns: tuple[str, ...]) -> str:
+    def answer(turns: tuple[str, ...], budget: SamplingParams) -> str:
         if turns not in answers:
-            answers[turns] = llm.generate([ids(turns)], params, "plain")[0].text.strip()
+            answers[turns] = llm.generate([ids(turns, budget)], budget, "plain")[0].text.strip()
         return answers[turns]
 
-    return [ids(prompt.turns) if prompt.turns else llm.encode(prompt.prompt) for prompt in prompts]
+    def encoded(prompt: BenchPrompt) -> list[int]:
+        if prompt.turns:
+            return ids(prompt.turns, prompt.within(params))
+        if prompt.question is not None and templated:
+            return llm.apply_chat_template(prompt.question.messages)
+        return llm.encode(prompt.prompt)
+
+    return [encoded(prompt) for prompt in prompts]

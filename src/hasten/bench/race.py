@@ -9,8 +9,8 @@ from typing import Any
 from hasten.bench.lane import Lane, engine_for, interleave
 from hasten.engine import SamplingParams
 from hasten.llm import LLM
+from hasten.model import ModelConfig
 
-DEFAULT_METHOD = "ngram"
 DEFAULT_PROMPT = (
     "Text:\n"
     "goal = chair\n"
@@ -33,6 +33,13 @@ DEFAULT_PROMPT = (
     "Answer:"
 )
 """An edit: nearly all of the answer stands in the prompt, as when a model changes a line of a file."""
+
+
+def default_method(config: ModelConfig, lossless: bool = False) -> str:
+    """What to compare with plain decoding where nobody says: it fits the model and needs nothing else."""
+    if config.fills_canvas:
+        return "freedave" if lossless else "threshold"
+    return "ngram" if config.diffusion is None or config.diffusion.alignment == "shifted" else "tidar"
 
 
 @dataclass(frozen=True)

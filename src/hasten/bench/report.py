@@ -1,4 +1,4 @@
-"""The HTML report of `hasten bench`: one file with plots and tables, nothing fetched from elsewhere."""
+"""The HTML reports of `hasten bench` and `hasten sweep`: one file each, nothing fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,19 @@ def write_report(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: matplotlib is missing; the file cannot be written.
     """
-    page = render(document)
+    _write(render(document), path)
+
+
+def write_sweep(document: Mapping[str, Any], path: Path) -> None:
+    """Write the page of a document of `hasten sweep`.
+
+    Raises:
+        UserError: matplotlib is missing; the file cannot be written.
+    """
+    _write(render_sweep(document), path)
+
+
+def _write(page: str, path: Path) -> None:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -71,12 +83,15 @@ def render(document: Mapping[str, Any]) -> str:
                 "Plain seconds over the method's, prompt included. Left of 1 the method does not pay here.",
                 plots.speedups(fast, OVERALL),
             ),
+        ]
+    if any(row["proposed_per_step"] for row in best):
+        body.append(
             _section(
                 "Accepted tokens per step",
                 "How many draft tokens a verification takes over. Every step gives one more, the model's own.",
                 plots.histograms(best),
-            ),
-        ]
+            )
+        )
     body.append(
         _section(
             "Where the time goes",
@@ -84,14 +99,15 @@ def render(document: Mapping[str, Any]) -> str:
             plots.time_split(overall),
         )
     )
-    body.append(
-        _section(
-            "What further rows cost: v(n)",
-            "A forward pass of n rows over one of a single row, on this machine. A draft pays if it earns more.",
-            plots.verify_cost(document["verify_cost"], best),
+    if document["verify_cost"] is not None:
+        body.append(
+            _section(
+                "What further rows cost: v(n)",
+                "A forward pass of n rows over one of a single row, on this machine. A draft pays if it earns more.",
+                plots.verify_cost(document["verify_cost"], best),
+            )
         )
-    )
-    if fast:
+    if fast and document["verify_cost"] is not None:
         body.append(
             _section(
                 "Predicted and measured",
@@ -104,7 +120,46 @@ def render(document: Mapping[str, Any]) -> str:
         _section("Whole suite", "", _table(overall, OVERALL_COLUMNS)),
         _section("By category", "", _table([row for row in rows if row["category"] != OVERALL], CATEGORY_COLUMNS)),
     ]
-    title = html.escape(f"hasten bench: {document['suite']} on {Path(document['model']).name}")
+    return _page(f"hasten bench: {document['suite']} on {Path(document['model']).name}", body)
+
+
+def render_sweep(document: Mapping[str, Any]) -> str:
+    """The page of a document of `hasten sweep`.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    plots.require()
+    rows: Sequence[Row] = document["rows"]
+    overall = [row for row in rows if row["category"] == OVERALL]
+    theory = (
+        " Grey: an ideal model that fills so many positions a step in random order, sampling at temperature 1. "
+        "A decoder that chooses its positions well can be above it."
+    )
+    body = [
+        "<header><h1>hasten sweep</h1>",
+        "<p>Accuracy against tokens per step: each decoder with its knob turned.</p></header>",
+        _section(
+            "How it was measured",
+            "",
+            f"<p>Model: <code>{html.escape(document['model'])}</code>. "
+            f"Suite: <code>{html.escape(document['suite'])}</code>, {overall[0]['prompts']} prompts, "
+            f"temperature {document['temperature']:g}.</p>"
+            f"<p><code>{html.escape(document['command'])}</code></p>",
+        ),
+        _section(
+            "Accuracy by tokens per step",
+            "A dot is a value of the decoder's knob." + (theory if document["ideal"] else ""),
+            plots.tradeoffs(rows, document["ideal"]),
+        ),
+        _section("Whole suite", "", _table(overall, SWEEP_COLUMNS)),
+        _section("By category", "", _table([row for row in rows if row["category"] != OVERALL], SWEEP_COLUMNS)),
+    ]
+    return _page(f"hasten sweep: {document['suite']} on {Path(document['model']).name}", body)
+
+
+def _page(title: str, body: Sequence[str]) -> str:
+    title = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -190,7 +245,9 @@ OVERALL_COLUMNS: dict[str, Cell] = {
     "drafting, µs per step": _number("draft_us_per_step", "{:.0f}"),
     "of a plain step": _share("draft_overhead"),
     "memory, MB": _number("memory_bytes", "{:.2f}", 1e-6),
+    "rows per token": _number("rows_per_token"),
     "right": _share("accuracy"),
+    "same tokens": _share("agreement"),
     "identical": lambda row: f"{row['identical']} of {row['prompts']}",
 }
 
@@ -205,6 +262,17 @@ CATEGORY_COLUMNS: dict[str, Cell] = {
     "accepted of proposed": _share("acceptance"),
     "right": _share("accuracy"),
     "identical": lambda row: f"{row['identical']} of {row['prompts']}",
+}
+
+
+SWEEP_COLUMNS: dict[str, Cell] = {
+    "method": _text("method"),
+    "category": _text("category"),
+    "tokens per step": _number("tokens_per_step"),
+    "right": _share("accuracy"),
+    "rows per token": _number("rows_per_token"),
+    "speed-up": _gain("speedup"),
+    "same tokens": _share("agreement"),
 }
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hasten.bench import workloads
+from hasten.bench.parallelbench import SUITES as PARALLELBENCH
+from hasten.bench.parallelbench import is_parallelbench, parallelbench
 from hasten.bench.prompts import BenchPrompt, load_prompts
 from hasten.errors import UserError
 from hasten.tasks import CATEGORIES, TASKS, examples
@@ -21,12 +24,13 @@ SUITES: dict[str, tuple[Callable[[int], list[BenchPrompt]], int]] = {
 """Workloads: what makes them, and how many prompts of each kind if nothing else is asked for."""
 
 
-def load_suite(name: str, per_task: int | None = None) -> list[BenchPrompt]:
-    """`tasks` (all of them), a workload, one category, one task, or a file of prompts.
+def load_suite(name: str, per_task: int | None = None, tokenizer: Any = None) -> list[BenchPrompt]:
+    """`tasks` (all of them), a workload, one category, one task, ParallelBench or parts of it, or a file of prompts.
 
     Args:
         name: which.
         per_task: held-out prompts of each task or kind; the suite's own number if None; ignored for files.
+        tokenizer: the model's, of which ParallelBench makes words and budgets.
 
     Raises:
         UserError: nothing of that name.
@@ -36,9 +40,11 @@ def load_suite(name: str, per_task: int | None = None) -> list[BenchPrompt]:
     if name in SUITES:
         build, usual = SUITES[name]
         return build(usual if per_task is None else per_task)
+    if is_parallelbench(name):
+        return parallelbench(name, PER_TASK if per_task is None else per_task, tokenizer)
     names = [task for task, generator in TASKS.items() if name in ("tasks", task, generator.category)]
     if not names:
-        known = ", ".join(["tasks", *SUITES, *CATEGORIES, *TASKS])
+        known = ", ".join(["tasks", *SUITES, *PARALLELBENCH, *CATEGORIES, *TASKS])
         raise UserError(f"unknown suite {name!r}: give a file of prompts or one of {known}")
     return [
         workloads.graded(TASKS[task].category, example)

@@ -18,12 +18,14 @@ from typing import Any
 from hasten.bench.compare import warm_engines
 from hasten.bench.lane import Lane, interleave
 from hasten.bench.prompts import BenchPrompt, encode
+from hasten.bench.race import default_method
 from hasten.engine import Engine, SamplingParams, methods
 from hasten.engine.registry import Method, is_lossless, parse
 from hasten.errors import UserError
 from hasten.llm import LLM
+from hasten.model import ModelConfig
 
-SIZES = ("length", "nodes", "depth", "width")
+SIZES = ("length", "nodes", "depth", "width", "drafts")
 """Names of the parameter that says how much is drafted: the first one that a method has is halved and doubled."""
 GROUP = 7
 """Candidates that decode beside each other: more of them would hold as many caches at once."""
@@ -91,16 +93,19 @@ class TuneResult:
         }
 
 
-def default_candidates() -> tuple[list[str], dict[str, str]]:
-    """All training-free lossless methods with up to three settings each; and why others are left out."""
+def default_candidates(config: ModelConfig) -> tuple[list[str], dict[str, str]]:
+    """All lossless methods for a model that need no further training, with up to three settings each; and why others
+    are left out."""
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for slug, method in methods().items():
         if slug == "plain":
             continue
-        if method.exactness != "lossless":
+        if (method.family == "diffusion") != config.fills_canvas:
+            skipped[slug] = "not for this model's kind of plain decoding"
+        elif method.exactness != "lossless":
             skipped[slug] = "lossy: it would change the text"
-        elif method.needs_training:
+        elif method.needs_training and slug != default_method(config):
             skipped[slug] = "needs weights trained for the model: name it under --candidates with them"
         else:
             chosen += settings(method)
@@ -143,7 +148,9 @@ def tune(
     """
     if len(prompts) < 2:
         raise UserError("tune needs at least 2 prompts: one half to choose on, the other to check the choice")
-    names, skipped = default_candidates() if candidates is None else (list(dict.fromkeys(candidates)), {})
+    names, skipped = (
+        default_candidates(llm.model.config) if candidates is None else (list(dict.fromkeys(candidates)), {})
+    )
     names = [name for name in names if name != "plain"]
     for name in names:
         is_lossless(name)  # an unknown one fails here, before anything is loaded

@@ -102,20 +102,29 @@ def _decode(
 
 
 def _divergence(llm: LLM, prompt: list[int], expected: list[int], got: list[int]) -> dict[str, Any]:
-    """Where two outputs part, and how close the model's two likeliest tokens are there (in logits)."""
+    """Where two outputs part, and how close the model's two likeliest tokens are there (in logits).
+
+    The latter is None for models whose prediction depends on what else of a canvas was decided.
+    """
     shared = next(
         (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
         min(len(expected), len(got)),
     )
-    sequence = llm.engine.cache.sequence()
-    context = [*prompt, *expected[:shared]]
-    with torch.inference_mode():
-        logits = llm.model.forward(Rows.of(sequence, context, 0, llm.model.device), [len(context) - 1])
-    sequence.release()
-    top = logits[0].topk(2).values.tolist()
     return {
         "position": shared,
         "expected": expected[shared] if shared < len(expected) else None,
         "got": got[shared] if shared < len(got) else None,
-        "top2_gap": top[0] - top[1],
+        "top2_gap": None if llm.model.config.fills_canvas else _gap(llm, [*prompt, *expected[:shared]]),
     }
+
+
+@torch.inference_mode()
+def _gap(llm: LLM, context: list[int]) -> float:
+    """How much larger the largest logit of the next token is than the second."""
+    sequence = llm.engine.cache.sequence()
+    logits = llm.model.forward(Rows.of(sequence, context, 0, llm.model.device), [len(context) - 1])
+    sequence.release()
+    if llm.model.config.diffusion is not None:
+        logits[:, llm.model.config.diffusion.mask_id] = -torch.inf
+    top = logits[0].topk(2).values.tolist()
+    return float(top[0] - top[1])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hasten import __version__
-from hasten.cli import bench, doctor, generate, methods, race, train, tune, verify
+from hasten.cli import bench, doctor, generate, methods, race, sweep, train, tune, verify
 from hasten.errors import UserError
 
 # Typer brings its own copy of Click; its usage errors are known by what a public one inherits from.
@@ -26,6 +26,7 @@ app.command()(generate.generate)
 app.command()(methods.methods)
 app.command()(verify.verify)
 app.command()(bench.bench)
+app.command()(sweep.sweep)
 app.command()(tune.tune)
 app.command()(doctor.doctor)
 app.add_typer(train.app, name="train")

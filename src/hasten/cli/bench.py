@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +15,24 @@ from hasten.errors import UserError
 
 
 def bench(
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas (parameters: slug:key=value).")] = "ngram",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods, separated by commas (slug:key=value); by default one that fits the model."),
+    ] = None,
     suite: Annotated[
-        str, typer.Option(help="tasks, spec, redundant, agent, prose, a task or its category, or a file of prompts.")
+        str,
+        typer.Option(
+            help="tasks, spec, redundant, agent, prose, a task or its category, parallelbench, parallelbench-n15 or "
+            "parallelbench-words (and :PART,PART), or a file of prompts."
+        ),
     ] = "tasks",
     model: options.Model = "tiny",
     per_task: Annotated[int | None, typer.Option(help="Held-out prompts of each task or kind.")] = None,
     rounds: Annotated[int, typer.Option(help="Times the suite is decoded.")] = 1,
     samples: Annotated[int, typer.Option(help="Answers to each prompt, when sampling.")] = 1,
-    max_tokens: options.MaxTokens = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="New tokens at most (default: 256, or what the suite's answers need).")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
     dtype: options.Dtype = "auto",
@@ -45,11 +55,12 @@ def bench(
     llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 
     from hasten.bench.compare import bench as measure
+    from hasten.bench.race import default_method
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
 
-    names = split_methods(methods)
-    prompts = load_suite(suite, per_task)
+    names = [default_method(llm.model.config)] if methods is None else split_methods(methods)
+    prompts = load_suite(suite, per_task, llm.tokenizer)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with options.progress("decoding", len(prompts) * rounds, quiet=json) as advance:
         measured = measure(llm, names, prompts, params, rounds, advance, samples)
@@ -60,7 +71,7 @@ def bench(
     if json:
         options.emit(document)
     else:
-        _print(document["rows"])
+        _print(document["rows"], CANVAS_COLUMNS if llm.model.config.fills_canvas else COLUMNS)
 
 
 def split_methods(text: str) -> list[str]:
@@ -86,22 +97,27 @@ COLUMNS = {
     "right": ("accuracy", "{:.0%}"),
 }
 """Heads of the table, with the rows' keys and how they are written."""
+CANVAS_COLUMNS = {head: COLUMNS[head] for head in ("tokens\n/step", "tokens\n/s", "speedup", "right")} | {
+    "rows\n/token": ("rows_per_token", "{:.0f}"),
+    "agrees": ("agreement", "{:.0%}"),
+}
+"""The same for models that fill masked positions: few of their methods draft, and few texts are identical."""
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:
     """A block per method, a line per category; 80 characters wide."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("category")
-    for head in (*COLUMNS, "identical"):
+    for head in (*columns, "identical"):
         table.add_column(head, justify="right", no_wrap=True)
     method = None
     for row in rows:
         if row["method"] != method:
             method = row["method"]
             table.add_row(method, style="bold")
-        cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in COLUMNS.values()]
+        cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in columns.values()]
         table.add_row(f"  {row['category']}", *cells, f"{row['identical']}/{row['prompts']}")
     Console(highlight=False).print(table)

@@ -28,6 +28,10 @@ Numerics = Annotated[
 Weights = Annotated[str, typer.Option("--weights", help="dense, or rounded at loading: int8 or int4 (native only).")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]
 Method = Annotated[str, typer.Option("--method", help="slug, or slug:key=value,key=value (see `hasten methods`).")]
+Chosen = Annotated[
+    str | None,
+    typer.Option("--method", help="slug, or slug:key=value,key=value (default: one that fits the model, often ngram)."),
+]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most.")]
 
 

@@ -23,7 +23,7 @@ COLOURS = {"plain": "white", "accepted": "green", "correction": "yellow"}
 
 def race(
     prompt: Annotated[str | None, typer.Argument(help="What to complete (default: an edit that ships).")] = None,
-    method: options.Method = "ngram",
+    method: options.Chosen = None,
     model: options.Model = "tiny",
     max_tokens: options.MaxTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -52,6 +52,7 @@ def race(
     from hasten.bench import race as racing
     from hasten.engine import SamplingParams
 
+    method = racing.default_method(llm.model.config) if method is None else method
     llm.engine.drafter(method)
     chosen = racing.DEFAULT_PROMPT if text is None else text
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -72,6 +73,7 @@ def _live(
 
     from hasten.bench import race as racing
     from hasten.bench.lane import Lane, engine_for, interleave
+    from hasten.engine.registry import is_lossless
 
     racing.race(llm, prompt, method, params, rounds=1)
     console = Console()
@@ -89,7 +91,8 @@ def _live(
                 time.sleep(behind)
     result = racing.race(llm, prompt, method, params, rounds)
     plain, fast = result.lanes
-    verdict = "[bold green]identical: yes[/]" if result.identical else "[bold red]identical: NO[/]"
+    different = "[bold red]identical: NO[/]" if is_lossless(method) else "[yellow]identical: no (a lossy method)[/]"
+    verdict = "[bold green]identical: yes[/]" if result.identical else different
     figures = (
         f"{verdict}   [bold]{result.speedup:.2f}x[/] sooner   "
         f"{plain['tokens_per_second']:.0f} -> {fast['tokens_per_second']:.0f} tokens/s   "

@@ -44,7 +44,7 @@ def tune(
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
 
-    suite = load_suite(prompts)
+    suite = load_suite(prompts, tokenizer=llm.tokenizer)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with options.progress("tuning (seconds)", round(seconds), quiet=json) as advance:
         result = tuning.tune(llm, suite, params, seconds, names, advance)

@@ -11,7 +11,7 @@ from hasten.cli import options
 
 
 def verify(
-    method: options.Method = "ngram",
+    method: options.Chosen = None,
     model: options.Model = "tiny",
     prompts: Annotated[Path | None, typer.Option(help="JSONL (key `prompt`) or text file, one per line.")] = None,
     per_task: Annotated[int, typer.Option(help="Prompts of each shipped task.")] = 6,
@@ -33,9 +33,11 @@ def verify(
 
     from hasten.bench import verify as check
     from hasten.bench.prompts import encode, load_prompts
+    from hasten.bench.race import default_method
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
 
+    method = default_method(llm.model.config, lossless=True) if method is None else method
     llm.engine.drafter(method)
     suite = load_prompts(prompts) if prompts is not None else load_suite("tasks", per_task)
     ids = encode(llm, suite, SamplingParams(max_tokens=max_tokens))
@@ -45,11 +47,12 @@ def verify(
     if json:
         options.emit(result.document())
     else:
-        share = result.accepted / result.proposed if result.proposed else 0.0
         print(f"{method}: {result.identical} of {result.prompts} prompts identical")
         for mode, count in result.modes.items():
             print(f"  {mode}: {count} of {result.prompts}")
-        print(f"  {result.accepted} of {result.proposed} proposed tokens accepted ({share:.0%})")
+        if result.proposed:
+            share = result.accepted / result.proposed
+            print(f"  {result.accepted} of {result.proposed} proposed tokens accepted ({share:.0%})")
         if result.first_divergence is not None:
             print(f"  first divergence: {result.first_divergence}")
     if result.identical < result.prompts:

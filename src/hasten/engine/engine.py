@@ -85,10 +85,10 @@ class Engine:
             if method not in self._drafters:
                 self._drafters[method] = registry.create(method, self.target)
             name, drafter = method, self._drafters[method]
-        diffusion = self.model.config.diffusion
-        if isinstance(drafter, Denoiser) and diffusion is None:
+        config = self.model.config
+        if isinstance(drafter, Denoiser) and config.diffusion is None:
             raise UserError(f"{name} needs a model that fills masked positions; this one predicts the next token")
-        if not isinstance(drafter, Denoiser) and diffusion is not None and diffusion.attention != "context-causal":
+        if not isinstance(drafter, Denoiser) and config.fills_canvas:
             raise UserError(f"{name} needs a model that predicts the next token; this one fills masked positions")
         return name, drafter
 
@@ -401,9 +401,11 @@ class Engine:
             statistics.prompt_rows += len(passage.tokens)
         else:
             statistics.rows += len(passage.tokens)
-        before = canvas.steps
+        before, accepted = canvas.steps, statistics.accepted
         filling.receive(logits)
-        statistics.steps += canvas.steps - before
+        if canvas.steps > before:
+            statistics.steps += 1
+            statistics.accepted_per_step.append(statistics.accepted - accepted)
         statistics.verify_seconds += time.perf_counter() - started
         fresh = canvas.fresh()
         tokens = fresh[: request.stopper.accept(fresh)]

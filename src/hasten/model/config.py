@@ -70,3 +70,8 @@ class ModelConfig:
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     diffusion: DiffusionConfig | None = None
     end_ids: tuple[int, ...] = ()
+
+    @property
+    def fills_canvas(self) -> bool:
+        """Whether plain decoding fills masked positions. With context-causal attention it predicts the next token."""
+        return self.diffusion is not None and self.diffusion.attention != "context-causal"

@@ -34,7 +34,4 @@ class Plain(Drafter):
 )
 def plain(target: Target, parameters: PlainParameters) -> Drafter:
     """What one token per forward pass means for this model."""
-    diffusion = target.model.config.diffusion
-    if diffusion is None or diffusion.attention == "context-causal":
-        return Plain()
-    return Denoise(target, DenoiseParameters())
+    return Denoise(target, DenoiseParameters()) if target.model.config.fills_canvas else Plain()

@@ -1,0 +1,165 @@
+"""Accuracy against tokens per step: decoders of diffusion models, each with its knob turned from careful to fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hasten.bench.compare import OVERALL, compare, warm_engines
+from hasten.bench.ideal import IdealModel
+from hasten.bench.prompts import BenchPrompt
+from hasten.engine import SamplingParams
+from hasten.engine.registry import parse
+from hasten.errors import UserError
+from hasten.llm import LLM
+
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The parameter that trades accuracy for speed, and its values; several parameters move together by a factor."""
+
+    name: str
+    values: tuple[float, ...]
+    scaled: tuple[tuple[str, float], ...] = ()
+
+    def written(self, value: float) -> str:
+        """As it stands in a specification."""
+        if self.scaled:
+            return ",".join(f"{key}={value * base:g}" for key, base in self.scaled)
+        return f"{self.name}={value:g}"
+
+
+KNOBS = {
+    "denoise": Knob("per_step", (1, 2, 3, 4, 6, 8, 16, 32)),
+    "threshold": Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    "factor": Knob("factor", (0.7, 1.0, 1.3, 1.6, 1.9)),
+    "localleap": Knob("relaxed", (0.9, 0.75, 0.6, 0.45, 0.3)),
+    "dparallel": Knob("entropy", (0.1, 0.3, 0.5, 0.8, 1.2, 1.6)),
+    "prophet": Knob("scale", (4.0, 2.0, 1.0, 0.5, 0.25), (("early", 7.5), ("middle", 5.0), ("late", 2.5))),
+    "learn2pd": Knob("accept", (0.99, 0.96, 0.9, 0.8, 0.6)),
+    "fast-dllm-v2": Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    "freedave": Knob("drafts", (2, 4, 8)),
+}
+"""From careful to fast, by method. Thresholds and factors are those of ParallelBench's own sweep (2510.04767)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a curve: a decoder as it was named, its knob's value, and the specification of both together."""
+
+    decoder: str
+    knob: str | None
+    value: float | None
+    method: str
+
+
+def settings(decoder: str) -> list[Setting]:
+    """A decoder, perhaps with parameters of its own, at all values of its knob; as it is if it has none, or it is set.
+
+    Raises:
+        UserError: unknown method or parameter.
+    """
+    slug, _, given = decoder.partition(":")
+    knob = KNOBS.get(slug.strip())
+    parse(decoder)
+    keys = {item.partition("=")[0].strip() for item in given.split(",")}
+    if knob is None or keys & {knob.name, *(key for key, _ in knob.scaled)}:
+        return [Setting(decoder, None, None, decoder)]
+    made = []
+    for value in knob.values:
+        spec = f"{slug}:{','.join(filter(None, (given, knob.written(value))))}"
+        made.append(Setting(decoder, knob.name, value, spec))
+    return made
+
+
+def sweep(
+    llm: LLM | None,
+    decoders: Sequence[str] | None,
+    prompts: Sequence[BenchPrompt],
+    params: SamplingParams,
+    report: Report = lambda done: None,
+) -> dict[str, Any]:
+    """Rows, one per setting and category, and what was skipped.
+
+    Args:
+        llm: the model; None for the ideal one.
+        decoders: specifications; if None, all of `KNOBS` that the model can be decoded with.
+        report: is told of each prompt that is done.
+
+    Raises:
+        UserError: a decoder that was named is unknown or does not fit; the ideal model does not know the prompts.
+    """
+    wanted, skipped = list(dict.fromkeys(KNOBS if decoders is None else decoders)), {}
+    models = [IdealModel(prompt) for prompt in prompts] if llm is None else []
+    chosen: list[Setting] = []
+    for decoder in wanted:
+        found = settings(decoder)
+        try:
+            if llm is None:
+                models[0].engine.drafter(found[0].method)
+            else:
+                warm_engines(llm, [found[0].method])
+        except UserError as error:
+            if decoders is not None:
+                raise
+            skipped[decoder] = str(error)
+        else:
+            chosen += found
+    if llm is None:
+        figures: Iterable[dict[str, Any]] = _ideal(models, chosen, prompts, params, report)
+    else:
+        figures = compare(llm, [setting.method for setting in chosen], prompts, params, report=report)
+    by_method = {setting.method: setting for setting in (Setting("plain", None, None, "plain"), *chosen)}
+    return {
+        "rows": [_row(by_method[row["method"]], row) for row in figures],
+        "skipped": [{"method": method, "reason": reason} for method, reason in skipped.items()],
+    }
+
+
+def _row(setting: Setting, row: dict[str, Any]) -> dict[str, Any]:
+    """The figures that make a trade-off, without those of drafting."""
+    keys = (
+        "method", "category", "prompts", "accuracy", "tokens_per_step", "rows_per_token", "speedup", "agreement",
+        "identical",
+    )  # fmt: skip
+    named = {"decoder": setting.decoder, "knob": setting.knob, "value": setting.value}
+    return named | {key: row.get(key) for key in keys}
+
+
+def _ideal(
+    models: Sequence[IdealModel],
+    chosen: Sequence[Setting],
+    prompts: Sequence[BenchPrompt],
+    params: SamplingParams,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """The ideal model's rows, with the keys of `compare` but those of time and of plain decoding."""
+    totals: dict[tuple[str, str], list[tuple[float, int, int, int]]] = {}
+    for number, (model, prompt) in enumerate(zip(models, prompts, strict=True)):
+        own = replace(params, max_tokens=model.length, seed=(params.seed or 0) + number)
+        for setting in chosen:
+            request, right = model.decode(setting.method, own)
+            numbers = request.statistics
+            for category in (prompt.category, OVERALL):
+                cell = totals.setdefault((setting.method, category), [])
+                cell.append((right, numbers.tokens, numbers.steps, numbers.rows))
+        report(1)
+    rows = []
+    for setting in chosen:
+        for category in dict.fromkeys([*(prompt.category for prompt in prompts), OVERALL]):
+            right, tokens, steps, computed = map(sum, zip(*totals[setting.method, category], strict=True))
+            count = len(totals[setting.method, category])
+            rows.append(
+                {
+                    "method": setting.method,
+                    "category": category,
+                    "prompts": count,
+                    "accuracy": round(right / count, 4),
+                    "tokens_per_step": round(tokens / steps, 4),
+                    "rows_per_token": round(computed / tokens, 4),
+                }
+            )
+    return rows
