@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.engine import Canvas, Engine, Request, SamplingParams
+from hasten.engine import Canvas, Engine, Request, SamplingParams, View
+from hasten.engine.sampling import Sampler
 from hasten.model import CanvasOracle, DiffusionConfig, Model, Rows
 from hasten.tasks.parallelbench.operations import ListProblem
 from hasten.tasks.parallelbench.oracle import list_oracle
@@ -184,3 +185,25 @@ def reference(
                     ids[low + place], masked[low + place] = table[place].argmax(), False
         start = stop
     return ids[len(prompt) : end].tolist(), passes, said
+
+
+def view_of(
+    confidence: Sequence[float], masked: Sequence[bool] | None = None, active: int | None = None, start: int = 1
+) -> View:
+    """A view of a canvas, masked unless told otherwise, whose rows predict token 1 with these probabilities."""
+    count = len(confidence)
+    canvas = Canvas([5] * start, start + count, MASK, Sampler(SamplingParams(seed=0), 0, [5], VOCABULARY))
+    if masked is not None:
+        decided = start + (~torch.tensor(masked)).nonzero().flatten()
+        canvas.commit(decided, torch.full_like(decided, 2))
+    canvas.steps = 1
+    sure = torch.tensor(confidence, dtype=torch.float64)
+    logits = ((1 - sure) / (VOCABULARY - 2)).clamp(min=1e-30)[:, None].repeat(1, VOCABULARY)
+    logits[:, 1], logits[:, MASK] = sure, 0.0
+    return View(canvas, start, logits.log().float(), count if active is None else active)
+
+
+def committed(view: View) -> set[int]:
+    """The rows of a view that its canvas has committed since."""
+    rows = slice(view.start, view.start + len(view.masked))
+    return set((view.masked & ~view.canvas.masked[rows]).nonzero().flatten().tolist())
