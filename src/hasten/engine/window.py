@@ -89,6 +89,7 @@ class FullWindow:
 
     def look(self, low: int, high: int, hypotheses: Sequence[Hypothesis] = (), beyond: bool = False) -> Look:
         canvas, stop = self.canvas, min(self.stop, self.canvas.length)
+        high = min(high, stop)
         # A row that predicts the next position stands one before the block.
         first = self.start - self.shift
         bottom, top = 0, canvas.length
@@ -98,7 +99,7 @@ class FullWindow:
             self.sequence.crop(0)
         if not whole:
             bottom, top = first, stop if self.cache == "dual" else canvas.length
-        until = top if beyond else min(high, stop)
+        until = top if beyond else high
         size, contents = top - bottom, [each.ids for each in hypotheses] or [canvas.ids[self.start : stop]]
         tokens: list[int] = []
         for ids in contents:
@@ -116,7 +117,7 @@ class FullWindow:
             self.sequence.commit([*range(first), *behind])
             self._cached = (first, behind)
         self.age += 1
-        return _views(canvas, low, min(high, stop), logits, hypotheses)
+        return _views(canvas, low, high, logits, hypotheses)
 
     def _drop_cut(self) -> None:
         """Forget cached slots behind the end of a canvas that was cut."""
@@ -168,18 +169,20 @@ class BlockWindow:
             if not self.causal:
                 block = torch.arange(low, high) // self.size
                 mask = block[:, None] >= block[None, :]
-            wanted = [high - low - 1] if self.shift and high == start else []
+            # Where the prompt ends inside the block, its first position is known.
+            wanted = [high - low - 1] if self.shift and high == start and canvas.masked[start] else []
             logits = yield Passage(
                 canvas.ids[low:high].tolist(), range(low, high), wanted, mask, prompt=high <= canvas.prompt_length
             )
             self.sequence.commit(high - low)
-        if logits is not None and self.shift and canvas.masked[start]:
+        if logits is not None and len(logits):
             View(canvas, start, logits, 1).commit(torch.tensor([True]))
 
     def look(self, low: int, high: int, hypotheses: Sequence[Hypothesis] = (), beyond: bool = False) -> Look:
-        canvas, start, stop = self.canvas, self.start, self.stop
+        canvas, start, stop = self.canvas, self.start, min(self.stop, self.canvas.length)
+        high = min(high, stop)
         until = stop if beyond else high
-        if self._stale and not hypotheses and not (self.shift and canvas.masked[low]):
+        if self._stale and not hypotheses and not canvas.masked[low]:
             return (yield from self._look_at_part(low, high))
         self._forget()
         contents = [each.ids for each in hypotheses] or [canvas.ids[start:stop]]

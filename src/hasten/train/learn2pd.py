@@ -68,7 +68,7 @@ class Replay(BlockDenoiser[BlockParameters]):
         self.width = width
         self.references: dict[int, Tensor] = {}
         self.records: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._last: dict[int, Tensor] = {}
+        self._last: dict[int, tuple[int, Tensor]] = {}
 
     def update(self, request: Request, view: View) -> None:
         reference = self.references[request.id]
@@ -78,8 +78,9 @@ class Replay(BlockDenoiser[BlockParameters]):
         padded, open_ = torch.zeros(self.width, dtype=torch.bool), torch.zeros(self.width, dtype=torch.bool)
         padded[: view.active], open_[: view.active] = right[: view.active], view.open[: view.active]
         self.records.append((block_confidences(view, self.width), padded, open_))
-        stuck = request.id in self._last and torch.equal(self._last[request.id], view.tokens)
-        self._last[request.id] = view.tokens
+        start, before = self._last.get(request.id, (-1, view.tokens))
+        stuck = start == view.start and torch.equal(before, view.tokens)
+        self._last[request.id] = (view.start, view.tokens)
         if stuck:
             # Twice the same predictions: what is left of the block is taken from the reference.
             rows = view.open.nonzero().squeeze(1)

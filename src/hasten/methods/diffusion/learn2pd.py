@@ -46,6 +46,7 @@ class Learn2PDParameters(BlockParameters):
         checks = (
             (self.accept >= 0, "accept must not be negative"),
             (0 <= self.floor <= 1, "floor must be between 0 and 1"),
+            (self.part == 0, "part must be 0: the filter sees whole blocks"),
         )
         require(checks, "learn2pd")
 
@@ -107,9 +108,10 @@ class Learn2PD(BlockDenoiser[Learn2PDParameters]):
     def update(self, request: Request, view: View) -> None:
         accepted = view.open & (self.judge(view) > self.parameters.accept)
         end = self._end(view, accepted) if self.parameters.end else None
-        view.commit(accepted | view.best(view.confidence))
         if end is not None:
             view.canvas.truncate(view.start + end + 1)
+        kept = torch.arange(len(view.masked)) < view.canvas.length - view.start
+        view.commit(kept & accepted | view.best(torch.where(kept, view.confidence, -1.0)))
 
     def judge(self, view: View) -> Tensor:
         """float32 [rows]: how likely each row of the open part is final, by the filter; 0 behind it."""
@@ -125,7 +127,7 @@ class Learn2PD(BlockDenoiser[Learn2PDParameters]):
         if len(first):
             return int(first[0])
         likely = torch.where(view.masked & view.ends, view.confidence, -1.0)
-        return int(likely.argmax()) if float(likely.max()) >= max(self.parameters.floor, 0.0) else None
+        return int(likely.argmax()) if float(likely.max()) >= self.parameters.floor else None
 
 
 def block_confidences(view: View, width: int) -> Tensor:

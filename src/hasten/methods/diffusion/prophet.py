@@ -21,6 +21,7 @@ import torch
 from hasten.engine import Canvas, Passes, Request, Target, View, register
 from hasten.errors import UserError, require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
+from hasten.model import ModelConfig
 
 MIDDLE, LATE = 0.33, 0.67
 """Progress at which the next threshold holds."""
@@ -78,11 +79,15 @@ class Prophet(BlockDenoiser[ProphetParameters]):
                 raise UserError("prophet: a suffix needs a tokenizer, and this model has none")
             self.suffix = target.tokenizer.encode(parameters.suffix, add_special_tokens=False)
 
+    def canvas_length(self, request: Request, config: ModelConfig) -> int:
+        length = super().canvas_length(request, config)
+        if self.suffix and request.prompt_length + self.parameters.offset + len(self.suffix) >= length:
+            raise UserError("prophet: the suffix does not fit into the canvas; lower offset or allow more tokens")
+        return length
+
     def decode(self, request: Request, canvas: Canvas) -> Passes:
         if self.suffix:
             first = canvas.prompt_length + self.parameters.offset
-            if first + len(self.suffix) >= canvas.length:
-                raise UserError("prophet: the suffix does not fit into the canvas; lower offset or allow more tokens")
             canvas.commit(torch.arange(first, first + len(self.suffix)), torch.tensor(self.suffix))
         yield from super().decode(request, canvas)
 

@@ -63,6 +63,10 @@ class FactorParameters(BlockParameters):
         require(((self.factor >= 0, "factor must not be negative"),), "factor")
 
 
+ROUNDING = 1e-6
+"""Of confidences, so that the rule holds where exact ones meet it with equality."""
+
+
 @register(
     "factor",
     family="diffusion",
@@ -77,5 +81,5 @@ class Factor(BlockDenoiser[FactorParameters]):
     def update(self, request: Request, view: View) -> None:
         ranked = view.confidence[view.open].sort(descending=True).values
         counts = torch.arange(1, len(ranked) + 1)
-        together = counts[(counts + 1) * (1 - ranked) <= self.parameters.factor]
+        together = counts[(counts + 1) * (1 - ranked) <= self.parameters.factor + ROUNDING]
         view.commit(view.best(view.confidence, max(1, int(together.max()) if len(together) else 1)))
