@@ -74,6 +74,7 @@ void forward(const Model &model, Team &team, const Batch &batch) {
     const int64_t parts = (ffn + WIDTH - 1) / WIDTH;
 
     team.run([&](int number) {
+        [[maybe_unused]] const TileRegisters registers;
         const int64_t threads = team.count();
         // Contiguous shares where items are alike, every n-th item where later ones take longer.
         auto share = [&](int64_t count, auto work) {
@@ -204,6 +205,7 @@ void apply(const Linear &weight, Team &team, int64_t rows, const float *x, const
     Inputs &inputs = buffer;
     inputs.shape(weight, rows);
     team.run([&](int number) {
+        [[maybe_unused]] const TileRegisters registers;
         const int64_t threads = team.count();
         for (int64_t row = rows * number / threads; row < rows * (number + 1) / threads; ++row) {
             std::memcpy(inputs.row(row), x + row * weight.inputs, weight.inputs * sizeof(float));
