@@ -81,7 +81,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_no_address_is_wrong(sanitized: Path, make_checkpoint: Callable[..., Any], kernels: str) -> None:
     runtime = [
         subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()

@@ -48,9 +48,10 @@ inline void fetch_tile(const char *from) {
         _tile_dpbssd(sum, input, weight);
 
 // The sums of BLOCKS times 16 rows and PANELS panels, `apart` bytes from one to the next, over so many tiles of inputs,
-// which are `step` bytes apart. Bytes `ahead` of those read are fetched.
+// which are `step` bytes apart. With `fetched`, the panels' next tiles are fetched meanwhile: from further ahead, they would
+// push each other out of the nearest cache.
 template <Format FORMAT, int BLOCKS, int PANELS>
-inline void tile_products(const char *panels, int64_t apart, int64_t ahead, const char *inputs, int64_t step, int64_t count,
+inline void tile_products(const char *panels, int64_t apart, bool fetched, const char *inputs, int64_t step, int64_t count,
                           TileSums &sums) {
     static_assert(BLOCKS * PANELS <= 4);
     written();
@@ -59,8 +60,8 @@ inline void tile_products(const char *panels, int64_t apart, int64_t ahead, cons
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < count; ++i, inputs += step, panels += TILE_BYTES) {
-        if (ahead)
-            for (int p = 0; p < PANELS; ++p) fetch_tile(panels + p * apart + ahead);
+        if (fetched)
+            for (int p = 0; p < PANELS; ++p) fetch_tile(panels + p * apart + TILE_BYTES);
         _tile_loadd(4, inputs, 64);
         _tile_loadd(6, panels, 64);
         TILE_DOT(0, 4, 6)

@@ -241,7 +241,7 @@ inline void multiply(const Linear &weight, int64_t panel, const Inputs &x, int64
     const int64_t words = words_of(weight), apart = words * 64, rows = x.size(first);
     const char *panels = static_cast<const char *>(weight.panels) + panel * apart;
     TileSums sums;
-    tile_products<FORMAT, BLOCKS, PANELS>(panels, apart, AHEAD, reinterpret_cast<const char *>(x.words(first)), rows * 64,
+    tile_products<FORMAT, BLOCKS, PANELS>(panels, apart, true, reinterpret_cast<const char *>(x.words(first)), rows * 64,
                                           words / WIDTH, sums);
     for (int p = 0; p < PANELS; ++p)
         for (int64_t r = 0; r < rows; ++r) {
@@ -279,14 +279,14 @@ inline void multiply_int4(const Linear &weight, int64_t panel, const Inputs &x, 
 #pragma GCC unroll 8
             for (int k = 0; k < 8; ++k) {
                 const __m512i both = _mm512_loadu_si512(from + k * 64);
-                __builtin_prefetch(from + AHEAD + k * 64);
+                __builtin_prefetch(from + TILE_BYTES + k * 64);
                 char *to = weights[g & 1][p] + k * 128;
                 _mm512_store_si512(to, _mm512_gf2p8affine_epi64_epi8(both, lower, TURNED));
                 _mm512_store_si512(to + 64, _mm512_gf2p8affine_epi64_epi8(both, upper, TURNED));
             }
         }
         if (g > 0 && g <= groups)
-            tile_products<INT8, BLOCKS, 2>(weights[~g & 1][0], TILE_BYTES, 0, inputs + (g - 1) * rows * 64, 0, 1, sums[~g & 1]);
+            tile_products<INT8, BLOCKS, 2>(weights[~g & 1][0], TILE_BYTES, false, inputs + (g - 1) * rows * 64, 0, 1, sums[~g & 1]);
         const int64_t done = g - 2;
         for (int p = 0; p < 2 && done >= 0; ++p) {
             const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + ((panel + p) * groups + done) * WIDTH);
@@ -337,21 +337,27 @@ inline void block_product(const Linear &weight, int64_t panel, int64_t panels, c
         tiles<FORMAT, most_rows(FORMAT)>(x.size(first), weight, panel, x, first, out, residual);
 }
 
-// out = x W^T + bias (+ residual), this thread's share of the outputs.
+// Bytes of weights that stay in a core's cache while the blocks of rows pass by.
+constexpr int64_t KEPT = 512 * 1024;
+
+// out = x W^T + bias (+ residual), this thread's share of the outputs. With several blocks of rows, each takes as many
+// panels as the cache keeps before the next has its turn: results are written in long runs, not all over the memory.
 inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
                    const float *residual = nullptr) {
     const int64_t pairs = (weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH), at_once = in_tiles(weight.format) ? 2 : 1;
     const int64_t last = pairs * (number + 1) / team.count();
-    for (int64_t pair = pairs * number / team.count(); pair < last; pair += at_once)
-        for (int64_t block = 0; block < x.blocks(); ++block) {
-            const int64_t first = x.first(block), panel = 2 * pair, panels = 2 * std::min(at_once, last - pair);
-            switch (weight.format) {
-                case FLOAT32: block_product<FLOAT32>(weight, panel, panels, x, first, out, residual); break;
-                case BFLOAT16: block_product<BFLOAT16>(weight, panel, panels, x, first, out, residual); break;
-                case INT8: block_product<INT8>(weight, panel, panels, x, first, out, residual); break;
-                case INT4: block_product<INT4>(weight, panel, panels, x, first, out, residual); break;
+    const int64_t kept = std::max(at_once, KEPT / (words_of(weight) * 2 * 64) / at_once * at_once);
+    for (int64_t from = pairs * number / team.count(); from < last; from += kept)
+        for (int64_t block = 0; block < x.blocks(); ++block)
+            for (int64_t pair = from, stop = std::min(last, from + kept); pair < stop; pair += at_once) {
+                const int64_t first = x.first(block), panel = 2 * pair, panels = 2 * std::min(at_once, stop - pair);
+                switch (weight.format) {
+                    case FLOAT32: block_product<FLOAT32>(weight, panel, panels, x, first, out, residual); break;
+                    case BFLOAT16: block_product<BFLOAT16>(weight, panel, panels, x, first, out, residual); break;
+                    case INT8: block_product<INT8>(weight, panel, panels, x, first, out, residual); break;
+                    case INT4: block_product<INT4>(weight, panel, panels, x, first, out, residual); break;
+                }
             }
-        }
 }
 
 }  // namespace NAME
