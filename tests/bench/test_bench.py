@@ -269,3 +269,22 @@ def test_a_method_that_fits_the_model(llm: LLM, diffusion_llm: Callable[..., LLM
         assert fitting(diffusion_llm(attention)) == ("threshold", "freedave")
     assert fitting(diffusion_llm("context-causal")) == ("tidar", "tidar")
     assert fitting(diffusion_llm("context-causal", "shifted")) == ("ngram", "ngram")
+
+
+def test_bandwidth_is_read_in_the_rounds_of_the_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """A machine that is half as fast in some rounds has the same shares as one that is not."""
+    speeds = iter([0.01, 0.005, 0.01])
+    monkeypatch.setattr(doctor.Reader, "bandwidth", lambda self: next(speeds))
+    monkeypatch.setattr(doctor, "BANDWIDTH_BYTES", 4)
+
+    def times(model, shapes, context, beside):
+        for _ in range(3):
+            beside()
+        return {(1, rows): [rows * 0.1, rows * 0.2, rows * 0.1] for _, rows in shapes}
+
+    monkeypatch.setattr(doctor, "step_times", times)
+    found = doctor.step_costs(llm)
+    assert found["bandwidth_gbs"] == 0.01
+    assert found["bandwidth_share"] == pytest.approx(llm.model.weight_bytes() / 0.01e9 / 0.1, abs=1e-4)
+    assert found["verify_cost"] == {str(rows): float(rows) for rows in doctor.ROWS}
+    assert found["token_cost"] == 1.0

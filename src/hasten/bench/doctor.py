@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping
+from operator import truediv
 from typing import Any
 
 import torch
 
-from hasten.engine.cost import step_seconds
+from hasten.engine.cost import step_times
 from hasten.llm import LLM
 from hasten.model import Rows, native
 
@@ -19,15 +21,23 @@ CONTEXT = 256
 BANDWIDTH_BYTES = 512 * 2**20
 
 
-def read_bandwidth(device: torch.device, repeats: int = 7) -> float:
-    """Bytes per second (in 1e9) that all cores read from a buffer far larger than any cache; the best of several."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(repeats):
+class Reader:
+    """A buffer far larger than any cache, read by all cores."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+
+    def bandwidth(self) -> float:
+        """Bytes per second (in 1e9), read once."""
         started = time.perf_counter()
-        float(buffer.sum())
-        best = max(best, buffer.nbytes / (time.perf_counter() - started))
-    return best / 1e9
+        float(self.buffer.sum())
+        return self.buffer.nbytes / (time.perf_counter() - started) / 1e9
+
+
+def read_bandwidth(device: torch.device, repeats: int = 7) -> float:
+    """Bytes per second (in 1e9) that all cores read; the best of several."""
+    reader = Reader(device)
+    return max(reader.bandwidth() for _ in range(repeats))
 
 
 @torch.inference_mode()
@@ -52,23 +62,31 @@ def row_invariant(llm: LLM, context: int = 64, count: int = 8) -> bool:
         alone.release()
 
 
-def step_costs(llm: LLM, bandwidth: float) -> dict[str, Any]:
-    """What a step costs in one precision.
+def step_costs(llm: LLM) -> dict[str, Any]:
+    """What a step costs in one precision, and what the memory gives in the same moments.
 
-    Keys: `weight_bytes`; `step_ms` for one row; `roofline_ms`, the time in which the weights can be read at
-    `bandwidth` (in 1e9 bytes per second; a model that fits into the processor's caches can be faster); `verify_cost`,
-    v(n): the cost of a step of n rows over that of one; `token_cost`: of each further row up to 8, in steps. A draft
-    pays where more of its tokens are accepted than that.
+    Bandwidth is read in turns with the steps: what else the machine does falls on both. Medians, of ratios where two
+    times are compared.
+
+    Keys: `bandwidth_gbs`, in 1e9 bytes per second; `weight_bytes`; `step_ms` for one row; `roofline_ms`, the time in
+    which the weights can be read; `bandwidth_share`, that time over the step's (a model that fits into the processor's
+    caches can have more than 1); `verify_cost`, v(n): the cost of a step of n rows over that of one; `token_cost`: of
+    each further row up to 8, in steps. A draft pays where more of its tokens are accepted than that.
     """
     context = min(CONTEXT, llm.model.config.max_positions - max(ROWS))
-    costs = {rows: seconds for (_, rows), seconds in step_seconds(llm.model, [(1, n) for n in ROWS], context).items()}
-    weight_bytes = llm.model.weight_bytes()
+    reader, bandwidths = Reader(llm.model.device), []
+    times = step_times(llm.model, [(1, n) for n in ROWS], context, beside=lambda: bandwidths.append(reader.bandwidth()))
+    one, weight_bytes = times[1, 1], llm.model.weight_bytes()
+    costs = {rows: statistics.median(map(truediv, found, one)) for (_, rows), found in times.items()}
+    roofs = [weight_bytes / bandwidth / 1e9 for bandwidth in bandwidths]
     return {
+        "bandwidth_gbs": round(statistics.median(bandwidths), 2),
         "weight_bytes": weight_bytes,
-        "step_ms": round(costs[1] * 1e3, 4),
-        "roofline_ms": round(weight_bytes / bandwidth / 1e6, 4),
-        "verify_cost": {str(count): round(seconds / costs[1], 4) for count, seconds in costs.items()},
-        "token_cost": round((costs[8] / costs[1] - 1) / 7, 4),
+        "step_ms": round(statistics.median(one) * 1e3, 4),
+        "roofline_ms": round(statistics.median(roofs) * 1e3, 4),
+        "bandwidth_share": round(statistics.median(map(truediv, roofs, one)), 4),
+        "verify_cost": {str(rows): round(cost, 4) for rows, cost in costs.items()},
+        "token_cost": round((costs[8] - 1) / 7, 4),
     }
 
 
@@ -78,7 +96,7 @@ def doctor(
     invariant: Callable[[], LLM] | None = None,
     report: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """The JSON document of `hasten doctor`: the machine, `bandwidth_gbs`, `row_invariant`, and `step_costs`.
+    """The JSON document of `hasten doctor`: the machine, `row_invariant`, and `step_costs`.
 
     Args:
         llm: what is examined.
@@ -87,24 +105,21 @@ def doctor(
             `invariance_price`, the cost of a step of one row over what it costs now. Native rows have it for nothing.
         report: is told of each stage.
     """
-    report("measuring bandwidth")
-    bandwidth = read_bandwidth(llm.model.device)
-    report("timing steps of 1 to 32 rows")
+    report("timing steps of 1 to 32 rows, and reads of memory")
     document = machine(llm) | {
-        "bandwidth_gbs": round(bandwidth, 2),
-        **step_costs(llm, bandwidth),
+        **step_costs(llm),
         "row_invariant": row_invariant(llm),
     }
     if llm.model.backend.name == "native":
         document["invariance_price"] = 1.0
     elif invariant is not None:
         report("timing steps with invariant numerics")
-        document["invariance_price"] = step_costs(invariant(), bandwidth)["step_ms"] / document["step_ms"]
+        document["invariance_price"] = step_costs(invariant())["step_ms"] / document["step_ms"]
     if precisions is not None:
         document["precisions"] = {}
         for name, load in precisions.items():
             report(f"timing steps in {name}")
-            document["precisions"][name] = step_costs(load(), bandwidth)
+            document["precisions"][name] = step_costs(load())
     return document
 
 

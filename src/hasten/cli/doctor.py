@@ -78,7 +78,7 @@ def _print(document: dict[str, Any]) -> None:
     console.print(f"{'weights':>14}  {document['weight_bytes'] / 1e6:.1f} MB per step")
     console.print(
         f"{'step':>14}  {document['step_ms']:.3f} ms for one row; reading the weights from memory takes "
-        f"{document['roofline_ms']:.3f} ms"
+        f"{document['roofline_ms']:.3f} ms ({document['bandwidth_share']:.2f} of the bandwidth is used)"
     )
     console.print(f"{'a row more':>14}  {document['token_cost']:.2f} steps: what a drafted token must be accepted for")
     invariant = "yes" if document["row_invariant"] else "no (near-ties may fall differently in larger steps)"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hasten.cache import Cache
-from hasten.model import Rows, Span
+from hasten.model import Rows, Span, native
 
 if TYPE_CHECKING:
     from hasten.model import Model
@@ -72,7 +72,6 @@ class VerifyCost:
         return [np.interp(counts, self.rows, np.maximum.accumulate(curve)).tolist() for curve in self.seconds]
 
 
-@torch.inference_mode()
 def step_seconds(
     model: Model,
     shapes: Sequence[tuple[int, int]],
@@ -80,13 +79,29 @@ def step_seconds(
     repeats: int | None = None,
     of: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[tuple[int, int], float]:
-    """Seconds of a forward pass of each shape, all behind a context; the shapes take turns.
+    """Seconds of a forward pass of each shape: see `step_times`.
+
+    Args:
+        of: which of a shape's passes counts.
+    """
+    return {shape: of(times) for shape, times in step_times(model, shapes, context, repeats).items()}
+
+
+@torch.inference_mode()
+def step_times(
+    model: Model,
+    shapes: Sequence[tuple[int, int]],
+    context: int,
+    repeats: int | None = None,
+    beside: Callable[[], None] = lambda: None,
+) -> dict[tuple[int, int], list[float]]:
+    """Seconds of every forward pass of each shape, all behind a context; the shapes take turns.
 
     Args:
         shapes: (sequences, rows of each).
         context: cached tokens of every sequence.
         repeats: passes per shape; None takes as many as fit into `MEASURE_SECONDS`, 3 to 25.
-        of: which of them counts.
+        beside: is called at the start of every turn that counts.
     """
     cache = Cache(model.config.layers, model.cache_dtype, model.device)
     generator = torch.Generator().manual_seed(0)
@@ -102,6 +117,8 @@ def step_seconds(
     times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     turn, turns = 0, 2 if repeats is None else repeats + 1
     while turn < turns:
+        if turn > 0:
+            beside()
         for count, rows in shapes:
             spans = [Span(sequence, i * rows, (i + 1) * rows) for i, sequence in enumerate(sequences[:count])]
             positions = torch.arange(context, context + rows, device=model.device).repeat(count)
@@ -118,7 +135,7 @@ def step_seconds(
             turns = 1 + int(min(max(MEASURE_SECONDS / len(CONTEXTS) / max(a_turn, 1e-9), 3), 25))
     for sequence in sequences:
         sequence.release()
-    return {shape: of(values) for shape, values in times.items()}
+    return times
 
 
 def measure(model: Model) -> VerifyCost:
@@ -149,6 +166,7 @@ def verify_cost(model: Model, folder: str | None) -> VerifyCost:
         "weights": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
         "dtype": str(getattr(model, "dtype", model.cache_dtype)),
         "backend": getattr(getattr(model, "backend", None), "name", ""),
+        "kernels": native.kernels(),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

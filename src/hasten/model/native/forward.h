@@ -16,12 +16,17 @@ inline void rotate(float *x, const float *cosine, const float *sine, int64_t hal
     }
 }
 
-// silu(gate) * up, up to sixteen channels.
+// silu(gate) * up.
 inline void gated(const float *gate, const float *up, int64_t count, float *out) {
-    Lanes values = {};
-    for (int64_t i = 0; i < count; ++i) values[i] = -gate[i];
-    const Lanes e = exponential(values);
-    for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + e[i]) * up[i];
+    auto silu = [](Lanes value) { return value / (1.0f + exponential(-value)); };
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) store(out + i, silu(load(gate + i)) * load(up + i));
+    if (i == count) return;
+    float last[2][WIDTH] = {};
+    std::copy(gate + i, gate + count, last[0]);
+    std::copy(up + i, up + count, last[1]);
+    const Lanes values = silu(load(last[0])) * load(last[1]);
+    std::memcpy(out + i, &values, (count - i) * sizeof(float));
 }
 
 inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
@@ -71,9 +76,11 @@ void forward(const Model &model, Team &team, const Batch &batch) {
                 head -= together - some;
             }
     }
-    const int64_t parts = (ffn + WIDTH - 1) / WIDTH;
+    // Of the gated channels, each whole vectors of words.
+    const int64_t part = 8 * WIDTH, parts = (ffn + part - 1) / part;
 
     team.run([&](int number) {
+        [[maybe_unused]] const TileRegisters registers;
         const int64_t threads = team.count();
         // Contiguous shares where items are alike, every n-th item where later ones take longer.
         auto share = [&](int64_t count, auto work) {
@@ -161,7 +168,7 @@ void forward(const Model &model, Team &team, const Batch &batch) {
             linear(layer.gate_up, team, number, normed, gate_up);
             team.barrier();
             share(rows * parts, [&](int64_t item) {
-                const int64_t row = item / parts, first = item % parts * WIDTH, count = std::min(WIDTH, ffn - first);
+                const int64_t row = item / parts, first = item % parts * part, count = std::min(part, ffn - first);
                 const float *gate = gate_up + row * 2 * ffn + first;
                 gated(gate, gate + ffn, count, inner.row(row) + first);
                 if (inner.direct()) inner.put(row, first, count);
@@ -204,6 +211,7 @@ void apply(const Linear &weight, Team &team, int64_t rows, const float *x, const
     Inputs &inputs = buffer;
     inputs.shape(weight, rows);
     team.run([&](int number) {
+        [[maybe_unused]] const TileRegisters registers;
         const int64_t threads = team.count();
         for (int64_t row = rows * number / threads; row < rows * (number + 1) / threads; ++row) {
             std::memcpy(inputs.row(row), x + row * weight.inputs, weight.inputs * sizeof(float));

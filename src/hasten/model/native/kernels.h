@@ -1,5 +1,6 @@
 // All that runs in one instruction set, in the namespace NAME.
 #include "lanes.h"
+#include "amx.h"
 #include "linear.h"
 #include "attention.h"
 #include "forward.h"

@@ -85,6 +85,17 @@ inline uint32_t narrow(float value) {
     return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 64 : rounded;
 }
 
+// 32 floats to bf16, two to a word.
+inline Words narrow_pairs(const float *from) {
+#if LEVEL >= 3
+    return (Words)_mm512_cvtne2ps_pbh((__m512)load(from + WIDTH), (__m512)load(from));
+#else
+    Words bits;
+    for (int64_t i = 0; i < WIDTH; ++i) bits[i] = narrow(from[2 * i + 1]) << 16 | narrow(from[2 * i]);
+    return bits;
+#endif
+}
+
 // What a word of a row's inputs, and the same inputs of sixteen outputs, add to their sums. A word holds one float, two bf16
 // or four int8 codes, for int8 weights shifted by 128 where the instruction wants them unsigned (SHIFTED).
 
@@ -99,7 +110,7 @@ inline Lanes add_bf16(Lanes total, Words weights, uint32_t input) {
 #endif
 }
 
-constexpr bool SHIFTED = LEVEL >= 2;
+constexpr bool SHIFTED = LEVEL == 2 || LEVEL == 3;
 
 #if LEVEL == 1
 template <class Each>

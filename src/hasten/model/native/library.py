@@ -49,7 +49,7 @@ def _openmp() -> str | None:
 
 
 def kernels() -> str | None:
-    """The instruction set that was chosen: `avx512bf16`, `avx512`, `avx2` or `portable`; None without the library."""
+    """The chosen instruction set: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`; None without the library."""
     loaded = library()
     return None if loaded is None else str(loaded.hasten_kernels().decode())
 

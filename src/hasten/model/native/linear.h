@@ -6,6 +6,12 @@
 namespace {
 namespace NAME {
 
+// Whether products go through tile registers, and the rows of one pass over the weights: float32 has a vector register
+// for each.
+constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format != FLOAT32; }
+constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
+constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : IN_VECTORS; }
+
 // The rows that a linear layer reads, in words as its format wants them. Rows lie in blocks that share a pass over the
 // weights: [words / 16][rows of the block][16], so that the kernels read on and on, and no two threads write one line.
 class Inputs {
@@ -15,15 +21,17 @@ class Inputs {
         format_ = weight.format;
         rows_ = rows;
         width_ = weight.inputs;
-        chunks_ = (words_of(weight) + WIDTH - 1) / WIDTH;
+        chunks_ = words_of(weight) / WIDTH;
         groups_ = format_ == INT4 ? chunks_ : 1;
-        blocks_ = (rows + MOST - 1) / MOST;
-        size_ = blocks_ ? (rows + blocks_ - 1) / blocks_ : 0;
+        const int64_t most = most_rows(format_);
+        blocks_ = (rows + most - 1) / most;
+        // Equal blocks, but whole tiles.
+        size_ = blocks_ == 0 ? 0 : in_tiles(format_) ? std::min(rows, most) : (rows + blocks_ - 1) / blocks_;
         per_word_ = format_ == FLOAT32 ? 1 : format_ == BFLOAT16 ? 2 : 4;
         stride_ = chunks_ * WIDTH * per_word_;
-        // Conversions read 32 floats at a time.
-        grown(plain_, rows * stride_ + 2 * WIDTH);
-        grown(words_, rows * chunks_ * WIDTH);
+        grown(plain_, rows * stride_);
+        // Tiles read on behind the last row.
+        grown(words_, (rows * chunks_ + MOST) * WIDTH);
         grown(scales_, rows * groups_);
         grown(starts_, rows * groups_);
         for (int64_t row = 0; row < rows; ++row) std::fill(this->row(row) + width_, this->row(row) + stride_, 0.0f);
@@ -32,24 +40,20 @@ class Inputs {
     // Whether a part of a row can become words by itself; codes need the scale of the whole row.
     bool direct() const { return format_ == FLOAT32 || format_ == BFLOAT16; }
 
-    // The floats `first` to `first + count` of a row (even numbers, or to its end) become words.
+    // The floats `first` to `first + count` of a row (whole words, or to its end) become words.
     void put(int64_t row, int64_t first, int64_t count) {
         const float *from = this->row(row);
         uint32_t *to = start(row);
-        const int64_t last = (first + count + per_word_ - 1) / per_word_;
+        const int64_t last = first + count == width_ ? chunks_ * WIDTH : (first + count) / per_word_;
         for (int64_t word = first / per_word_; word < last;) {
-            const int64_t some = std::min(WIDTH - word % WIDTH, last - word);
-            uint32_t bits[WIDTH];
-            if (format_ == FLOAT32)
-                std::memcpy(bits, from + word, sizeof bits);
-            else
-                for (int64_t i = 0; i < WIDTH; ++i)
-                    bits[i] = narrow(from[2 * (word + i) + 1]) << 16 | narrow(from[2 * (word + i)]);
-            uint32_t *place = to + word / WIDTH * WIDTH * size(row) + word % WIDTH;
+            const int64_t chunk = word / WIDTH, skip = word % WIDTH, some = std::min(WIDTH - skip, last - word);
+            const float *floats = from + chunk * WIDTH * per_word_;
+            const Words bits = format_ == FLOAT32 ? as<Words>(load(floats)) : narrow_pairs(floats);
+            uint32_t *place = to + chunk * WIDTH * size(row);
             if (some == WIDTH)
-                std::memcpy(place, bits, sizeof bits);
+                std::memcpy(place, &bits, sizeof bits);
             else
-                std::memcpy(place, bits, some * sizeof *bits);
+                for (int64_t i = skip; i < skip + some; ++i) place[i] = bits[i];
             word += some;
         }
     }
@@ -110,14 +114,12 @@ class Inputs {
     std::vector<int32_t> starts_;
 };
 
-// Bytes. Weights that are wanted soon are fetched by hand where several rows keep the arithmetic busy: the processor's own
-// guess then comes too late.
+// Bytes. Weights that are wanted soon are fetched by hand: the processor's own guess comes too late.
 constexpr int64_t AHEAD = 2048;
 
-template <int ROWS>
 inline Words weights_at(const void *panels, int64_t vector) {
     const char *from = static_cast<const char *>(panels) + vector * 64;
-    if (ROWS > 2) __builtin_prefetch(from + AHEAD);
+    __builtin_prefetch(from + AHEAD);
     Words value;
     std::memcpy(&value, from, sizeof value);
     return value;
@@ -137,7 +139,7 @@ inline void add_words(const Linear &weight, int64_t panel, const uint32_t *input
     for (int64_t k = 0; k < words; ++k) {
         const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
         Words now[PANELS];
-        for (int p = 0; p < PANELS; ++p) now[p] = weights_at<ROWS>(weight.panels, (panel + p) * words + k);
+        for (int p = 0; p < PANELS; ++p) now[p] = weights_at(weight.panels, (panel + p) * words + k);
 #pragma GCC unroll 24
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -176,7 +178,7 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
             for (int64_t k = 0; k < GROUP_WORDS; k += 2, input += 2) {
                 Words low[PANELS], high[PANELS];
                 for (int p = 0; p < PANELS; ++p) {
-                    const Words both = weights_at<ROWS>(weight.panels, ((panel + p) * words + g * GROUP_WORDS + k) / 2);
+                    const Words both = weights_at(weight.panels, ((panel + p) * words + g * GROUP_WORDS + k) / 2);
                     low[p] = both & 0x0f0f0f0fu;
                     high[p] = both >> 4 & 0x0f0f0f0fu;
                 }
@@ -197,24 +199,25 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
     }
 }
 
-// The same, with bias and residual, to `out` [rows][outputs].
+// A row's sums in a panel, with bias and residual, to `out` [rows][outputs].
+inline void finish(const Linear &weight, int64_t panel, int64_t row, Lanes value, float *out, const float *residual) {
+    const int64_t column = panel * WIDTH, at = row * weight.outputs + column;
+    if (column + WIDTH <= weight.outputs) {
+        if (weight.bias) value += load(weight.bias + column);
+        if (residual) value += load(residual + at);
+        store(out + at, value);
+        return;
+    }
+    for (int64_t n = 0; n < weight.outputs - column; ++n)
+        out[at + n] = value[n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
+}
+
 template <Format FORMAT, int ROWS, int PANELS>
 void tile(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out, const float *residual) {
     Lanes result[ROWS][PANELS];
     product<FORMAT, ROWS, PANELS>(weight, panel, x, first, result);
     for (int r = 0; r < ROWS; ++r)
-        for (int p = 0; p < PANELS; ++p) {
-            const int64_t column = (panel + p) * WIDTH, at = (first + r) * weight.outputs + column;
-            Lanes value = result[r][p];
-            if (column + WIDTH <= weight.outputs) {
-                if (weight.bias) value += load(weight.bias + column);
-                if (residual) value += load(residual + at);
-                store(out + at, value);
-                continue;
-            }
-            for (int64_t n = 0; n < weight.outputs - column; ++n)
-                out[at + n] = value[n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
-        }
+        for (int p = 0; p < PANELS; ++p) finish(weight, panel + p, first + r, result[r][p], out, residual);
 }
 
 template <Format FORMAT, int ROWS>
@@ -222,7 +225,7 @@ inline void tiles(int64_t rows, const Linear &weight, int64_t panel, const Input
                   const float *residual) {
     if (rows < ROWS) {
         if constexpr (ROWS > 1) tiles<FORMAT, ROWS - 1>(rows, weight, panel, x, first, out, residual);
-    } else if constexpr (ROWS * 2 <= MOST) {
+    } else if constexpr (ROWS * 2 <= IN_VECTORS) {
         tile<FORMAT, ROWS, 2>(weight, panel, x, first, out, residual);
     } else {
         tile<FORMAT, ROWS, 1>(weight, panel, x, first, out, residual);
@@ -230,20 +233,132 @@ inline void tiles(int64_t rows, const Linear &weight, int64_t panel, const Input
     }
 }
 
-// out = x W^T + bias (+ residual), this thread's share of the outputs.
-inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
-                   const float *residual = nullptr) {
-    const int64_t pairs = (weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH);
-    for (int64_t pair = pairs * number / team.count(); pair < pairs * (number + 1) / team.count(); ++pair)
-        for (int64_t block = 0; block < x.blocks(); ++block) {
-            const int64_t first = x.first(block), rows = x.size(first);
-            switch (weight.format) {
-                case FLOAT32: tiles<FLOAT32, MOST>(rows, weight, 2 * pair, x, first, out, residual); break;
-                case BFLOAT16: tiles<BFLOAT16, MOST>(rows, weight, 2 * pair, x, first, out, residual); break;
-                case INT8: tiles<INT8, MOST>(rows, weight, 2 * pair, x, first, out, residual); break;
-                case INT4: tiles<INT4, MOST>(rows, weight, 2 * pair, x, first, out, residual); break;
+#if LEVEL >= 4
+
+// A block of up to 16 BLOCKS rows times PANELS panels; not for int4.
+template <Format FORMAT, int BLOCKS, int PANELS>
+inline void multiply(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out,
+                     const float *residual) {
+    const int64_t words = words_of(weight), apart = words * 64, rows = x.size(first);
+    const char *panels = static_cast<const char *>(weight.panels) + panel * apart;
+    TileSums sums;
+    tile_products<FORMAT, BLOCKS, PANELS>(panels, apart, true, reinterpret_cast<const char *>(x.words(first)), rows * 64,
+                                          words / WIDTH, sums);
+    for (int p = 0; p < PANELS; ++p)
+        for (int64_t r = 0; r < rows; ++r) {
+            const int32_t *sum = BLOCKS == 1 ? sums.of[p][r] : sums.of[r / TILE_ROWS * 2 + p][r % TILE_ROWS];
+            Lanes value;
+            if constexpr (FORMAT == BFLOAT16)
+                value = as<Lanes>(load(sum));
+            else
+                value = floats(load(sum)) *
+                        (load(static_cast<const float *>(weight.scales) + (panel + p) * WIDTH) * x.scales(first)[r]);
+            finish(weight, panel + p, first + r, value, out, residual);
+        }
+}
+
+// The same for int4 and two panels: each group is a tile of codes from -8 to 7, its sums become floats as in `product`.
+template <int BLOCKS>
+inline void multiply_int4(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out,
+                          const float *residual) {
+    const int64_t groups = words_of(weight) / GROUP_WORDS, apart = groups * TILE_BYTES / 2, rows = x.size(first);
+    const char *panels = static_cast<const char *>(weight.panels) + panel * apart;
+    const char *inputs = reinterpret_cast<const char *>(x.words(first));
+    const float *scales = x.scales(first);
+    // A byte's lower or upper half n to n - 8: bits 0 to 2 are its own, bit 3 turned over fills the rest. Both are matrices
+    // of bits, with a row per bit of the result.
+    const __m512i lower = _mm512_set1_epi64(0x0102040808080808), upper = _mm512_set1_epi64(0x1020408080808080);
+    constexpr int TURNED = 0xf8;
+    alignas(64) char weights[2][2][TILE_BYTES];
+    TileSums sums[2];
+    Lanes result[2][BLOCKS * TILE_ROWS];
+    for (int p = 0; p < 2; ++p) std::fill(result[p], result[p] + rows, Lanes{});
+    // A group is unpacked while the one before it is multiplied and the one before that becomes floats.
+    for (int64_t g = 0; g < groups + 2; ++g) {
+        for (int p = 0; p < 2 && g < groups; ++p) {
+            const char *from = panels + p * apart + g * TILE_BYTES / 2;
+#pragma GCC unroll 8
+            for (int k = 0; k < 8; ++k) {
+                const __m512i both = _mm512_loadu_si512(from + k * 64);
+                __builtin_prefetch(from + TILE_BYTES + k * 64);
+                char *to = weights[g & 1][p] + k * 128;
+                _mm512_store_si512(to, _mm512_gf2p8affine_epi64_epi8(both, lower, TURNED));
+                _mm512_store_si512(to + 64, _mm512_gf2p8affine_epi64_epi8(both, upper, TURNED));
             }
         }
+        if (g > 0 && g <= groups)
+            tile_products<INT8, BLOCKS, 2>(weights[~g & 1][0], TILE_BYTES, false, inputs + (g - 1) * rows * 64, 0, 1, sums[~g & 1]);
+        const int64_t done = g - 2;
+        for (int p = 0; p < 2 && done >= 0; ++p) {
+            const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + ((panel + p) * groups + done) * WIDTH);
+            for (int64_t r = 0; r < rows; ++r)
+                result[p][r] += floats(load(sums[g & 1].of[r / TILE_ROWS * 2 + p][r % TILE_ROWS])) *
+                                (scale * scales[r * groups + done]);
+        }
+    }
+    for (int p = 0; p < 2; ++p)
+        for (int64_t r = 0; r < rows; ++r) finish(weight, panel + p, first + r, result[p][r], out, residual);
+}
+
+// Rows of int4 from which tiles are faster than vectors; the results are the same bits.
+constexpr int64_t INT4_TILES = 9;
+
+template <Format FORMAT>
+inline void multiply_block(const Linear &weight, int64_t panel, int64_t panels, const Inputs &x, int64_t first, float *out,
+                           const float *residual) {
+    const int64_t rows = x.size(first), last = panel + panels;
+    if constexpr (FORMAT == INT4) {
+        for (; panel < last; panel += 2)
+            if (rows < INT4_TILES)
+                tiles<INT4, INT4_TILES - 1>(rows, weight, panel, x, first, out, residual);
+            else if (rows <= TILE_ROWS)
+                multiply_int4<1>(weight, panel, x, first, out, residual);
+            else
+                multiply_int4<2>(weight, panel, x, first, out, residual);
+    } else if (rows <= TILE_ROWS) {
+        if (panels == 4)
+            multiply<FORMAT, 1, 4>(weight, panel, x, first, out, residual);
+        else
+            multiply<FORMAT, 1, 2>(weight, panel, x, first, out, residual);
+    } else {
+        for (; panel < last; panel += 2) multiply<FORMAT, 2, 2>(weight, panel, x, first, out, residual);
+    }
+}
+
+#endif
+
+// An even number of panels (two, or four where tiles take them) times a block.
+template <Format FORMAT>
+inline void block_product(const Linear &weight, int64_t panel, int64_t panels, const Inputs &x, int64_t first, float *out,
+                          const float *residual) {
+#if LEVEL >= 4
+    if constexpr (in_tiles(FORMAT)) return multiply_block<FORMAT>(weight, panel, panels, x, first, out, residual);
+#endif
+    for (int64_t last = panel + panels; panel < last; panel += 2)
+        tiles<FORMAT, most_rows(FORMAT)>(x.size(first), weight, panel, x, first, out, residual);
+}
+
+// Bytes of weights that stay in a core's cache while the blocks of rows pass by.
+constexpr int64_t KEPT = 512 * 1024;
+
+// out = x W^T + bias (+ residual), this thread's share of the outputs. With several blocks of rows, each takes as many
+// panels as the cache keeps before the next has its turn: results are written in long runs, not all over the memory.
+inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
+                   const float *residual = nullptr) {
+    const int64_t pairs = (weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH), at_once = in_tiles(weight.format) ? 2 : 1;
+    const int64_t last = pairs * (number + 1) / team.count();
+    const int64_t kept = std::max(at_once, KEPT / (words_of(weight) * 2 * 64) / at_once * at_once);
+    for (int64_t from = pairs * number / team.count(); from < last; from += kept)
+        for (int64_t block = 0; block < x.blocks(); ++block)
+            for (int64_t pair = from, stop = std::min(last, from + kept); pair < stop; pair += at_once) {
+                const int64_t first = x.first(block), panel = 2 * pair, panels = 2 * std::min(at_once, stop - pair);
+                switch (weight.format) {
+                    case FLOAT32: block_product<FLOAT32>(weight, panel, panels, x, first, out, residual); break;
+                    case BFLOAT16: block_product<BFLOAT16>(weight, panel, panels, x, first, out, residual); break;
+                    case INT8: block_product<INT8>(weight, panel, panels, x, first, out, residual); break;
+                    case INT4: block_product<INT4>(weight, panel, panels, x, first, out, residual); break;
+                }
+            }
 }
 
 }  // namespace NAME

@@ -138,8 +138,11 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _interleave(matrix: Tensor, inputs: int) -> Tensor:
-    """[outputs, n] to [outputs / 16, n / inputs, 16, inputs]: so many inputs of one output lie side by side."""
-    matrix = F.pad(matrix, (0, -matrix.shape[1] % inputs))
+    """[outputs, n] to [outputs / 16, n / inputs, 16, inputs]: so many inputs of one output lie side by side.
+
+    Zeros fill the last 16 words of inputs.
+    """
+    matrix = F.pad(matrix, (0, -matrix.shape[1] % (LANES * inputs)))
     return matrix.view(-1, LANES, matrix.shape[1] // inputs, inputs).transpose(1, 2).contiguous()
 
 

@@ -1,8 +1,8 @@
 // The default forward pass of a Llama-like decoder on CPU: one call per step, over the cache's own memory.
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
-// in every batch. One pass over the weights serves up to 24 rows. The structures here are mirrored in backend.py and
-// linear.py; the work is in lanes.h, linear.h, attention.h and forward.h, compiled once per instruction set.
+// in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in backend.py and
+// linear.py; the work is in lanes.h, amx.h, linear.h, attention.h and forward.h, compiled once per instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -22,6 +22,11 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_TARGETS 1
 #include <immintrin.h>
+#if defined(__linux__) && __GNUC__ >= 11
+#define HAS_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace {
@@ -135,7 +140,8 @@ class Team {
 
 enum Format : int64_t { FLOAT32, BFLOAT16, INT8, INT4 };
 
-// Panels of 16 outputs, an even number of them (what is missing is zero). Inputs go in words of 32 bits per output:
+// Panels of 16 outputs, an even number of them, with inputs in words of 32 bits per output, a multiple of 16 of them. What
+// is missing is zero.
 //   float32 [panels][inputs][16]
 //   bf16    [panels][inputs / 2][16][2]
 //   int8    [panels][inputs / 4][16][4], codes from -127 to 127, a scale per output
@@ -150,15 +156,12 @@ struct Linear {
     int64_t outputs, inputs;
 };
 
-constexpr int64_t GROUP_WORDS = 16;  // of int4's groups of 64 inputs
+// Words come in groups of 16: those that share a scale in int4, and a tile of the processors that have such registers.
+constexpr int64_t GROUP_WORDS = 16;
 
 inline int64_t words_of(const Linear &weight) {
-    switch (weight.format) {
-        case FLOAT32: return weight.inputs;
-        case BFLOAT16: return (weight.inputs + 1) / 2;
-        case INT8: return (weight.inputs + 3) / 4;
-        default: return (weight.inputs + 4 * GROUP_WORDS - 1) / (4 * GROUP_WORDS) * GROUP_WORDS;
-    }
+    const int64_t in_group = GROUP_WORDS * (weight.format == FLOAT32 ? 1 : weight.format == BFLOAT16 ? 2 : 4);
+    return (weight.inputs + in_group - 1) / in_group * GROUP_WORDS;
 }
 
 struct Layer {
@@ -211,7 +214,13 @@ struct Batch {
 
 }  // namespace
 
-// LEVEL: 0 plain C++, 1 AVX2, 2 AVX-512 with VNNI, 3 with BF16 as well. MOST: rows of one pass over a panel.
+// Rows that AVX-512's kernels keep in registers; each number up to it is a kernel of its own, which takes long to compile.
+#ifndef VECTOR_ROWS
+#define VECTOR_ROWS 24
+#endif
+
+// LEVEL: 0 plain C++, 1 AVX2, 2 AVX-512 with VNNI, 3 with BF16 as well, 4 with tile registers (AMX). MOST: rows of one pass
+// over a panel.
 #define NAME portable
 #define LEVEL 0
 #define MOST 4
@@ -230,7 +239,7 @@ struct Batch {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")
 #define NAME avx512
 #define LEVEL 2
-#define MOST 24
+#define MOST VECTOR_ROWS
 #include "kernels.h"
 #pragma GCC pop_options
 
@@ -238,9 +247,20 @@ struct Batch {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,prefer-vector-width=512")
 #define NAME avx512bf16
 #define LEVEL 3
-#define MOST 24
+#define MOST VECTOR_ROWS
 #include "kernels.h"
 #pragma GCC pop_options
+
+#ifdef HAS_TILES
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("amx-tile,amx-bf16,amx-int8,gfni")
+#define NAME amx
+#define LEVEL 4
+#define MOST 32
+#include "kernels.h"
+#pragma GCC pop_options
+#endif
 #endif
 
 namespace {
@@ -252,6 +272,14 @@ struct Kernels {
     int64_t (*likeliest)(const float *, int64_t, float *);
 };
 
+#ifdef HAS_TILES
+// Linux gives tile registers to a process that asks for them.
+bool tiles_granted() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
+
 Kernels choose() {
 #ifdef HAS_TARGETS
     __builtin_cpu_init();
@@ -260,6 +288,11 @@ Kernels choose() {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
+#ifdef HAS_TILES
+    if (may("amx") && wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("gfni") && tiles_granted())
+        return {"amx", amx::forward, amx::apply, amx::likeliest};
+#endif
     if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16"))
         return {"avx512bf16", avx512bf16::forward, avx512bf16::apply, avx512bf16::likeliest};
     if (may("avx512") && wide) return {"avx512", avx512::forward, avx512::apply, avx512::likeliest};
