@@ -12,7 +12,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 LIBRARIES = ("-ldl",) if sys.platform == "linux" else ()
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 
 
 class NativeStep(BuildHookInterface):  # type: ignore[type-arg]
