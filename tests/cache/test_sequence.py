@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -741,3 +742,102 @@ def test_the_parts_of_a_windowed_layer_skip_what_no_row_sees(models: dict[str, M
     assert [part.keys.shape[1] for part in windowed] == [2, 1, 4]
     assert [part.blind is None or part.blind.tolist() for part in windowed] == [True, [False, True], True]
     assert all(one.block is not other.block for one, other in pairwise(sequence._views))
+
+
+# Eviction
+
+
+def contents(sequence: Sequence) -> list[tuple[int, float]]:
+    """Position and key of every committed slot."""
+    return [
+        (int(block.positions[slot]), float(block.keys[0][0, slot, 0]))
+        for block, length in sequence.blocks()
+        for slot in range(length)
+    ]
+
+
+def append(sequence: Sequence, slots: list[tuple[int, float]], kept: list[int]) -> None:
+    """A pass of rows at these positions, with these keys."""
+    keys = torch.tensor([[key] for _, key in slots])[None]
+    sequence.begin(torch.tensor([position for position, _ in slots]))
+    sequence.write(0, keys, -keys)
+    sequence.commit(kept)
+
+
+def test_any_evictions_are_those_of_a_list(models: dict[str, Model]) -> None:
+    """Commits, evictions and crops in any order; values go with their keys."""
+    rng = random.Random(0)
+    for _ in range(60):
+        sequence = new_cache(models["oracle"]).sequence()
+        expected: list[tuple[int, float]] = []
+        for _ in range(12):
+            kind = rng.choice(["commit", "commit", "evict", "evict", "crop"])
+            if kind == "commit":
+                slots = [(rng.randrange(100), rng.random()) for _ in range(rng.randint(1, 6))]
+                slots = [(position, float(torch.tensor(key))) for position, key in slots]
+                kept = sorted(rng.sample(range(len(slots)), rng.randint(0, len(slots))))
+                append(sequence, slots, kept)
+                expected += [slots[row] for row in kept]
+            elif kind == "evict":
+                gone = sorted(rng.sample(range(len(expected)), rng.randint(0, len(expected))))
+                if rng.random() < 0.3 and gone:
+                    # Pending rows vanish with it.
+                    sequence.begin(torch.arange(3))
+                sequence.evict(gone)
+                expected = [slot for number, slot in enumerate(expected) if number not in gone]
+            else:
+                length = rng.randint(0, len(expected))
+                sequence.crop(length)
+                del expected[length:]
+            assert contents(sequence) == expected
+            assert sequence.length == len(expected)
+            for block, length in sequence.blocks():
+                assert torch.equal(block.values[0][:, :length], -block.keys[0][:, :length])
+        sequence.release()
+
+
+def filled(model: Model, count: int) -> Sequence:
+    sequence = new_cache(model).sequence()
+    append(sequence, [(position, 10.0 + position) for position in range(count)], list(range(count)))
+    return sequence
+
+
+@pytest.mark.parametrize("slots", [[6], [-1], [2, 2], [3, 1], range(4, 7)])
+def test_evict_refuses_slots_that_are_not_there(slots: list[int], models: dict[str, Model]) -> None:
+    sequence = filled(models["oracle"], 6)
+    with pytest.raises(ValueError, match="not ascending numbers below 6"):
+        sequence.evict(slots)
+    assert sequence.length == 6
+
+
+def test_what_another_sequence_reads_is_not_evicted(models: dict[str, Model]) -> None:
+    sequence = filled(models["oracle"], 6)
+    before = contents(sequence)
+    child = sequence.fork()
+    for each in (sequence, child):
+        with pytest.raises(ValueError, match="not in the last block, or another sequence may read it"):
+            each.evict([5])
+    # What each has of its own may go.
+    for each in (sequence, child):
+        append(each, [(6, 1.0), (7, 2.0), (8, 3.0)], [0, 1, 2])
+        with pytest.raises(ValueError, match="not in the last block, or another sequence may read it"):
+            each.evict([5, 6])
+        each.evict([6, 8])
+        assert contents(each) == [*before, (7, 2.0)]
+    with pytest.raises(ValueError, match="not in the last block"):
+        sequence.evict([0])
+    alone = filled(models["oracle"], 6)
+    alone.fork().release()
+    alone.evict([0])
+    assert contents(alone) == before[1:]
+
+
+def test_a_recurrent_layer_cannot_evict() -> None:
+    layers = (
+        LayerConfig(kind="attention", heads=1, kv_heads=1, head_dim=1, ffn=0),
+        LayerConfig(kind="recurrent", heads=1, kv_heads=1, head_dim=1, ffn=0),
+    )
+    sequence = Cache(layers, torch.float32, torch.device("cpu")).sequence()
+    append(sequence, [(0, 1.0), (1, 2.0)], [0, 1])
+    with pytest.raises(RollbackError, match="evict 1 slots"):
+        sequence.evict([0])

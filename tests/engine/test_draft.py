@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.engine import ROOT, Draft, Drawn
+from hasten.engine import ROOT, Draft, Drawn, Probe
 
 TREE = Draft([10, 11, 12, 13, 14, 15], [ROOT, ROOT, 0, 0, 2, 1])
 """10 -> (12 -> 14, 13); 11 -> 15."""
@@ -150,3 +150,45 @@ def sound_paths(draft: Draft) -> list[list[int]]:
 def test_judged_by_what_came(came, verdicts):
     draft = Draft([5, 6, 8, 7, 4], [-1, 0, -1, 1, 0])
     assert draft.judged(came) == verdicts
+
+
+# Probes
+
+PROBED = Draft([10, 11, 12], [ROOT, ROOT, 0], probes=[Probe(ROOT, [9, 9]), Probe(2, [9]), Probe(1, [9, 8])])
+
+
+def test_probes_stand_behind_their_nodes():
+    assert PROBED.probed() == ([9, 9, 9, 9, 8], [1, 2, 3, 2, 3])
+    assert Draft(probes=[Probe(ROOT, [9, 9, 9])]).probed() == ([9, 9, 9], [1, 2, 3])
+    assert TREE.probed() == ([], [])
+
+
+def test_probes_see_what_is_above_them_and_their_own():
+    """Rows: the root, the nodes 10, 11 and 12, the three groups."""
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 1, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0, 1, 1],
+        [1, 0, 1, 0, 0, 0, 0, 1, 1],
+    ]
+    assert PROBED.mask().int().tolist() == expected
+    chain = Draft.chain([7])
+    chain.probes = [Probe(ROOT, [9]), Probe(0, [9])]
+    assert chain.mask().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+
+
+def test_probes_go_with_their_nodes():
+    assert PROBED.subset([1]).probes == [Probe(ROOT, [9, 9]), Probe(0, [9, 8])]
+    assert PROBED.subset([]).probes == [Probe(ROOT, [9, 9])]
+    assert PROBED.clamped(3, 3, 16) is PROBED
+    assert PROBED.clamped(3, 1, 16).probes == [Probe(ROOT, [9, 9]), Probe(1, [9, 8])]
+    # Node 10 is outside the vocabulary, and 12 below it.
+    assert Draft([99, 11, 12], PROBED.parents, probes=PROBED.probes).clamped(3, 3, 16).probes == [
+        Probe(ROOT, [9, 9]),
+        Probe(0, [9, 8]),
+    ]

@@ -1,12 +1,13 @@
-"""The oracle sees exactly the tokens before and at each row, through the real cache."""
+"""The oracle sees exactly what each row may see, through the real cache."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from hasten.cache import Cache
-from hasten.model import OracleModel, Rows, Span
+from hasten.model import CanvasOracle, DiffusionConfig, OracleModel, Rows, Span
 
 
 def last_two(history: tuple[int, ...]) -> Tensor:
@@ -42,3 +43,30 @@ def test_rows_see_their_histories() -> None:
     one.commit([0, 2])
     assert oracle.forward(Rows.of(one, [3], 4)).tolist() == [[9, 3]]
     assert seen[-1] == (5, 6, 7, 9, 3)
+
+
+@pytest.mark.parametrize(("alignment", "shift"), [("same", 0), ("shifted", 1)])
+def test_rows_of_a_canvas_see_places_and_tokens(alignment: str, shift: int) -> None:
+    """Committed slots out of order, a block that sees itself, and one under a mask."""
+    seen: list[tuple[tuple[tuple[int, int], ...], int]] = []
+
+    def law(visible: tuple[tuple[int, int], ...], position: int) -> Tensor:
+        seen.append((visible, position))
+        return torch.tensor([float(len(visible)), float(position)])
+
+    oracle = CanvasOracle(law, 2, DiffusionConfig("full", alignment, 1))  # type: ignore[arg-type]
+    cache = Cache(oracle.config.layers, oracle.cache_dtype, oracle.device)
+    one, other = cache.sequence(), cache.sequence()
+    oracle.forward(Rows(torch.tensor([5, 6]), torch.tensor([3, 0]), [Span(one, 0, 2, "all")]), wanted=[])
+    one.commit(2)
+    assert seen == []
+    mask = torch.tensor([[True, False], [True, True]])
+    rows = Rows(
+        torch.tensor([7, 1, 8, 9]), torch.tensor([1, 2, 4, 4]), [Span(one, 0, 2, "all"), Span(other, 2, 4, mask)]
+    )
+    block = ((0, 6), (1, 7), (2, 1), (3, 5))
+    expected = [(block, 1), (block, 2), (((4, 8),), 4), (((4, 8), (4, 9)), 4)]
+    logits = oracle.forward(rows)
+    assert seen == [(visible, position + shift) for visible, position in expected]
+    assert logits.tolist() == [[len(visible), position + shift] for visible, position in expected]
+    assert oracle.config.diffusion is not None

@@ -203,7 +203,7 @@ class Sequence:
         """Forget committed slots with these (ascending) numbers, and all pending rows; what is behind them moves up.
 
         Raises:
-            ValueError: numbers out of range or not ascending, or slots that another sequence may read.
+            ValueError: numbers out of range or not ascending, or slots outside of the last block, or that others may read.
             RollbackError: a recurrent layer would have to forget.
         """
         self._refuse_released()
@@ -216,7 +216,7 @@ class Sequence:
         tail, first = self._views[-1], slots[0] - before
         # Who writes behind the tail's end may also write what nobody else reads.
         if first < 0 or not self._may_write(tail) or first < tail.block.shared:
-            raise ValueError(f"slot {slots[0]} is in a block that another sequence may read")
+            raise ValueError(f"slot {slots[0]} is not in the last block, or another sequence may read it")
         gone = {slot - slots[0] for slot in slots}
         kept = [slot for slot in range(tail.length - first) if slot not in gone]
         self.pending = 0
