@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import options
+from hasten.cli import options, train_diffusion
 from hasten.errors import UserError
 
 app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_command=True)
+app.add_typer(train_diffusion.app)
 
 
 @app.callback()
@@ -51,18 +52,18 @@ def lm(
     """
     import torch
 
-    from hasten.model.checkpoint import resolve
     from hasten.train.card import write_card
-    from hasten.train.lm import TrainConfig, train
+    from hasten.train.lm import Pretraining
+    from hasten.train.trainer import train
 
     if threads > 0:
         torch.set_num_threads(threads)
-    config = TrainConfig(
+    recipe = Pretraining(
         hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, ffn=ffn, vocabulary=vocabulary, context=context,
         tokens=tokens, batch_tokens=batch_tokens, lr=lr, opening=opening, curriculum=curriculum, seed=seed,
-        precision=precision,
+        precision=precision, tokenizer_of=tokenizer,
     )  # fmt: skip
-    summary = train(config, output, resolve(tokenizer) if tokenizer is not None else None, resume)
+    summary = train(recipe, output, resume)
     command = shlex.join(["hasten", *sys.argv[1:]])
     with options.progress("scoring", 0, quiet=json) as advance:
         card = write_card(output, summary, command, per_task, advance)
@@ -104,17 +105,19 @@ def scylla(
     from hasten.bench.scylla import Family, render
     from hasten.bench.scylla import scylla as examine
     from hasten.bench.suite import load_suite
-    from hasten.train.lm import TrainConfig, train
+    from hasten.train.lm import Pretraining
+    from hasten.train.trainer import train
 
     plots.require()
 
     def member(budget: int, depth: int) -> Path:
         folder = output / f"tokens-{budget}-layers-{depth}"
         if not (folder / "training.json").exists():
-            config = TrainConfig(
-                hidden=hidden, layers=depth, heads=4, kv_heads=2, ffn=8 * hidden // 3, tokens=budget, seed=seed
-            )
-            train(config, folder, llm.folder)
+            recipe = Pretraining(
+                hidden=hidden, layers=depth, heads=4, kv_heads=2, ffn=8 * hidden // 3, tokens=budget, seed=seed,
+                tokenizer_of=str(llm.folder),
+            )  # fmt: skip
+            train(recipe, folder)
         return folder
 
     middle = axes["tokens"][len(axes["tokens"]) // 2]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hasten.tasks import TASKS, prose_chunks, split_of
+from hasten.tasks import TASKS, Example, prose_chunks, split_of
 
 PROSE = "prose"
 IGNORE = -100
@@ -39,6 +39,12 @@ class Document:
     ids: list[int]
     answer: int
 
+    @classmethod
+    def of(cls, example: Example, encode: Callable[[str], list[int]], end: int) -> Document:
+        """Prompt, answer and end of an example."""
+        prompt = encode(example.prompt)
+        return cls([*prompt, *encode(example.answer), end], len(prompt))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -58,6 +64,7 @@ class Mixture:
         batch_tokens: tokens per batch, padding included; half as many in the opening, where steps count more.
         context: documents are cut to this many tokens.
         seed: of the whole stream.
+        answers: the longest answer in tokens; an example with a longer one is drawn again. 0 takes all.
         weights: relative frequency per task name, and of `"prose"`.
     """
 
@@ -66,6 +73,7 @@ class Mixture:
     batch_tokens: int
     context: int
     seed: int
+    answers: int = 0
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
 
     def __post_init__(self) -> None:
@@ -80,10 +88,10 @@ class Mixture:
             return Document([*self.encode(rng.choice(self._prose)), self.end][:length], 0)
         while True:
             example = TASKS[name].generate(rng, difficulty)
-            if split_of(example.prompt) == "train":
-                break
-        prompt = self.encode(example.prompt)
-        return Document([*prompt, *self.encode(example.answer), self.end][: self.context], len(prompt))
+            document = Document.of(example, self.encode, self.end)
+            length = len(document.ids) - document.answer - 1
+            if split_of(example.prompt) == "train" and length <= (self.answers or length):
+                return Document(document.ids[: self.context], document.answer)
 
     def pool(self, number: int, difficulty: float, opening: bool = False) -> list[Batch]:
         """Batches number `POOL_BATCHES * number` onwards, in their final order."""
@@ -95,27 +103,28 @@ class Mixture:
             documents.append(self.document(rng, difficulty, opening))
             budget -= len(documents[-1].ids)
         documents.sort(key=lambda document: len(document.ids))
-        batches = [_pad(group, self.end) for group in _group(documents, batch_tokens)]
+        batches = [pad(rows, self.end) for rows in group(documents, batch_tokens)]
         rng.shuffle(batches)
         return batches
 
 
-def _group(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:
+def group(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:
     """Cut a list sorted by length where `rows * longest` would pass the budget."""
-    group: list[Document] = []
+    rows: list[Document] = []
     for document in documents:
-        if group and (len(group) + 1) * len(document.ids) > batch_tokens:
-            yield group
-            group = []
-        group.append(document)
-    yield group
+        if rows and (len(rows) + 1) * len(document.ids) > batch_tokens:
+            yield rows
+            rows = []
+        rows.append(document)
+    yield rows
 
 
-def _pad(group: Sequence[Document], end: int) -> Batch:
-    length = max(len(document.ids) for document in group)
-    ids = torch.full((len(group), length), end, dtype=torch.int64)
-    labels = torch.full((len(group), length), IGNORE, dtype=torch.int64)
-    for row, document in enumerate(group):
+def pad(rows: Sequence[Document], end: int) -> Batch:
+    """Documents side by side, padded on the right with the end token, which is not labelled there."""
+    length = max(len(document.ids) for document in rows)
+    ids = torch.full((len(rows), length), end, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+    for row, document in enumerate(rows):
         count = len(document.ids)
         ids[row, :count] = torch.tensor(document.ids)
         labels[row, document.answer : count] = ids[row, document.answer : count]

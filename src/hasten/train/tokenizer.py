@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hasten.tasks import TASKS, examples, prose_chunks
 
-END, PAD = "<|end|>", "<|pad|>"
+END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] + eos_token }}{% else %}{{ message['content'] + '\\nAnswer:' }}{% endif %}"
@@ -79,4 +79,11 @@ def train_tokenizer(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder, so that a drafter can share it."""
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with a mask token: its own, or a new one with the next id."""
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
     return tokenizer

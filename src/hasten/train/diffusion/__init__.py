@@ -1,0 +1,1 @@
+"""Adaptation of language models to masked and block diffusion, one recipe a file."""

@@ -1,0 +1,100 @@
+"""Adaptation of a model to filling masks: what the recipes share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hasten.model.checkpoint import resolve
+from hasten.train.data import DEFAULT_WEIGHTS, IGNORE, Batch
+from hasten.train.diffusion.layout import load
+from hasten.train.recipe import Recipe
+from hasten.train.tokenizer import load_tokenizer, with_mask
+
+WEIGHTS = {**DEFAULT_WEIGHTS, "edit": 0.5, "lookup": 0.5, "shuffle": 0.1, "json": 0.8, "needle": 0.7, "sql": 0.8}
+"""Less of what takes long texts or what no small model learns, in a run that is short."""
+
+
+@dataclass(frozen=True)
+class Adaptation(Recipe):
+    """A run that begins with the weights of `parent`: a folder or a shipped model, of Llama's or LLaDA's layout."""
+
+    context: int = 512
+    tokens: int = 6_000_000
+    opening: float = 0.0
+    curriculum: float = 0.5
+    answers: int = 128
+    parent: str = "tiny"
+
+    weights: ClassVar[dict[str, float]] = WEIGHTS
+    attention: ClassVar[str]
+    alignment: ClassVar[str]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return with_mask(load_tokenizer(resolve(self.parent)))
+
+    def build(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+        """The parent in float32; where it has no mask token, that begins as the mean of all embeddings."""
+        model = load(resolve(self.parent))
+        new = tokenizer.mask_token_id
+        if model.config.vocab_size <= new:
+            mean = model.get_input_embeddings().weight.mean(0)  # type: ignore[operator]
+            model.resize_token_embeddings(new + 1, mean_resizing=False)
+            with torch.no_grad():
+                for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    layer.weight[new] = mean
+        model.config.diffusion = self.section(new)
+        return model
+
+    def section(self, mask_id: int) -> dict[str, Any]:
+        """How the model fills masks, for config.json."""
+        return {"attention": self.attention, "alignment": self.alignment, "mask_token_id": mask_id}
+
+    @abstractmethod
+    def predict(self, model: LlamaForCausalLM, text: Text, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Logits [wanted positions, vocabulary], in row-major order, where the positions `hidden` are masks.
+
+        Both are boolean [rows, length], and what is wanted is hidden.
+        """
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch, padded with the end token, and what of it is for the model to write.
+
+    `ids` [rows, length]; `answer` [rows, length] marks what may be hidden, a run to the end of the row that begins at
+    `start` [rows]; `labels` as in `Batch`. Padding behind a text that has ended counts as its answer; a text that was
+    cut off has no end to predict.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    answer: Tensor
+    start: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, length: int, end: int) -> Text:
+        """The batch with its rows padded to `length`."""
+        missing = length - batch.ids.shape[1]
+        ids = F.pad(batch.ids, (0, missing), value=end)
+        labels = F.pad(batch.labels, (0, missing), value=IGNORE)
+        labelled = labels != IGNORE
+        last = length - 1 - labelled.flip(1).long().argmax(1, keepdim=True)
+        padding = (ids.gather(1, last) == end) & (torch.arange(length) > last)
+        return cls(ids, labels, labelled | padding, labelled.long().argmax(1))
+
+
+def mask_id(model: LlamaForCausalLM) -> int:
+    """The mask token of a model under adaptation."""
+    return int(model.config.diffusion["mask_token_id"])
+
+
+def ceil_to(length: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple

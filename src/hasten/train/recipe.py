@@ -1,0 +1,98 @@
+"""What a training run needs to know: how long, how fast, on what, and which loss."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hasten.errors import UserError
+from hasten.train.data import DEFAULT_WEIGHTS, Batch, Mixture
+
+SHORT = 0.1
+"""Difficulty in the opening."""
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """Everything that defines a run; a resumed run must have the same.
+
+    `tokens` counts padding and prompts. `opening` is the share of the run that has short
+    copying tasks only; `curriculum` the share after which tasks have full length.
+    `warmup` and `final_lr` are shares of the run and of `lr`. `answers` is the longest answer in
+    tokens, 0 for any.
+    """
+
+    context: int = 1024
+    tokens: int = 26_000_000
+    batch_tokens: int = 2048
+    lr: float = 2.5e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.02
+    final_lr: float = 0.02
+    opening: float = 0.07
+    curriculum: float = 0.65
+    answers: int = 0
+    seed: int = 0
+    precision: str = "bf16"
+
+    weights: ClassVar[dict[str, float]] = DEFAULT_WEIGHTS
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp32"):
+            raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}")
+        if min(self.tokens, self.batch_tokens) < 1 or self.answers < 0:
+            raise UserError("tokens and batch-tokens must be positive, answers 0 (any length) or more")
+        if self.batch_tokens < self.context:
+            raise UserError(f"batch-tokens ({self.batch_tokens}) must be at least the context ({self.context})")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products and activations; weights and their updates are float32."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of a run that begins."""
+
+    @abstractmethod
+    def build(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+        """The model as the run begins."""
+
+    @abstractmethod
+    def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
+        """The loss of one batch (nats); `progress` runs from 0 to 1, `generator` is the step's own."""
+
+    def export(self, model: LlamaForCausalLM, folder: Path) -> None:
+        """Write configuration and weights in bf16, as a Hugging Face folder."""
+        model.bfloat16().save_pretrained(folder, max_shard_size="15MB")
+
+    def mixture(self, tokenizer: PreTrainedTokenizerFast) -> Mixture:
+        """The stream of documents."""
+        return Mixture(
+            encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+            end=tokenizer.eos_token_id,
+            batch_tokens=self.batch_tokens,
+            context=self.context,
+            seed=self.seed,
+            answers=self.answers,
+            weights=self.weights,
+        )
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then a cosine to `final_lr`."""
+        if progress < self.warmup:
+            return self.lr * max(progress, 1e-4) / self.warmup
+        phase = min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
+
+    def difficulty(self, progress: float) -> float:
+        """Length cap of the tasks: short in the opening, then growing linearly to full length."""
+        grown = (progress - self.opening) / max(self.curriculum - self.opening, 1e-6)
+        return SHORT + (1 - SHORT) * min(1.0, max(0.0, grown))
