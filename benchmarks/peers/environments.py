@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from catalogue import Peer
+from limits import output
 
 from hasten.engine.cost import record_folder
 from hasten.errors import UserError
@@ -110,11 +111,13 @@ def digest(checkpoint: Path) -> str:
     return total.hexdigest()[:20]
 
 
-def converted(peer: Peer, checkpoint: Path, precision: str, log: Path, say: Callable[[str], None]) -> Path:
+def converted(
+    peer: Peer, checkpoint: Path, precision: str, log: Path, timeout: float, say: Callable[[str], None]
+) -> Path:
     """The checkpoint as the peer reads it, converted now or earlier.
 
     Raises:
-        Unavailable: the peer's converter fails.
+        Unavailable: the peer's converter fails, or takes longer than `timeout` seconds.
     """
     if not peer.converts:
         return checkpoint
@@ -127,8 +130,12 @@ def converted(peer: Peer, checkpoint: Path, precision: str, log: Path, say: Call
         made = Path(scratch) / "made"
         made.mkdir()
         command = [str(interpreter(peer)), "-m", "workers", peer.worker, "convert", str(checkpoint), str(made)]
-        done = subprocess.run([*command, precision], cwd=HERE, stdout=subprocess.PIPE, stderr=errors, text=True)
-        answer = json.loads(done.stdout or '{"error": "the converter ended without a word"}')
+        try:
+            answer = json.loads(output([*command, precision], timeout, cwd=HERE, stderr=errors))
+        except TimeoutError as error:
+            raise Unavailable(f"conversion {error}") from None
+        except ValueError:
+            answer = {"error": "the converter ended without a word"}
         if "error" in answer:
             raise Unavailable(f"conversion failed: {answer['error']} ({log})")
         made.rename(target)
