@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--batch-count", type=int, help="of each size, at most (default: what the prompts fill)")
     parser.add_argument("--speculation", action="store_true", help="each peer's own speculation, too")
     parser.add_argument("--prompts", default="agent,tasks", help="suites of hasten bench, or files of prompts")
     parser.add_argument("--prompt-count", type=int, default=16)
@@ -132,8 +133,9 @@ def _plan(options: argparse.Namespace, logs: Path) -> Plan:
         batches = [int(size) for size in options.batches.split(",")]
     except ValueError:
         raise UserError(f"batches must be numbers with commas between, not {options.batches!r}") from None
-    if min(*batches, options.rounds, options.threads, options.max_tokens) < 1:
-        raise UserError("batches, rounds, threads and max-tokens must be at least 1")
+    counts = [options.batch_count] if options.batch_count is not None else []
+    if min(*batches, *counts, options.rounds, options.threads, options.max_tokens) < 1:
+        raise UserError("batches, batch-count, rounds, threads and max-tokens must be at least 1")
     if not options.timeout > 0:
         raise UserError("timeout must be above 0")
     if options.prompt_count < max(batches):
@@ -147,6 +149,7 @@ def _plan(options: argparse.Namespace, logs: Path) -> Plan:
         peers=_known("peer", options.peers, PEERS),
         precisions=_known("precision", options.precisions, PRECISIONS),
         batches=batches,
+        batch_count=options.batch_count,
         speculation=options.speculation,
         rounds=options.rounds,
         threads=options.threads,
@@ -162,6 +165,7 @@ def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "draft": plan.draft and f"{options.draft} {digest(plan.draft)}",
         "prompts": f"{len(plan.prompts)} of {options.prompts} "
         + hashlib.sha256(json.dumps(plan.prompts).encode()).hexdigest()[:12],
+        "batch_count": plan.batch_count,
         "max_tokens": plan.max_tokens,
         "threads": plan.threads,
     }

@@ -28,6 +28,7 @@ class Plan:
     Attributes:
         checkpoint, draft: Hugging Face folders.
         prompts: token ids.
+        batch_count: batches of one size that a visit decodes at most; None takes as many as the prompts fill.
         timeout: seconds that a peer may take to convert, to load and for each batch.
         logs: folder for what workers print.
     """
@@ -39,6 +40,7 @@ class Plan:
     peers: Sequence[str]
     precisions: Sequence[str]
     batches: Sequence[int]
+    batch_count: int | None
     speculation: bool
     rounds: int
     threads: int
@@ -58,8 +60,9 @@ class Plan:
         return method != "draft-model" or self.draft is not None
 
     def groups(self, batch: int) -> list[list[list[int]]]:
-        """The prompts in full batches; what is left over is not used."""
-        return [self.prompts[start : start + batch] for start in range(0, len(self.prompts) - batch + 1, batch)]
+        """The prompts in full batches, the first `batch_count` of them; what is left over is not used."""
+        starts = range(0, len(self.prompts) - batch + 1, batch)[: self.batch_count]
+        return [self.prompts[start : start + batch] for start in starts]
 
     def settings(self, model: Path, draft: Path | None, precision: str) -> Settings:
         longest = max(map(len, self.prompts)) + self.max_tokens + ROOM

@@ -304,6 +304,7 @@ def plan(tmp_path: Path, **changes: Any) -> Plan:
         "peers": [HASTEN, "fake"],
         "precisions": ["float32"],
         "batches": [1, 2],
+        "batch_count": None,
         "speculation": True,
         "rounds": 2,
         "threads": 1,
@@ -346,6 +347,12 @@ def test_what_fails_is_a_row_with_its_reason_and_the_others_go_on(comparison: di
     assert (wrong.prefix, wrong.same) == (0.0, 0.0)
     # Of three prompts, one full batch of two.
     assert found.visits[Way("fake", "float32", 2, "right")][0].prompts == 2
+
+
+def test_batches_are_full_and_no_more_than_asked_for(tmp_path: Path):
+    assert plan(tmp_path).groups(1) == [[[5, 6]], [[7]], [[8, 9, 10]]]
+    assert plan(tmp_path).groups(2) == [[[5, 6], [7]]]
+    assert plan(tmp_path, batch_count=2).groups(1) == [[[5, 6]], [[7]]]
 
 
 def test_a_peer_that_does_not_load_is_asked_once(comparison: dict[str, Peer], tmp_path: Path):
@@ -586,6 +593,7 @@ def run(command: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
         (["--precisions", "int3"], "unknown precision 'int3'"),
         (["--batches", "one"], "batches must be numbers"),
         (["--rounds", "0"], "must be at least 1"),
+        (["--batch-count", "0"], "must be at least 1"),
         (["--timeout", "0"], "timeout must be above 0"),
         (["--prompt-count", "2"], "prompt-count must be at least the largest batch, 16"),
         (["--prompts", ","], "at least one suite or file"),
