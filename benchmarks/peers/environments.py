@@ -20,6 +20,8 @@ from hasten.errors import UserError
 
 HERE = Path(__file__).parent
 MARKER = "made.json"
+# From HERE, where pip runs: in these variables a space ends a name.
+CONSTRAINTS = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), "requirements/constraints.txt")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -67,13 +69,13 @@ def install(peer: Peer, say: Callable[[str], None]) -> None:
     pip = [str(interpreter(peer)), "-m", "pip"]
     commands = [[sys.executable, "-m", "venv", str(folder / "venv")], [*pip, "install", "--upgrade", "pip"]]
     commands += [[*pip, "install", *call] for call in peer.installs]
-    with log.open("w") as output:
+    variables = os.environ | CONSTRAINTS | dict(peer.environment)
+    with log.open("w") as printed:
         for command in commands:
-            done = subprocess.run(
-                command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, env=os.environ | dict(peer.environment)
-            )
+            done = subprocess.run(command, cwd=HERE, stdout=printed, stderr=subprocess.STDOUT, env=variables)
             if done.returncode:
-                raise Unavailable(f"installation failed: {_reason(log)}")
+                stopped = f"signal {-done.returncode} ended it" if done.returncode < 0 else _reason(log)
+                raise Unavailable(f"installation failed: {stopped}")
     (folder / MARKER).write_text(_recipe(peer))
 
 

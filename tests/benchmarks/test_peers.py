@@ -155,8 +155,22 @@ def test_nothing_may_choose_another_build_of_torch():
         assert not any(re.match(r"torch(vision|audio|codec)\b", word) for word in words)
         if any(word.startswith(("transformers", "vllm", "optimum")) for word in words):
             assert peer.installs[0] == (catalogue.TORCH,)
-    for file in (PEERS_FOLDER / "requirements").iterdir():
-        assert not re.search(r"^torch", file.read_text(), re.MULTILINE)
+    assert not re.search(r"^torch", (PEERS_FOLDER / "requirements/vllm.txt").read_text(), re.MULTILINE)
+
+
+def test_pip_is_kept_from_another_torch_also_where_it_builds(
+    fake: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncat $PIP_CONSTRAINT $PIP_BUILD_CONSTRAINT\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(environments, "HERE", PEERS_FOLDER)
+    monkeypatch.setattr(environments.sys, "executable", str(python))
+    peer = Peer("x", worker="fake", package="pytest", installs=(("nothing==1",),), precisions=PRECISIONS)
+    with pytest.raises(Unavailable):
+        environments.install(peer, lambda text: None)
+    log = (environments.base() / "x" / "install.log").read_text().splitlines()
+    assert [line for line in log if not line.startswith("#")] == [catalogue.TORCH] * 2
 
 
 def test_a_changed_recipe_is_installed_anew(fake: Peer, tmp_path: Path):
@@ -177,6 +191,9 @@ def test_an_installation_that_fails_says_why(fake: Peer, tmp_path: Path, monkeyp
     monkeypatch.setattr(environments.sys, "executable", str(python))
     peer = Peer("x", worker="fake", package="pytest", installs=(("nothing==1",),), precisions=PRECISIONS)
     with pytest.raises(Unavailable, match="installation failed: ERROR: no such package"):
+        environments.install(peer, lambda text: None)
+    python.write_text("#!/bin/sh\necho 'Successfully installed some'\nkill -15 $$\n")
+    with pytest.raises(Unavailable, match="installation failed: signal 15 ended it"):
         environments.install(peer, lambda text: None)
     assert not environments.installed(peer)
 
