@@ -3,6 +3,7 @@
     python benchmarks/peers [--checkpoint FOLDER] [--peers NAMES] [--precisions NAMES] [--batches SIZES]
                             [--speculation] [--draft FOLDER] [--prompts SUITES_OR_FILES] [--out FOLDER] [--json]
     python benchmarks/peers --list
+    python benchmarks/peers --install [--peers NAMES]
 
 Each peer is installed in an environment of its own, once, and reads the checkpoint converted to its format, once.
 Ctrl-C loses nothing that was measured; the same command with the same --out goes on from there.
@@ -15,14 +16,14 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import show
 from catalogue import PEERS, PRECISIONS
-from environments import digest, version
+from environments import Unavailable, digest, install, version
 from measure import Plan, measure
 from prompts import encode
 from results import Results
@@ -39,33 +40,65 @@ def main() -> int:
         prog="python benchmarks/peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="show the peers and what is installed, and end")
+    parser.add_argument("--install", action="store_true", help="install the peers, and end")
     parser.add_argument("--checkpoint", default="tiny", help="folder, or the name of a model that ships")
     parser.add_argument("--draft", help="a smaller model of the same vocabulary, for speculation with it")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--batch-count", type=int, help="of each size, at most (default: what the prompts fill)")
     parser.add_argument("--speculation", action="store_true", help="each peer's own speculation, too")
     parser.add_argument("--prompts", default="agent,tasks", help="suites of hasten bench, or files of prompts")
     parser.add_argument("--prompt-count", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds to convert, to load, or for one batch")
     parser.add_argument("--out", type=Path, help=f"folder for {RESULTS}, {PLOT} and the logs")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else on stdout")
     options = parser.parse_args()
     # Told to end, it ends its workers first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _list(options.json) if options.list else _compare(options)
+        if options.list:
+            return _list(options.json)
+        return _install(_known("peer", options.peers, PEERS)) if options.install else _compare(options)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _list(as_json: bool) -> int:
     rows = show.listing(version)
     print(json.dumps(rows, indent=2)) if as_json else show.peers(rows)
     return 0
+
+
+def _install(names: Sequence[str]) -> int:
+    """Make the environments; the exit status is 1 if one cannot be made."""
+    failed = 0
+    for name in names:
+        try:
+            install(PEERS[name], _saying())
+            print(f"{name}: {version(PEERS[name])}")
+        except Unavailable as error:
+            print(f"{name}: {error}")
+            failed = 1
+    return failed
+
+
+def _known(what: str, names: str, known: Collection[str]) -> list[str]:
+    """The names between commas.
+
+    Raises:
+        UserError: one is not known.
+    """
+    for name in names.split(","):
+        if name not in known:
+            raise UserError(f"unknown {what} {name!r}: known are {', '.join(known)}")
+    return names.split(",")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -96,17 +129,15 @@ def _plan(options: argparse.Namespace, logs: Path) -> Plan:
     Raises:
         UserError: unknown names, numbers out of range, prompts that do not fit.
     """
-    peers, precisions = options.peers.split(","), options.precisions.split(",")
-    for what, names, known in (("peer", peers, PEERS), ("precision", precisions, PRECISIONS)):
-        for name in names:
-            if name not in known:
-                raise UserError(f"unknown {what} {name!r}: known are {', '.join(known)}")
     try:
         batches = [int(size) for size in options.batches.split(",")]
     except ValueError:
         raise UserError(f"batches must be numbers with commas between, not {options.batches!r}") from None
-    if min(*batches, options.rounds, options.threads, options.max_tokens) < 1:
-        raise UserError("batches, rounds, threads and max-tokens must be at least 1")
+    counts = [options.batch_count] if options.batch_count is not None else []
+    if min(*batches, *counts, options.rounds, options.threads, options.max_tokens) < 1:
+        raise UserError("batches, batch-count, rounds, threads and max-tokens must be at least 1")
+    if not options.timeout > 0:
+        raise UserError("timeout must be above 0")
     if options.prompt_count < max(batches):
         raise UserError(f"prompt-count must be at least the largest batch, {max(batches)}")
     checkpoint = resolve(options.checkpoint).absolute()
@@ -115,12 +146,14 @@ def _plan(options: argparse.Namespace, logs: Path) -> Plan:
         draft=resolve(options.draft).absolute() if options.draft else None,
         prompts=encode(checkpoint, options.prompts, options.prompt_count, options.max_tokens),
         max_tokens=options.max_tokens,
-        peers=peers,
-        precisions=precisions,
+        peers=_known("peer", options.peers, PEERS),
+        precisions=_known("precision", options.precisions, PRECISIONS),
         batches=batches,
+        batch_count=options.batch_count,
         speculation=options.speculation,
         rounds=options.rounds,
         threads=options.threads,
+        timeout=options.timeout,
         logs=logs.absolute(),
     )
 
@@ -132,6 +165,7 @@ def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "draft": plan.draft and f"{options.draft} {digest(plan.draft)}",
         "prompts": f"{len(plan.prompts)} of {options.prompts} "
         + hashlib.sha256(json.dumps(plan.prompts).encode()).hexdigest()[:12],
+        "batch_count": plan.batch_count,
         "max_tokens": plan.max_tokens,
         "threads": plan.threads,
     }

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from catalogue import Peer
+from limits import output
 
 from hasten.engine.cost import record_folder
 from hasten.errors import UserError
 
 HERE = Path(__file__).parent
 MARKER = "made.json"
+# From HERE, where pip runs: in these variables a space ends a name.
+CONSTRAINTS = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), "requirements/constraints.txt")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -66,13 +69,13 @@ def install(peer: Peer, say: Callable[[str], None]) -> None:
     pip = [str(interpreter(peer)), "-m", "pip"]
     commands = [[sys.executable, "-m", "venv", str(folder / "venv")], [*pip, "install", "--upgrade", "pip"]]
     commands += [[*pip, "install", *call] for call in peer.installs]
-    with log.open("w") as output:
+    variables = os.environ | CONSTRAINTS | dict(peer.environment)
+    with log.open("w") as printed:
         for command in commands:
-            done = subprocess.run(
-                command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, env=os.environ | dict(peer.environment)
-            )
+            done = subprocess.run(command, cwd=HERE, stdout=printed, stderr=subprocess.STDOUT, env=variables)
             if done.returncode:
-                raise Unavailable(f"installation failed: {_reason(log)}")
+                stopped = f"signal {-done.returncode} ended it" if done.returncode < 0 else _reason(log)
+                raise Unavailable(f"installation failed: {stopped}")
     (folder / MARKER).write_text(_recipe(peer))
 
 
@@ -110,11 +113,13 @@ def digest(checkpoint: Path) -> str:
     return total.hexdigest()[:20]
 
 
-def converted(peer: Peer, checkpoint: Path, precision: str, log: Path, say: Callable[[str], None]) -> Path:
+def converted(
+    peer: Peer, checkpoint: Path, precision: str, log: Path, timeout: float, say: Callable[[str], None]
+) -> Path:
     """The checkpoint as the peer reads it, converted now or earlier.
 
     Raises:
-        Unavailable: the peer's converter fails.
+        Unavailable: the peer's converter fails, or takes longer than `timeout` seconds.
     """
     if not peer.converts:
         return checkpoint
@@ -127,8 +132,12 @@ def converted(peer: Peer, checkpoint: Path, precision: str, log: Path, say: Call
         made = Path(scratch) / "made"
         made.mkdir()
         command = [str(interpreter(peer)), "-m", "workers", peer.worker, "convert", str(checkpoint), str(made)]
-        done = subprocess.run([*command, precision], cwd=HERE, stdout=subprocess.PIPE, stderr=errors, text=True)
-        answer = json.loads(done.stdout or '{"error": "the converter ended without a word"}')
+        try:
+            answer = json.loads(output([*command, precision], timeout, cwd=HERE, stderr=errors))
+        except TimeoutError as error:
+            raise Unavailable(f"conversion {error}") from None
+        except ValueError:
+            answer = {"error": "the converter ended without a word"}
         if "error" in answer:
             raise Unavailable(f"conversion failed: {answer['error']} ({log})")
         made.rename(target)

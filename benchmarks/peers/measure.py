@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from catalogue import PEERS, Peer
@@ -13,6 +14,8 @@ from environments import Unavailable, converted, install, version
 from process import Process
 from results import PLAIN, Results, Visit, Way, agreement
 from workers.protocol import Settings
+
+from hasten.errors import UserError
 
 ROOM = 16
 """Tokens of context beyond what is needed: drafts reach further than answers."""
@@ -25,6 +28,8 @@ class Plan:
     Attributes:
         checkpoint, draft: Hugging Face folders.
         prompts: token ids.
+        batch_count: batches of one size that a visit decodes at most; None takes as many as the prompts fill.
+        timeout: seconds that a peer may take to convert, to load and for each batch.
         logs: folder for what workers print.
     """
 
@@ -35,9 +40,11 @@ class Plan:
     peers: Sequence[str]
     precisions: Sequence[str]
     batches: Sequence[int]
+    batch_count: int | None
     speculation: bool
     rounds: int
     threads: int
+    timeout: float
     logs: Path
 
     def ways(self, precision: str, batch: int) -> list[Way]:
@@ -53,8 +60,9 @@ class Plan:
         return method != "draft-model" or self.draft is not None
 
     def groups(self, batch: int) -> list[list[list[int]]]:
-        """The prompts in full batches; what is left over is not used."""
-        return [self.prompts[start : start + batch] for start in range(0, len(self.prompts) - batch + 1, batch)]
+        """The prompts in full batches, the first `batch_count` of them; what is left over is not used."""
+        starts = range(0, len(self.prompts) - batch + 1, batch)[: self.batch_count]
+        return [self.prompts[start : start + batch] for start in starts]
 
     def settings(self, model: Path, draft: Path | None, precision: str) -> Settings:
         longest = max(map(len, self.prompts)) + self.max_tokens + ROOM
@@ -69,7 +77,11 @@ class Plan:
 
 
 def measure(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
-    """Everything that `results` lacks of the plan. They are saved after each visit."""
+    """Everything that `results` lacks of the plan. They are saved after each visit.
+
+    Raises:
+        UserError: transformers cannot give the reference.
+    """
     if not results.reference:
         results.reference = _reference(plan, say)
         results.save()
@@ -82,13 +94,13 @@ def measure(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
 def _reference(plan: Plan, say: Callable[[str], None]) -> list[list[int]]:
     """Greedy answers in float32 by transformers, prompt by prompt, in the interpreter that runs this."""
     say("reference: transformers, float32")
-    settings = plan.settings(plan.checkpoint, None, "float32")
-    process = Process(PEERS["transformers"], settings, plan.logs / "reference.log", Path(sys.executable))
+    settings, log = plan.settings(plan.checkpoint, None, "float32"), plan.logs / "reference.log"
     try:
-        with process.awake():
+        process = Process(PEERS["transformers"], settings, log, plan.timeout, Path(sys.executable))
+        with closing(process), process.awake():
             return [process.run([prompt], plan.max_tokens, None).tokens[0] for prompt in plan.prompts]
-    finally:
-        process.close()
+    except Unavailable as error:
+        raise UserError(f"transformers gives no reference: {error} ({log})") from error
 
 
 def _install(plan: Plan, results: Results, say: Callable[[str], None]) -> dict[str, str]:
@@ -121,8 +133,11 @@ class _Precision:
         self.warm: set[Way] = set()
 
     def measure(self) -> None:
-        for batch in self.plan.batches:
-            ways = self.plan.ways(self.precision, batch)
+        planned = {batch: self.plan.ways(self.precision, batch) for batch in self.plan.batches}
+        for way in chain.from_iterable(planned.values()):
+            # What failed in an earlier run may work by now.
+            self.results.unavailable.pop(way, None)
+        for ways in planned.values():
             for number in range(self.plan.rounds):
                 # Another one begins each round: whoever comes behind a noisy neighbour should not always be the same.
                 turn = number % max(len(ways), 1)
@@ -197,10 +212,10 @@ class _Precision:
         if peer.name in self.broken:
             raise Unavailable(self.broken[peer.name])
         log = self.plan.logs / f"{peer.name}-{self.precision}.log"
-        model = converted(peer, self.plan.checkpoint, self.precision, log, self.say)
+        model = converted(peer, self.plan.checkpoint, self.precision, log, self.plan.timeout, self.say)
         draft = self._draft(peer, log)
         self.say(f"{peer.name}: loading {self.precision}")
-        process = Process(peer, self.plan.settings(model, draft, self.precision), log)
+        process = Process(peer, self.plan.settings(model, draft, self.precision), log, self.plan.timeout)
         self.stack.callback(process.close)
         return process
 
@@ -209,7 +224,7 @@ class _Precision:
         if self.plan.draft is None or "draft-model" not in peer.methods:
             return None
         try:
-            return converted(peer, self.plan.draft, self.precision, log, self.say)
+            return converted(peer, self.plan.draft, self.precision, log, self.plan.timeout, self.say)
         except Unavailable as error:
             for batch in self.plan.batches:
                 self.results.unavailable[Way(peer.name, self.precision, batch, "draft-model")] = str(error)

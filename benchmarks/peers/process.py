@@ -14,6 +14,7 @@ from typing import Any
 
 from catalogue import Peer
 from environments import HERE, Unavailable, interpreter
+from limits import limit, send, start
 from workers.protocol import Answer, Settings
 
 
@@ -24,24 +25,25 @@ class Process:
         peer: which.
         settings: what it loads.
         log: what it and its libraries print goes there.
+        timeout: seconds that loading, and each answer, may take.
+        python: that runs it; by default the peer's own.
 
     Raises:
         Unavailable: loading fails.
     """
 
-    def __init__(self, peer: Peer, settings: Settings, log: Path, python: Path | None = None) -> None:
+    def __init__(self, peer: Peer, settings: Settings, log: Path, timeout: float, python: Path | None = None) -> None:
+        self._timeout = timeout
         processors = sorted(os.sched_getaffinity(0))[: settings.threads]
         threads = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         with log.open("a") as errors:
-            self._process = subprocess.Popen(
+            self._process = start(
                 [str(python or interpreter(peer)), "-m", "workers", peer.worker, "serve", json.dumps(asdict(settings))],
                 cwd=HERE,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
                 env=os.environ | threads,
-                start_new_session=True,
                 preexec_fn=lambda: os.sched_setaffinity(0, processors),
             )
         try:
@@ -49,16 +51,16 @@ class Process:
         except BaseException:
             self.close()
             raise
-        self._signal(signal.SIGSTOP)
+        send(self._process, signal.SIGSTOP)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """While it may compute."""
-        self._signal(signal.SIGCONT)
+        send(self._process, signal.SIGCONT)
         try:
             yield
         finally:
-            self._signal(signal.SIGSTOP)
+            send(self._process, signal.SIGSTOP)
 
     def begin(self, speculation: str | None) -> None:
         """See `Worker.begin`."""
@@ -80,7 +82,7 @@ class Process:
 
     def close(self) -> None:
         """End it, whatever it does."""
-        self._signal(signal.SIGKILL)
+        send(self._process, signal.SIGKILL)
         self._process.communicate()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -89,20 +91,20 @@ class Process:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise Unavailable("its process ended") from None
+            # It is no more; hearing nothing says so.
+            pass
         return self._hear()
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise Unavailable(f"its process ended with status {self._process.wait()}")
+        with limit(self._process, self._timeout) as passed:
+            line = self._process.stdout.readline()
+        # Without its end, a line is what a dying process had begun to say.
+        if not line.endswith("\n"):
+            self.close()
+            late, status = f"no answer within {self._timeout:g} s", self._process.returncode
+            raise Unavailable(late if passed.is_set() else f"its process ended with status {status}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise Unavailable(answer["error"])
         return answer
-
-    def _signal(self, number: int) -> None:
-        """To the process and its children, if they still are."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, number)

@@ -96,12 +96,16 @@ class Results:
             document = json.loads(file.read_text())
             settings, reference = document["settings"], document["reference"]
             visits = [(Way(**entry["way"]), Visit(**entry["visit"])) for entry in document["visits"]]
+            versions, unavailable = document["versions"], document["unavailable"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is no result of this comparison: {error}") from error
         if settings != self.settings:
             changed = [name for name in self.settings if settings.get(name) != self.settings[name]]
             raise UserError(f"{file} was measured with another {', '.join(changed)}: choose another folder")
-        self.reference = reference
+        self.reference, self.versions = reference, versions
+        for entry in unavailable:
+            reason = entry.pop("reason")
+            self.unavailable[Way(**entry)] = reason
         for way, visit in visits:
             self.add(way, visit)
 

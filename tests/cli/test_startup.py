@@ -38,7 +38,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not modules & {"torch", "transformers", "numpy", "typer", "rich"}
 
 
-def test_generating_imports_neither_models_nor_configurations_of_transformers() -> None:
+def test_generating_imports_neither_models_nor_configurations_of_transformers_nor_tasks() -> None:
     modules = imported(RUN, "generate", "Reverse the list: red cat", "--max-tokens", "2")
     assert {"torch", "hasten.llm"} <= modules
     heavy = {
@@ -51,5 +51,6 @@ def test_generating_imports_neither_models_nor_configurations_of_transformers() 
         "scipy",
         "matplotlib",
         "llguidance",
+        "hasten.tasks",
     }
     assert not modules & heavy

@@ -34,7 +34,6 @@ from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.small_model import processed
 from hasten.model import Decoder, Model
-from hasten.tasks import TASKS, examples, prose_documents
 
 ANSWER_TOKENS, ANSWERED_PROMPTS = 128, 200
 """How much the target writes for `source=target`."""
@@ -206,6 +205,9 @@ def forced_tokens(tokenizer: Any) -> set[int]:
 
 def _built_in() -> list[tuple[str, str]]:
     """Questions and answers of the built-in tasks' training split, and prose."""
+    # Here, because every command imports this file, and the tasks read their own sources when they are imported.
+    from hasten.tasks import TASKS, examples, prose_documents
+
     pairs = [
         (example.prompt, example.answer)
         for task in TASKS
