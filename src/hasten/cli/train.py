@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import options, train_diffusion
+from hasten.cli import options, train_diffusion, train_learn2pd
 from hasten.errors import UserError
 
 app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_command=True)
 app.add_typer(train_diffusion.app)
+app.add_typer(train_learn2pd.app)
 
 
 @app.callback()
