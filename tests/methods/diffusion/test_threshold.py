@@ -1,5 +1,4 @@
-"""Tokens that are sure together: the rules by their definitions, and what they cost on tasks whose answers are
-known."""
+"""Tokens that are sure together: the rules by their definitions, and what they cost where the answers are known."""
 
 from __future__ import annotations
 
