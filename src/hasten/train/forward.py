@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 class _Normalise(torch.autograd.Function):
@@ -47,11 +48,9 @@ def hidden_states(
         dtype: of weights and activations in the products.
     """
     config = model.config
-    heads, kv_heads, size = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        model.model.layers[0].self_attn.head_dim,
-    )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = model.model.layers[0].self_attn.head_dim
+    assert kv_heads is not None
     rows, length = ids.shape
     if positions is None:
         positions = torch.arange(length)[None]
@@ -60,10 +59,10 @@ def hidden_states(
     for layer in model.model.layers:
         own = layer.self_attn
         qkv = _project(x, layer.input_layernorm, dtype, own.q_proj, own.k_proj, own.v_proj)
-        qk, v = qkv.view(rows, length, -1, size).split([heads + kv_heads, kv_heads], 2)
+        qk, v = torch.split(qkv.view(rows, length, -1, size), [heads + kv_heads, kv_heads], 2)
         one, other = qk.chunk(2, -1)
         qk = qk * cos + torch.cat([-other, one], -1) * sin
-        q, k = qk.transpose(1, 2).split([heads, kv_heads], 1)
+        q, k = torch.split(qk.transpose(1, 2), [heads, kv_heads], 1)
         q = (q * size**-0.5).reshape(rows, kv_heads, -1, size)
         scores = (q @ k.transpose(2, 3)).view(rows, kv_heads, -1, length, length)
         if mask is not None:
@@ -76,12 +75,13 @@ def hidden_states(
         )
         x = x + F.linear(F.silu(gate) * up, layer.mlp.down_proj.weight.to(dtype))
     normal: Tensor = _Normalise.apply(x, config.rms_norm_eps)  # type: ignore[no-untyped-call]
-    return normal * model.model.norm.weight.to(dtype)
+    scaled: Tensor = normal * model.model.norm.weight.to(dtype)
+    return scaled
 
 
-def _project(x: Tensor, norm: torch.nn.Module, dtype: torch.dtype, *linears: torch.nn.Module) -> Tensor:
+def _project(x: Tensor, norm: LlamaRMSNorm, dtype: torch.dtype, *linears: torch.nn.Linear) -> Tensor:
     """The norm and several projections as one product."""
-    weight = torch.cat([linear.weight for linear in linears]) * norm.weight  # type: ignore[arg-type]
+    weight = torch.cat([linear.weight for linear in linears]) * norm.weight
     return F.linear(_Normalise.apply(x, norm.variance_epsilon), weight.to(dtype))  # type: ignore[no-untyped-call]
 
 

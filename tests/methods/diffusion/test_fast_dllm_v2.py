@@ -119,12 +119,8 @@ def test_the_open_part_alone_is_computed(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_a_part_sees_of_the_rest(name: str, models: Models) -> None:
-<<<<<<< HEAD
-    """Its tokens are those of the last look at the whole block: a law of tokens knows no difference, a network does."""
-=======
     """Its tokens are those of the last look at all of the block: a law of tokens knows no difference. Deeper layers of
     a network do."""
->>>>>>> dtests
     specs = [f"fast-dllm-v2:part=2,threshold=1,block_cache={cache}" for cache in ("true", "false")]
     saved = 0
     for prompt in PROMPTS:

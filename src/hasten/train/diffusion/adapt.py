@@ -44,10 +44,10 @@ class Adaptation(Recipe):
         model = load(resolve(self.parent))
         new = tokenizer.mask_token_id
         if model.config.vocab_size <= new:
-            mean = model.get_input_embeddings().weight.mean(0)  # type: ignore[operator]
+            mean = model.model.embed_tokens.weight.mean(0)
             model.resize_token_embeddings(new + 1, mean_resizing=False)
             with torch.no_grad():
-                for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                for layer in (model.model.embed_tokens, model.lm_head):
                     layer.weight[new] = mean
         model.config.diffusion = self.section(new)
         return model
@@ -93,6 +93,13 @@ class Text:
 def mask_id(model: LlamaForCausalLM) -> int:
     """The mask token of a model under adaptation."""
     return int(model.config.diffusion["mask_token_id"])
+
+
+def end_id(model: LlamaForCausalLM) -> int:
+    """The token that ends a text, of a model under adaptation."""
+    end = model.config.eos_token_id
+    assert isinstance(end, int)
+    return end
 
 
 def ceil_to(length: int, multiple: int) -> int:

@@ -36,7 +36,7 @@ def masked_accuracy(
         predicted right, their number, and the answers of which all were.
     """
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    end = int(tokenizer.eos_token_id)
     documents = [Document.of(example, encode, end) for example in examples(name, "test", per_task, EVALUATION_SEED)]
     longest = recipe.answers or recipe.context
     fitting = [d for d in documents if len(d.ids) <= recipe.context and len(d.ids) - d.answer - 1 <= longest]
@@ -77,7 +77,7 @@ def write_card(
         report: told after each task.
     """
     model, tokenizer = load(folder), load_tokenizer(folder)
-    model.config.diffusion = recipe.section(int(tokenizer.mask_token_id))  # type: ignore[arg-type]
+    model.config.diffusion = recipe.section(int(tokenizer.mask_token_id))
     tasks = {}
     for name in TASKS:
         tasks[name] = masked_accuracy(recipe, model, tokenizer, name, per_task)

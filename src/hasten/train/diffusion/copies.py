@@ -49,7 +49,7 @@ class Copies:
             torch.cat([positions[first:], positions])[None],
             dtype,
         )
-        noised, clean = states.split([length - first, length], 1)
+        noised, clean = torch.split(states, [length - first, length], 1)
         return cls(noised, clean, first)
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hasten.errors import UserError
 from hasten.train.data import Batch
-from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
+from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to, end_id
 from hasten.train.diffusion.copies import Copies
 from hasten.train.diffusion.corruption import complement, per_block
 from hasten.train.diffusion.losses import mean_cross_entropy
@@ -39,7 +39,7 @@ class ComplementaryBlocks(Adaptation):
 
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
         """Mean cross-entropy over the hidden positions of two views that hide each position of the answer once."""
-        text = Text.of(batch, ceil_to(batch.ids.shape[1], self.block), model.config.eos_token_id)
+        text = Text.of(batch, ceil_to(batch.ids.shape[1], self.block), end_id(model))
         text.answer[:, 0] = False
         one = per_block(text.answer, aligned_blocks(text.answer, self.block), generator)
         hidden = torch.cat([one, complement(text.answer, one)])

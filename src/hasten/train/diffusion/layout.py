@@ -103,6 +103,7 @@ def llada_tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
 def save_llada(model: LlamaForCausalLM, folder: Path) -> None:
     """Write configuration, generation config and weights of a Llama that was trained without a causal mask."""
     config = model.config
+    assert config.rope_parameters is not None
     document = {
         **LLADA_FIXED,
         **{llada: getattr(config, llama) for llama, llada in LLADA_FIELDS.items()},

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hasten.train.data import IGNORE, Batch
-from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to, mask_id
+from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to, end_id, mask_id
 from hasten.train.diffusion.corruption import draw_block, hide, uniform_count
 from hasten.train.diffusion.layout import save_llada
 from hasten.train.diffusion.losses import weighted_cross_entropy
@@ -42,7 +42,7 @@ class MaskedDiffusion(Adaptation):
 
         Of a text that is filled block after block, one block counts, and stands for all.
         """
-        text = self.canvas(batch, model.config.eos_token_id, model.config.max_position_embeddings, generator)
+        text = self.canvas(batch, end_id(model), model.config.max_position_embeddings, generator)
         # Padding has no part in these, or long canvases would drown the answers.
         lengths = (text.labels != IGNORE).sum(1)
         sizes = torch.tensor(BLOCKS)[torch.randint(len(BLOCKS), lengths.shape, generator=generator)]

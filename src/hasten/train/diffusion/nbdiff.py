@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from hasten.errors import UserError
 from hasten.train.data import Batch
-from hasten.train.diffusion.adapt import Adaptation, Text
+from hasten.train.diffusion.adapt import Adaptation, Text, end_id
 from hasten.train.diffusion.copies import Copies, next_token_loss
 from hasten.train.diffusion.corruption import per_block
 from hasten.train.diffusion.losses import mean_cross_entropy
@@ -48,7 +48,7 @@ class NextBlock(Adaptation):
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
         """Cross-entropy of what is hidden in the noised copy, plus that of the next token in the clean one."""
         block = self.block_at(progress)
-        text = Text.of(batch, batch.ids.shape[1] + block, model.config.eos_token_id)
+        text = Text.of(batch, batch.ids.shape[1] + block, end_id(model))
         offsets = torch.randint(block, text.start.shape, generator=generator)
         blocks = answer_blocks(text.start, text.ids.shape[1], block, offsets)
         hidden = per_block(text.answer, blocks, generator)

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hasten.errors import UserError
 from hasten.train.data import Batch
-from hasten.train.diffusion.adapt import Adaptation, Text
+from hasten.train.diffusion.adapt import Adaptation, Text, end_id
 from hasten.train.diffusion.copies import Copies, next_token_loss
 from hasten.train.diffusion.losses import mean_cross_entropy
 from hasten.train.diffusion.masks import answer_blocks
@@ -42,7 +42,7 @@ class DraftAndVerify(Adaptation):
 
         Drafts begin anywhere, so each text's blocks begin at a random offset.
         """
-        text = Text.of(batch, batch.ids.shape[1] + self.block, model.config.eos_token_id)
+        text = Text.of(batch, batch.ids.shape[1] + self.block, end_id(model))
         offsets = torch.randint(self.block, text.start.shape, generator=generator)
         copies = self.copies(model, text, text.answer, offsets)
         masks = mean_cross_entropy(logits(model, copies.noised[text.answer[:, copies.first :]]), text.ids[text.answer])
