@@ -202,12 +202,8 @@ class Sequence:
     def evict(self, slots: Items[int]) -> None:
         """Forget committed slots with these (ascending) numbers, and all pending rows; what is behind them moves up.
 
-                Raises:
-        <<<<<<< HEAD
-                    ValueError: numbers out of range or not ascending, or slots outside the last block, or that others may read.
-        =======
+        Raises:
                     ValueError: numbers out of range or not ascending, slots outside of the last block or that others may read.
-        >>>>>>> dtests
                     RollbackError: a recurrent layer would have to forget.
         """
         self._refuse_released()

@@ -41,8 +41,8 @@ def learn2pd(
     card = Path(summary["output"]).with_suffix(".md")
     card.write_text(
         f"# Learn2PD's filter for {llm.folder.name}\n\n    {shlex.join(['hasten', *sys.argv[1:]])}\n\n"
-        f"Blocks of {summary['block']}; {summary['records']:,} steps of {prompts} prompts; loss {summary['loss']}. On "
-        f"the held-out tenth, at masked positions and the method's own threshold, {summary['precision']:.1%} of what is "
+        f"Blocks of {summary['block']}; {summary['records']:,} steps of {prompts} prompts; loss {summary['loss']}. Of "
+        f"the held-out tenth's masked positions, at the method's own threshold, {summary['precision']:.1%} of what is "
         f"accepted is right, and {summary['recall']:.1%} of what is right is accepted.\n"
     )
     if json:
