@@ -203,8 +203,8 @@ class Sequence:
         """Forget committed slots with these (ascending) numbers, and all pending rows; what is behind them moves up.
 
         Raises:
-                    ValueError: numbers out of range or not ascending, slots outside of the last block or that others may read.
-                    RollbackError: a recurrent layer would have to forget.
+            ValueError: numbers out of range or not ascending, slots outside of the last block or that others may read.
+            RollbackError: a recurrent layer would have to forget.
         """
         self._refuse_released()
         if not slots:
