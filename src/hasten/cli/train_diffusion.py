@@ -144,7 +144,6 @@ def _run(recipe: Adaptation, output: Path, resume: bool, per_task: int, threads:
     """Train, score, and say where the model is."""
     import torch
 
-    from hasten.tasks import TASKS
     from hasten.train.diffusion.card import write_card
     from hasten.train.trainer import train
 
@@ -152,7 +151,7 @@ def _run(recipe: Adaptation, output: Path, resume: bool, per_task: int, threads:
         torch.set_num_threads(threads)
     summary: dict[str, Any] = train(recipe, output, resume)
     command = shlex.join(["hasten", *sys.argv[1:]])
-    with options.progress("scoring", len(TASKS), quiet=json) as advance:
+    with options.progress("scoring", 0, quiet=json) as advance:
         card = write_card(recipe, output, summary, command, per_task, advance)
     if json:
         options.emit({"output": str(output), "card": str(card), **summary})

@@ -1,4 +1,4 @@
-"""The card of an adapted model: what it predicts where answers are hidden, which needs no decoder."""
+"""The card of an adapted model: what it predicts where answers are hidden, and what it answers when it is decoded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED
+from hasten.train.card import EVALUATION_SEED, task_scores
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -21,6 +22,13 @@ from hasten.train.tokenizer import load_tokenizer
 
 SHARES = (1.0, 0.5)
 """Of an answer and its padding that is hidden."""
+DECODERS = {
+    ("full", "same"): ("threshold",),
+    ("block-causal", "shifted"): ("fast-dllm-v2:part=0",),
+    ("context-causal", "shifted"): ("plain", "nbdiff"),
+    ("context-causal", "same"): ("plain", "threshold"),
+}
+"""How models are decoded to be scored; `plain` is autoregressive here."""
 PADDING = 8
 """Answers are followed by end tokens up to a multiple of this length."""
 
@@ -74,15 +82,18 @@ def write_card(
         summary: what training returned.
         command: the command line that made the model.
         per_task: held-out examples of each task.
-        report: told after each task.
+        report: told after each task that was decoded.
     """
     model, tokenizer = load(folder), load_tokenizer(folder)
     model.config.diffusion = recipe.section(int(tokenizer.mask_token_id))
-    tasks = {}
-    for name in TASKS:
-        tasks[name] = masked_accuracy(recipe, model, tokenizer, name, per_task)
-        report(1)
-    document = {"command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks}
+    tasks = {name: masked_accuracy(recipe, model, tokenizer, name, per_task) for name in TASKS}
+    llm = LLM(folder, dtype="float32")
+    decoded = {}
+    for method in DECODERS[recipe.attention, recipe.alignment]:
+        decoded[method] = task_scores(llm, per_task, report, method)
+    document = {
+        "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
+    }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
     card = folder / "README.md"
     card.write_text(render(folder.name, document, recipe))
@@ -108,14 +119,18 @@ def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
         "",
         "## What it can do",
         "",
-        "Held-out answers predicted in one forward pass, with all or half of their positions hidden: tokens and whole",
-        "answers that are right. A decoder asks for less at a time.",
+        "Exact answers on held-out examples, greedy, float32, by decoder; then, of the same answers, what is right in",
+        "one forward pass with all or half of their positions hidden: tokens, and whole answers.",
         "",
-        "| category | task | " + " | ".join(f"{share:.0%} hidden: tokens | answers" for share in SHARES) + " |",
-        "|---|---|" + "---|" * (2 * len(SHARES)),
+        "| category | task | "
+        + " | ".join([f"`{method}`" for method in document["decoded"]])
+        + " | "
+        + " | ".join(f"{share:.0%} hidden: tokens | answers" for share in SHARES)
+        + " |",
+        "|---|---|" + "---|" * (len(document["decoded"]) + 2 * len(SHARES)),
     ]
     for task, score in sorted(document["tasks"].items(), key=lambda item: (item[1]["category"], item[0])):
-        cells = []
+        cells = [_percent(scores[task]["right"], scores[task]["of"]) for scores in document["decoded"].values()]
         for right, asked, answers in score["hidden"].values():
             cells += [_percent(right, asked), _percent(answers, score["of"])]
         lines.append(f"| {score['category']} | {task} | " + " | ".join(cells) + " |")
