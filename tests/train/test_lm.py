@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.errors import UserError
 from hasten.tasks import split_of
-from hasten.train import lm
 from hasten.train.data import IGNORE, Mixture
-from hasten.train.lm import TrainConfig, Trainer, train
+from hasten.train.lm import Pretraining
+from hasten.train.recipe import SHORT
+from hasten.train.trainer import CHECKPOINT, Trainer, train
 
-CONFIG = TrainConfig(
+CONFIG = Pretraining(
     hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, vocabulary=400, context=256,
     tokens=6_000, batch_tokens=512, precision="fp32",
 )  # fmt: skip
@@ -43,7 +44,7 @@ def test_exports_a_hugging_face_folder(finished: Path):
     assert len(tokenizer("1234")["input_ids"]) == 4  # every digit is a token
     summary = json.loads((finished / "training.json").read_text())
     assert summary["tokens"] >= CONFIG.tokens - CONFIG.batch_tokens
-    assert not (finished / lm.CHECKPOINT).exists()
+    assert not (finished / CHECKPOINT).exists()
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -61,7 +62,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished: Path, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         train(CONFIG, tmp_path)
     monkeypatch.undo()
-    assert (tmp_path / lm.CHECKPOINT).exists()
+    assert (tmp_path / CHECKPOINT).exists()
     summary = train(CONFIG, tmp_path)
     whole, resumed = weights(finished), weights(tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -76,13 +77,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
         train(replace(CONFIG, lr=1e-4), tmp_path)
     with pytest.raises(UserError, match="exists"):
         train(CONFIG, tmp_path, resume=False)
-    (tmp_path / lm.CHECKPOINT).write_bytes(b"nonsense")
+    (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot read"):
         train(CONFIG, tmp_path)
 
 
 def test_a_drafter_shares_the_tokenizer(finished: Path, tmp_path: Path):
-    train(replace(CONFIG, hidden=16, tokens=1_000), tmp_path, tokenizer_folder=finished)
+    train(replace(CONFIG, hidden=16, tokens=1_000, tokenizer_of=str(finished)), tmp_path)
     one, other = (AutoTokenizer.from_pretrained(folder) for folder in (finished, tmp_path))
     assert one.get_vocab() == other.get_vocab()
 
@@ -104,9 +105,16 @@ def test_batches_are_deterministic_and_from_the_train_split():
             assert kept == ids[answer : answer + len(kept)] and kept[-1] == 0
 
 
+def test_answers_are_as_short_as_asked():
+    encode = lambda text: list(text.encode())  # noqa: E731
+    mixture = Mixture(encode, 0, batch_tokens=2048, context=2048, seed=3, answers=20, weights={"copy": 1})
+    lengths = [int((labels != IGNORE).sum()) - 1 for batch in mixture.pool(0, 1.0) for labels in batch.labels]
+    assert 15 < max(lengths) <= 20
+
+
 def test_schedule():
-    rates = [lm.learning_rate(progress / 100, CONFIG) for progress in range(101)]
+    rates = [CONFIG.learning_rate(progress / 100) for progress in range(101)]
     assert rates[2] == pytest.approx(CONFIG.lr)
     assert rates[100] == pytest.approx(CONFIG.lr * CONFIG.final_lr)
     assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
-    assert lm.difficulty(0, CONFIG) == lm.SHORT and lm.difficulty(CONFIG.curriculum, CONFIG) == pytest.approx(1)
+    assert CONFIG.difficulty(0) == SHORT and CONFIG.difficulty(CONFIG.curriculum) == pytest.approx(1)
