@@ -46,6 +46,9 @@ class TidarParameters:
 class Tidar(Drafter):
     """See the module."""
 
+    # Its first draft has no tokens yet, only masks: a composition would ask the next drafter instead.
+    alone = True
+
     def __init__(self, target: Target, parameters: TidarParameters) -> None:
         diffusion = target.model.config.diffusion
         if diffusion is None or diffusion.attention != "context-causal" or diffusion.alignment != "same":
