@@ -243,7 +243,9 @@ def test_a_prompts_own_budget_holds_if_nothing_else_is_asked_for(diffusion_llm: 
         assert row["tokens_per_step"] == length
 
 
-@pytest.mark.parametrize(("attention", "method"), [("full", "freedave"), ("context-causal", "tidar")])
+@pytest.mark.parametrize(
+    ("attention", "method"), [("full", "freedave"), ("context-causal", "freedave"), ("context-causal", "tidar")]
+)
 def test_verify_passes_lossless_methods_of_diffusion_models(
     diffusion_llm: Callable[..., LLM], attention: str, method: str
 ):
