@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hasten.errors import UserError
 from hasten.tasks import TASKS, Example, prose_chunks, split_of
 
 PROSE = "prose"
@@ -22,6 +23,8 @@ SHORTEST_PROSE = 96
 """Tokens of a piece of prose when the curriculum begins."""
 POOL_BATCHES = 64
 """Documents of this many batches are drawn together and sorted by length, which leaves little padding."""
+PATIENCE = 100
+"""Examples of a task that are drawn before another task is, where answers must be short; and tasks drawn at most."""
 
 DEFAULT_WEIGHTS: dict[str, float] = {
     "addition": 1.7, "subtraction": 1.7, "multiplication": 1.7,
@@ -64,7 +67,8 @@ class Mixture:
         batch_tokens: tokens per batch, padding included; half as many in the opening, where steps count more.
         context: documents are cut to this many tokens.
         seed: of the whole stream.
-        answers: the longest answer in tokens; an example with a longer one is drawn again. 0 takes all.
+        answers: the longest answer in tokens; an example with a longer one is drawn again, and a task that has only
+            such ones gives way to another. 0 takes all.
         weights: relative frequency per task name, and of `"prose"`.
     """
 
@@ -80,18 +84,24 @@ class Mixture:
         self._prose = list(prose_chunks("train")) if self.weights.get(PROSE, 0) > 0 else []
 
     def document(self, rng: random.Random, difficulty: float, opening: bool = False) -> Document:
-        """One random document of the mixture; of its copying tasks alone in the opening."""
+        """One random document of the mixture; of its copying tasks alone in the opening.
+
+        Raises:
+            UserError: no task gives answers as short as asked.
+        """
         names = [name for name in self.weights if name in COPYING] if opening else list(self.weights)
-        name = rng.choices(names, [self.weights[name] for name in names])[0]
-        if name == PROSE:
-            length = max(SHORTEST_PROSE, int(self.context * difficulty))
-            return Document([*self.encode(rng.choice(self._prose)), self.end][:length], 0)
-        while True:
-            example = TASKS[name].generate(rng, difficulty)
-            document = Document.of(example, self.encode, self.end)
-            length = len(document.ids) - document.answer - 1
-            if split_of(example.prompt) == "train" and length <= (self.answers or length):
-                return Document(document.ids[: self.context], document.answer)
+        for _ in range(PATIENCE):
+            name = rng.choices(names, [self.weights[name] for name in names])[0]
+            if name == PROSE:
+                length = max(SHORTEST_PROSE, int(self.context * difficulty))
+                return Document([*self.encode(rng.choice(self._prose)), self.end][:length], 0)
+            for _ in range(PATIENCE):
+                example = TASKS[name].generate(rng, difficulty)
+                document = Document.of(example, self.encode, self.end)
+                length = len(document.ids) - document.answer - 1
+                if split_of(example.prompt) == "train" and length <= (self.answers or length):
+                    return Document(document.ids[: self.context], document.answer)
+        raise UserError(f"no task of the mixture has answers of at most {self.answers} tokens")
 
     def pool(self, number: int, difficulty: float, opening: bool = False) -> list[Batch]:
         """Batches number `POOL_BATCHES * number` onwards, in their final order."""
