@@ -45,12 +45,32 @@ class Window(Protocol):
         """
 
 
-def _block_diagonal(size: int, count: int) -> Tensor | Literal["all"]:
-    """The mask of `count` hypotheses of `size` rows each, which see nothing of each other."""
-    if count == 1:
-        return "all"
-    number = torch.arange(size * count) // size
-    return number[:, None] == number[None, :]
+def _blocks(canvas: Canvas, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Blocks of `size` positions from `start` on, as far as the canvas reaches when each is asked for."""
+    while start < canvas.length:
+        yield start, min(start + size, canvas.length)
+        start += size
+
+
+def _passage(contents: Sequence[list[int]], bottom: int, predicted: range, shift: int) -> Passage:
+    """Rows from position `bottom` on, once per hypothesis; these see nothing of each other.
+
+    Args:
+        contents: the tokens of each hypothesis, equally many.
+        predicted: positions whose predictions are wanted.
+        shift: how far before its position a prediction's row stands.
+    """
+    size, count = len(contents[0]), len(contents)
+    mask: Tensor | Literal["all"] = "all"
+    if count > 1:
+        number = torch.arange(size * count) // size
+        mask = number[:, None] == number[None, :]
+    return Passage(
+        [token for tokens in contents for token in tokens],
+        list(range(bottom, bottom + size)) * count,
+        [number * size + position - shift - bottom for number in range(count) for position in predicted],
+        mask,
+    )
 
 
 class FullWindow:
@@ -77,10 +97,7 @@ class FullWindow:
         sequence.reserve(canvas.length)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        start = self.canvas.prompt_length
-        while start < self.canvas.length:
-            yield start, min(start + self.size, self.canvas.length)
-            start += self.size
+        return _blocks(self.canvas, self.canvas.prompt_length, self.size)
 
     def open(self, start: int, stop: int) -> Passes:
         self.start, self.stop, self.age = start, stop, 0
@@ -100,18 +117,10 @@ class FullWindow:
         if not whole:
             bottom, top = first, stop if self.cache == "dual" else canvas.length
         until = top if beyond else high
-        size, contents = top - bottom, [each.ids for each in hypotheses] or [canvas.ids[self.start : stop]]
-        tokens: list[int] = []
-        for ids in contents:
-            tokens += canvas.ids[bottom : self.start].tolist() + ids.tolist() + canvas.ids[stop:top].tolist()
-        wanted = [
-            number * size + position - self.shift - bottom
-            for number in range(len(contents))
-            for position in range(low, until)
-        ]
-        logits = yield Passage(
-            tokens, list(range(bottom, top)) * len(contents), wanted, _block_diagonal(size, len(contents))
-        )
+        before, after = canvas.ids[bottom : self.start].tolist(), canvas.ids[stop:top].tolist()
+        contents = [each.ids for each in hypotheses] or [canvas.ids[self.start : stop]]
+        tokens = [before + ids.tolist() + after for ids in contents]
+        logits = yield _passage(tokens, bottom, range(low, until), self.shift)
         if self.cache != "none" and whole:
             behind = range(stop, top) if self.cache == "dual" else range(0)
             self.sequence.commit([*range(first), *behind])
@@ -152,10 +161,7 @@ class BlockWindow:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         first = self.canvas.prompt_length
-        start = first if self.causal else first // self.size * self.size
-        while start < self.canvas.length:
-            yield start, min(start + self.size, self.canvas.length)
-            start += self.size
+        return _blocks(self.canvas, first if self.causal else first // self.size * self.size, self.size)
 
     def open(self, start: int, stop: int) -> Passes:
         self._forget()
@@ -186,18 +192,10 @@ class BlockWindow:
             return (yield from self._look_at_part(low, high))
         self._forget()
         contents = [each.ids for each in hypotheses] or [canvas.ids[start:stop]]
-        size = stop - start
-        tokens = [token for ids in contents for token in ids.tolist()]
         # The first row of a shifted block predicts the second position; the first one is known.
         first = max(low, start + self.shift)
-        wanted = [
-            number * size + position - self.shift - start
-            for number in range(len(contents))
-            for position in range(first, until)
-        ]
-        logits = yield Passage(
-            tokens, list(range(start, stop)) * len(contents), wanted, _block_diagonal(size, len(contents))
-        )
+        logits = yield _passage([ids.tolist() for ids in contents], start, range(first, until), self.shift)
+        size = stop - start
         if self.parts and high - low < size and not hypotheses:
             self._stale = list(range(start, stop))
             self.sequence.commit(size)
