@@ -35,7 +35,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 @pytest.fixture(params=PRECISIONS, scope="module")
 def model(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Any]) -> Decoder:
-    checkpoint = make_checkpoint("llama", intermediate_size=77)
+    checkpoint = make_checkpoint("llama", intermediate_size=80)
     return load_model(checkpoint.folder, device="cpu", backend="native", **PRECISIONS[request.param])
 
 

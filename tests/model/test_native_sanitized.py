@@ -88,7 +88,7 @@ def test_no_address_is_wrong(sanitized: Path, make_checkpoint: Callable[..., Any
         for name in ("libasan.so", "libubsan.so")
     ]
     folders = [
-        make_checkpoint("llama", intermediate_size=77).folder,
+        make_checkpoint("llama", intermediate_size=80).folder,
         make_checkpoint("qwen3").folder,
         make_checkpoint("mistral", sliding_window=7).folder,
     ]

@@ -28,11 +28,6 @@ class TileRegisters {
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t TILE_ROWS = 16;
 
-// Of sixteen rows by panels, then of the next sixteen.
-struct alignas(64) TileSums {
-    int32_t of[4][TILE_ROWS][WIDTH];
-};
-
 // The compiler does not know that a tile is read from memory.
 inline void written() { __asm__ volatile("" ::: "memory"); }
 
@@ -47,43 +42,47 @@ inline void fetch_tile(const char *from) {
     else                                        \
         _tile_dpbssd(sum, input, weight);
 
-// The sums of BLOCKS times 16 rows and PANELS panels, `apart` bytes from one to the next, over so many tiles of inputs,
-// which are `step` bytes apart. With `fetched`, the panels' next tiles are fetched meanwhile: from further ahead, they would
-// push each other out of the nearest cache.
+// The sums of BLOCKS times 16 rows in PANELS panels, over so many tiles of inputs, which are `step` bytes apart. With
+// `fetched`, the panels' next tiles are fetched meanwhile: from further ahead, they would push each other out of the nearest
+// cache.
 template <Format FORMAT, int BLOCKS, int PANELS>
-inline void tile_products(const char *panels, int64_t apart, bool fetched, const char *inputs, int64_t step, int64_t count,
-                          TileSums &sums) {
-    static_assert(BLOCKS * PANELS <= 4);
+inline void tile_products(const char *const *panels, bool fetched, const char *inputs, int64_t step, int64_t count,
+                          Lanes (*sums)[MOST]) {
+    static_assert(BLOCKS * PANELS <= 4 && BLOCKS * TILE_ROWS <= MOST);
     written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t i = 0; i < count; ++i, inputs += step, panels += TILE_BYTES) {
+    for (int64_t i = 0, at = 0; i < count; ++i, inputs += step, at += TILE_BYTES) {
         if (fetched)
-            for (int p = 0; p < PANELS; ++p) fetch_tile(panels + p * apart + TILE_BYTES);
+            for (int p = 0; p < PANELS; ++p) fetch_tile(panels[p] + at + TILE_BYTES);
         _tile_loadd(4, inputs, 64);
-        _tile_loadd(6, panels, 64);
+        _tile_loadd(6, panels[0] + at, 64);
         TILE_DOT(0, 4, 6)
-        _tile_loadd(7, panels + apart, 64);
+        _tile_loadd(7, panels[1] + at, 64);
         TILE_DOT(1, 4, 7)
         if constexpr (BLOCKS == 2) {
             _tile_loadd(5, inputs + TILE_BYTES, 64);
             TILE_DOT(2, 5, 6)
             TILE_DOT(3, 5, 7)
         } else if constexpr (PANELS == 4) {
-            _tile_loadd(6, panels + 2 * apart, 64);
+            _tile_loadd(6, panels[2] + at, 64);
             TILE_DOT(2, 4, 6)
-            _tile_loadd(7, panels + 3 * apart, 64);
+            _tile_loadd(7, panels[3] + at, 64);
             TILE_DOT(3, 4, 7)
         }
     }
-    _tile_stored(0, sums.of[0], 64);
-    _tile_stored(1, sums.of[1], 64);
-    if constexpr (BLOCKS * PANELS == 4) {
-        _tile_stored(2, sums.of[2], 64);
-        _tile_stored(3, sums.of[3], 64);
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    if constexpr (BLOCKS == 2) {
+        _tile_stored(2, sums[0] + TILE_ROWS, 64);
+        _tile_stored(3, sums[1] + TILE_ROWS, 64);
+    } else if constexpr (PANELS == 4) {
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
     }
+    written();
 }
 
 #undef TILE_DOT

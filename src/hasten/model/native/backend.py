@@ -17,7 +17,7 @@ from torch import Tensor
 from hasten.model.decoder import Decoder
 from hasten.model.linear import Linear
 from hasten.model.native.library import Team, library
-from hasten.model.native.linear import FORMATS, Format, LinearStruct, PanelLinear
+from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
 from hasten.model.rows import Rows, SequenceState
 from hasten.model.taps import Site, Taps
 
@@ -106,6 +106,8 @@ def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> st
         return "it knows no recurrent layers"
     if len({(layer.heads, layer.kv_heads, layer.head_dim, layer.ffn) for layer in config.layers}) > 1:
         return "all layers must have one shape"
+    if config.layers[0].ffn % LANES:
+        return f"feed-forward layers must have a multiple of {LANES} channels"
     if library() is None:
         return "it was not built (no C++ compiler when hasten was installed)"
     return None

@@ -16,19 +16,6 @@ inline void rotate(float *x, const float *cosine, const float *sine, int64_t hal
     }
 }
 
-// silu(gate) * up.
-inline void gated(const float *gate, const float *up, int64_t count, float *out) {
-    auto silu = [](Lanes value) { return value / (1.0f + exponential(-value)); };
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH) store(out + i, silu(load(gate + i)) * load(up + i));
-    if (i == count) return;
-    float last[2][WIDTH] = {};
-    std::copy(gate + i, gate + count, last[0]);
-    std::copy(up + i, up + count, last[1]);
-    const Lanes values = silu(load(last[0])) * load(last[1]);
-    std::memcpy(out + i, &values, (count - i) * sizeof(float));
-}
-
 inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
     const int64_t token = batch.tokens[row], hidden = model.hidden;
     if (token < 0) {
@@ -43,7 +30,7 @@ inline void embed(const Model &model, const Batch &batch, int64_t row, float *ou
 
 // Buffers that passes share; they only grow.
 struct Buffers {
-    std::vector<float> x, next, qkv, gate_up, cosine, sine;
+    std::vector<float> x, next, qkv, cosine, sine;
     std::vector<int64_t> span_of;
     std::vector<Tile> tiles;
     std::vector<Attend> attend;
@@ -54,9 +41,9 @@ void forward(const Model &model, Team &team, const Batch &batch) {
     static thread_local Buffers buffers;
     Buffers &of = buffers;
     const int64_t hidden = model.hidden, d = model.head_dim, half = d / 2, heads = model.heads, kv = model.kv_heads;
-    const int64_t rows = batch.rows, width = (heads + 2 * kv) * d, ffn = model.ffn;
+    const int64_t rows = batch.rows, width = (heads + 2 * kv) * d;
     float *now = grown(of.x, rows * hidden), *then = grown(of.next, rows * hidden);
-    float *qkv = grown(of.qkv, rows * width), *gate_up = grown(of.gate_up, rows * 2 * ffn);
+    float *qkv = grown(of.qkv, rows * width);
     float *cosine = grown(of.cosine, rows * half), *sine = grown(of.sine, rows * half);
     Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
     of.attend.resize(team.most());
@@ -76,8 +63,6 @@ void forward(const Model &model, Team &team, const Batch &batch) {
                 head -= together - some;
             }
     }
-    // Of the gated channels, each whole vectors of words.
-    const int64_t part = 8 * WIDTH, parts = (ffn + part - 1) / part;
 
     team.run([&](int number) {
         [[maybe_unused]] const TileRegisters registers;
@@ -165,14 +150,7 @@ void forward(const Model &model, Team &team, const Batch &batch) {
                 tap(MLP_INPUT, l, row, normed.row(row));
             });
             team.barrier();
-            linear(layer.gate_up, team, number, normed, gate_up);
-            team.barrier();
-            share(rows * parts, [&](int64_t item) {
-                const int64_t row = item / parts, first = item % parts * part, count = std::min(part, ffn - first);
-                const float *gate = gate_up + row * 2 * ffn + first;
-                gated(gate, gate + ffn, count, inner.row(row) + first);
-                if (inner.direct()) inner.put(row, first, count);
-            });
+            gated(layer.gate_up, team, number, normed, inner);
             finish(inner);
             linear(layer.down, team, number, inner, now, then);
             if (l + 1 == model.layers) shape(last, model.head, batch.wanted);

@@ -85,6 +85,16 @@ inline uint32_t narrow(float value) {
     return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 64 : rounded;
 }
 
+inline Halves narrow(Lanes value) {
+#if LEVEL >= 3
+    return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    Halves bits;
+    for (int64_t i = 0; i < WIDTH; ++i) bits[i] = narrow(value[i]);
+    return bits;
+#endif
+}
+
 // 32 floats to bf16, two to a word.
 inline Words narrow_pairs(const float *from) {
 #if LEVEL >= 3

@@ -57,6 +57,19 @@ class Inputs {
             word += some;
         }
     }
+    // Sixteen floats from `first` on, a multiple of sixteen, become words, or wait as floats for the rest of their row.
+    void put(int64_t row, int64_t first, Lanes values) {
+        if (format_ != BFLOAT16) {
+            store(this->row(row) + first, values);
+            if (format_ == FLOAT32) std::memcpy(start(row) + first * size(row), &values, sizeof values);
+            return;
+        }
+        uint32_t *to = start(row) + first / (2 * WIDTH) * WIDTH * size(row) + first / 2 % WIDTH;
+        const Halves bits = narrow(values);
+        std::memcpy(to, &bits, sizeof bits);
+        // The last word may have no other half.
+        if (first + WIDTH == width_ && first / 2 % WIDTH == 0) std::memset(to + WIDTH / 2, 0, sizeof bits);
+    }
     // A whole row becomes int8 codes, with one scale (int8 weights) or one per group (int4).
     void quantise(int64_t row) {
         const int64_t apart = WIDTH * size(row), chunks = chunks_ / groups_;
@@ -132,14 +145,27 @@ inline Sum add_word(Sum total, Words weights, uint32_t input) {
     else return add_signed(total, weights, input);
 }
 
+// Outputs are computed by pairs of panels: neighbours, or a panel of gates and that of what they let through.
+struct Pairs {
+    int64_t count, step, apart;
+    int64_t panel(int64_t pair, int side) const { return pair * step + side * apart; }
+};
+inline Pairs neighbours(const Linear &weight) { return {(weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH), 2, 1}; }
+inline Pairs gates(const Linear &weight) { return {weight.outputs / (2 * WIDTH), 1, weight.outputs / (2 * WIDTH)}; }
+
+// The sums of a block of rows in the panels of up to two pairs.
+struct alignas(64) Sums {
+    Lanes of[4][MOST];
+};
+
 // Adds all words of ROWS rows of a block times PANELS panels to their sums; not for int4, which adds by groups.
 template <Format FORMAT, int ROWS, int PANELS, class Sum>
-inline void add_words(const Linear &weight, int64_t panel, const uint32_t *inputs, Sum (&total)[ROWS][PANELS]) {
+inline void add_words(const Linear &weight, const int64_t *panel, const uint32_t *inputs, Sum (&total)[ROWS][PANELS]) {
     const int64_t words = words_of(weight);
     for (int64_t k = 0; k < words; ++k) {
         const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
         Words now[PANELS];
-        for (int p = 0; p < PANELS; ++p) now[p] = weights_at(weight.panels, (panel + p) * words + k);
+        for (int p = 0; p < PANELS; ++p) now[p] = weights_at(weight.panels, panel[p] * words + k);
 #pragma GCC unroll 24
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -147,29 +173,26 @@ inline void add_words(const Linear &weight, int64_t panel, const uint32_t *input
     }
 }
 
-// ROWS rows of a block times PANELS panels from the `panel`th on.
+// ROWS rows of a block times PANELS panels, to the first of `sums`.
 template <Format FORMAT, int ROWS, int PANELS>
-inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, Lanes (&result)[ROWS][PANELS]) {
+void product(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*sums)[MOST]) {
     const uint32_t *inputs = x.words(first);
+    Lanes result[ROWS][PANELS] = {};
     if constexpr (FORMAT == FLOAT32 || FORMAT == BFLOAT16) {
-        Lanes total[ROWS][PANELS] = {};
-        add_words<FORMAT>(weight, panel, inputs, total);
-        std::memcpy(&result, &total, sizeof total);
+        add_words<FORMAT>(weight, panel, inputs, result);
     } else if constexpr (FORMAT == INT8) {
         Whole total[ROWS][PANELS];
         for (int p = 0; p < PANELS; ++p) {
-            const Whole offset = load(weight.sums + (panel + p) * WIDTH) * (SHIFTED ? -128 : 0);
+            const Whole offset = load(weight.sums + panel[p] * WIDTH) * (SHIFTED ? -128 : 0);
             for (int r = 0; r < ROWS; ++r) total[r][p] = offset;
         }
         add_words<FORMAT>(weight, panel, inputs, total);
         for (int p = 0; p < PANELS; ++p) {
-            const Lanes scale = load(static_cast<const float *>(weight.scales) + (panel + p) * WIDTH);
+            const Lanes scale = load(static_cast<const float *>(weight.scales) + panel[p] * WIDTH);
             for (int r = 0; r < ROWS; ++r) result[r][p] = floats(total[r][p]) * (scale * x.scales(first)[r]);
         }
     } else {
         const int64_t words = words_of(weight), groups = words / GROUP_WORDS;
-        for (int r = 0; r < ROWS; ++r)
-            for (int p = 0; p < PANELS; ++p) result[r][p] = Lanes{};
         for (int64_t g = 0; g < groups; ++g) {
             Whole total[ROWS][PANELS];
             for (int r = 0; r < ROWS; ++r)
@@ -178,7 +201,7 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
             for (int64_t k = 0; k < GROUP_WORDS; k += 2, input += 2) {
                 Words low[PANELS], high[PANELS];
                 for (int p = 0; p < PANELS; ++p) {
-                    const Words both = weights_at(weight.panels, ((panel + p) * words + g * GROUP_WORDS + k) / 2);
+                    const Words both = weights_at(weight.panels, (panel[p] * words + g * GROUP_WORDS + k) / 2);
                     low[p] = both & 0x0f0f0f0fu;
                     high[p] = both >> 4 & 0x0f0f0f0fu;
                 }
@@ -191,78 +214,51 @@ inline void product(const Linear &weight, int64_t panel, const Inputs &x, int64_
                     }
             }
             for (int p = 0; p < PANELS; ++p) {
-                const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + ((panel + p) * groups + g) * WIDTH);
+                const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + (panel[p] * groups + g) * WIDTH);
                 for (int r = 0; r < ROWS; ++r)
                     result[r][p] += floats(total[r][p]) * (scale * x.scales(first)[r * groups + g]);
             }
         }
     }
-}
-
-// A row's sums in a panel, with bias and residual, to `out` [rows][outputs].
-inline void finish(const Linear &weight, int64_t panel, int64_t row, Lanes value, float *out, const float *residual) {
-    const int64_t column = panel * WIDTH, at = row * weight.outputs + column;
-    if (column + WIDTH <= weight.outputs) {
-        if (weight.bias) value += load(weight.bias + column);
-        if (residual) value += load(residual + at);
-        store(out + at, value);
-        return;
-    }
-    for (int64_t n = 0; n < weight.outputs - column; ++n)
-        out[at + n] = value[n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
-}
-
-template <Format FORMAT, int ROWS, int PANELS>
-void tile(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out, const float *residual) {
-    Lanes result[ROWS][PANELS];
-    product<FORMAT, ROWS, PANELS>(weight, panel, x, first, result);
     for (int r = 0; r < ROWS; ++r)
-        for (int p = 0; p < PANELS; ++p) finish(weight, panel + p, first + r, result[r][p], out, residual);
+        for (int p = 0; p < PANELS; ++p) sums[p][r] = result[r][p];
 }
 
+// A pair of panels by vectors.
 template <Format FORMAT, int ROWS>
-inline void tiles(int64_t rows, const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out,
-                  const float *residual) {
+inline void by_vectors(int64_t rows, const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first,
+                       Lanes (*sums)[MOST]) {
     if (rows < ROWS) {
-        if constexpr (ROWS > 1) tiles<FORMAT, ROWS - 1>(rows, weight, panel, x, first, out, residual);
+        if constexpr (ROWS > 1) by_vectors<FORMAT, ROWS - 1>(rows, weight, panel, x, first, sums);
     } else if constexpr (ROWS * 2 <= IN_VECTORS) {
-        tile<FORMAT, ROWS, 2>(weight, panel, x, first, out, residual);
+        product<FORMAT, ROWS, 2>(weight, panel, x, first, sums);
     } else {
-        tile<FORMAT, ROWS, 1>(weight, panel, x, first, out, residual);
-        tile<FORMAT, ROWS, 1>(weight, panel + 1, x, first, out, residual);
+        product<FORMAT, ROWS, 1>(weight, panel, x, first, sums);
+        product<FORMAT, ROWS, 1>(weight, panel + 1, x, first, sums + 1);
     }
 }
 
 #if LEVEL >= 4
 
-// A block of up to 16 BLOCKS rows times PANELS panels; not for int4.
+// A block of up to 16 BLOCKS rows times PANELS panels; not for int4. Only the first block of rows waits for the weights.
 template <Format FORMAT, int BLOCKS, int PANELS>
-inline void multiply(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out,
-                     const float *residual) {
-    const int64_t words = words_of(weight), apart = words * 64, rows = x.size(first);
-    const char *panels = static_cast<const char *>(weight.panels) + panel * apart;
-    TileSums sums;
-    tile_products<FORMAT, BLOCKS, PANELS>(panels, apart, true, reinterpret_cast<const char *>(x.words(first)), rows * 64,
+inline void by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*sums)[MOST]) {
+    const int64_t words = words_of(weight), rows = x.size(first);
+    const char *panels[PANELS];
+    for (int p = 0; p < PANELS; ++p) panels[p] = static_cast<const char *>(weight.panels) + panel[p] * words * 64;
+    tile_products<FORMAT, BLOCKS, PANELS>(panels, first == 0, reinterpret_cast<const char *>(x.words(first)), rows * 64,
                                           words / WIDTH, sums);
-    for (int p = 0; p < PANELS; ++p)
-        for (int64_t r = 0; r < rows; ++r) {
-            const int32_t *sum = BLOCKS == 1 ? sums.of[p][r] : sums.of[r / TILE_ROWS * 2 + p][r % TILE_ROWS];
-            Lanes value;
-            if constexpr (FORMAT == BFLOAT16)
-                value = as<Lanes>(load(sum));
-            else
-                value = floats(load(sum)) *
-                        (load(static_cast<const float *>(weight.scales) + (panel + p) * WIDTH) * x.scales(first)[r]);
-            finish(weight, panel + p, first + r, value, out, residual);
+    if constexpr (FORMAT == INT8)
+        for (int p = 0; p < PANELS; ++p) {
+            const Lanes scale = load(static_cast<const float *>(weight.scales) + panel[p] * WIDTH);
+            for (int64_t r = 0; r < rows; ++r) sums[p][r] = floats(as<Whole>(sums[p][r])) * (scale * x.scales(first)[r]);
         }
 }
 
 // The same for int4 and two panels: each group is a tile of codes from -8 to 7, its sums become floats as in `product`.
 template <int BLOCKS>
-inline void multiply_int4(const Linear &weight, int64_t panel, const Inputs &x, int64_t first, float *out,
-                          const float *residual) {
-    const int64_t groups = words_of(weight) / GROUP_WORDS, apart = groups * TILE_BYTES / 2, rows = x.size(first);
-    const char *panels = static_cast<const char *>(weight.panels) + panel * apart;
+inline void int4_by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*result)[MOST]) {
+    const int64_t groups = words_of(weight) / GROUP_WORDS, rows = x.size(first);
     const char *inputs = reinterpret_cast<const char *>(x.words(first));
     const float *scales = x.scales(first);
     // A byte's lower or upper half n to n - 8: bits 0 to 2 are its own, bit 3 turned over fills the rest. Both are matrices
@@ -270,13 +266,12 @@ inline void multiply_int4(const Linear &weight, int64_t panel, const Inputs &x, 
     const __m512i lower = _mm512_set1_epi64(0x0102040808080808), upper = _mm512_set1_epi64(0x1020408080808080);
     constexpr int TURNED = 0xf8;
     alignas(64) char weights[2][2][TILE_BYTES];
-    TileSums sums[2];
-    Lanes result[2][BLOCKS * TILE_ROWS];
+    Sums sums[2];
     for (int p = 0; p < 2; ++p) std::fill(result[p], result[p] + rows, Lanes{});
     // A group is unpacked while the one before it is multiplied and the one before that becomes floats.
     for (int64_t g = 0; g < groups + 2; ++g) {
         for (int p = 0; p < 2 && g < groups; ++p) {
-            const char *from = panels + p * apart + g * TILE_BYTES / 2;
+            const char *from = static_cast<const char *>(weight.panels) + (panel[p] * groups + g) * TILE_BYTES / 2;
 #pragma GCC unroll 8
             for (int k = 0; k < 8; ++k) {
                 const __m512i both = _mm512_loadu_si512(from + k * 64);
@@ -286,79 +281,121 @@ inline void multiply_int4(const Linear &weight, int64_t panel, const Inputs &x, 
                 _mm512_store_si512(to + 64, _mm512_gf2p8affine_epi64_epi8(both, upper, TURNED));
             }
         }
-        if (g > 0 && g <= groups)
-            tile_products<INT8, BLOCKS, 2>(weights[~g & 1][0], TILE_BYTES, false, inputs + (g - 1) * rows * 64, 0, 1, sums[~g & 1]);
+        if (g > 0 && g <= groups) {
+            const char *unpacked[2] = {weights[~g & 1][0], weights[~g & 1][1]};
+            tile_products<INT8, BLOCKS, 2>(unpacked, false, inputs + (g - 1) * rows * 64, 0, 1, sums[~g & 1].of);
+        }
         const int64_t done = g - 2;
         for (int p = 0; p < 2 && done >= 0; ++p) {
-            const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + ((panel + p) * groups + done) * WIDTH);
+            const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + (panel[p] * groups + done) * WIDTH);
             for (int64_t r = 0; r < rows; ++r)
-                result[p][r] += floats(load(sums[g & 1].of[r / TILE_ROWS * 2 + p][r % TILE_ROWS])) *
-                                (scale * scales[r * groups + done]);
+                result[p][r] += floats(as<Whole>(sums[g & 1].of[p][r])) * (scale * scales[r * groups + done]);
         }
     }
-    for (int p = 0; p < 2; ++p)
-        for (int64_t r = 0; r < rows; ++r) finish(weight, panel + p, first + r, result[p][r], out, residual);
 }
 
 // Rows of int4 from which tiles are faster than vectors; the results are the same bits.
 constexpr int64_t INT4_TILES = 9;
 
-template <Format FORMAT>
-inline void multiply_block(const Linear &weight, int64_t panel, int64_t panels, const Inputs &x, int64_t first, float *out,
-                           const float *residual) {
-    const int64_t rows = x.size(first), last = panel + panels;
-    if constexpr (FORMAT == INT4) {
-        for (; panel < last; panel += 2)
-            if (rows < INT4_TILES)
-                tiles<INT4, INT4_TILES - 1>(rows, weight, panel, x, first, out, residual);
-            else if (rows <= TILE_ROWS)
-                multiply_int4<1>(weight, panel, x, first, out, residual);
-            else
-                multiply_int4<2>(weight, panel, x, first, out, residual);
-    } else if (rows <= TILE_ROWS) {
-        if (panels == 4)
-            multiply<FORMAT, 1, 4>(weight, panel, x, first, out, residual);
-        else
-            multiply<FORMAT, 1, 2>(weight, panel, x, first, out, residual);
-    } else {
-        for (; panel < last; panel += 2) multiply<FORMAT, 2, 2>(weight, panel, x, first, out, residual);
-    }
-}
-
 #endif
 
-// An even number of panels (two, or four where tiles take them) times a block.
+// A block of rows times one or two pairs of panels.
 template <Format FORMAT>
-inline void block_product(const Linear &weight, int64_t panel, int64_t panels, const Inputs &x, int64_t first, float *out,
-                          const float *residual) {
+void block_product(const Linear &weight, const int64_t *panel, int64_t pairs, const Inputs &x, int64_t first, Sums &sums) {
+    const int64_t rows = x.size(first);
 #if LEVEL >= 4
-    if constexpr (in_tiles(FORMAT)) return multiply_block<FORMAT>(weight, panel, panels, x, first, out, residual);
+    if constexpr (FORMAT == BFLOAT16 || FORMAT == INT8) {
+        if (rows > TILE_ROWS)
+            for (int64_t pair = 0; pair < pairs; ++pair)
+                by_tiles<FORMAT, 2, 2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+        else if (pairs == 2)
+            by_tiles<FORMAT, 1, 4>(weight, panel, x, first, sums.of);
+        else
+            by_tiles<FORMAT, 1, 2>(weight, panel, x, first, sums.of);
+        return;
+    }
+    if (FORMAT == INT4 && rows >= INT4_TILES) {
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            if (rows > TILE_ROWS)
+                int4_by_tiles<2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+            else
+                int4_by_tiles<1>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+        return;
+    }
+    constexpr int VECTORS = FORMAT == FLOAT32 ? IN_VECTORS : INT4_TILES - 1;
+#else
+    constexpr int VECTORS = MOST;
 #endif
-    for (int64_t last = panel + panels; panel < last; panel += 2)
-        tiles<FORMAT, most_rows(FORMAT)>(x.size(first), weight, panel, x, first, out, residual);
+    if constexpr (!in_tiles(FORMAT) || FORMAT == INT4)
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            by_vectors<FORMAT, VECTORS>(rows, weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
 }
 
 // Bytes of weights that stay in a core's cache while the blocks of rows pass by.
 constexpr int64_t KEPT = 512 * 1024;
 
-// out = x W^T + bias (+ residual), this thread's share of the outputs. With several blocks of rows, each takes as many
-// panels as the cache keeps before the next has its turn: results are written in long runs, not all over the memory.
-inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
-                   const float *residual = nullptr) {
-    const int64_t pairs = (weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH), at_once = in_tiles(weight.format) ? 2 : 1;
-    const int64_t last = pairs * (number + 1) / team.count();
+// This thread's share of x W^T: `finish(pair, row, one, other)` gets a row's sums in the panels of a pair. With several
+// blocks of rows, each takes as many panels as the cache keeps before the next has its turn.
+template <class Finish>
+inline void linear(const Linear &weight, const Pairs &pairs, Team &team, int number, const Inputs &x, const Finish &finish) {
+    const int64_t at_once = in_tiles(weight.format) ? 2 : 1, last = pairs.count * (number + 1) / team.count();
     const int64_t kept = std::max(at_once, KEPT / (words_of(weight) * 2 * 64) / at_once * at_once);
-    for (int64_t from = pairs * number / team.count(); from < last; from += kept)
+    Sums sums;
+    for (int64_t from = pairs.count * number / team.count(); from < last; from += kept)
         for (int64_t block = 0; block < x.blocks(); ++block)
             for (int64_t pair = from, stop = std::min(last, from + kept); pair < stop; pair += at_once) {
-                const int64_t first = x.first(block), panel = 2 * pair, panels = 2 * std::min(at_once, stop - pair);
+                const int64_t first = x.first(block), some = std::min(at_once, stop - pair);
+                const int64_t panel[4] = {pairs.panel(pair, 0), pairs.panel(pair, 1), pairs.panel(pair + 1, 0),
+                                          pairs.panel(pair + 1, 1)};
                 switch (weight.format) {
-                    case FLOAT32: block_product<FLOAT32>(weight, panel, panels, x, first, out, residual); break;
-                    case BFLOAT16: block_product<BFLOAT16>(weight, panel, panels, x, first, out, residual); break;
-                    case INT8: block_product<INT8>(weight, panel, panels, x, first, out, residual); break;
-                    case INT4: block_product<INT4>(weight, panel, panels, x, first, out, residual); break;
+                    case FLOAT32: block_product<FLOAT32>(weight, panel, some, x, first, sums); break;
+                    case BFLOAT16: block_product<BFLOAT16>(weight, panel, some, x, first, sums); break;
+                    case INT8: block_product<INT8>(weight, panel, some, x, first, sums); break;
+                    case INT4: block_product<INT4>(weight, panel, some, x, first, sums); break;
                 }
+                for (int64_t p = 0; p < some; ++p)
+                    finish(pair + p, first, x.size(first), sums.of[2 * p], sums.of[2 * p + 1]);
             }
+}
+
+// out [rows][outputs] = x W^T + bias (+ residual), this thread's share of the outputs.
+inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
+                   const float *residual = nullptr) {
+    auto panel_done = [&](int64_t panel, int64_t first, int64_t rows, const Lanes *sums) {
+        const int64_t column = panel * WIDTH, some = std::min(WIDTH, weight.outputs - column);
+        if (some == WIDTH) {
+            const Lanes bias = weight.bias ? load(weight.bias + column) : Lanes{};
+            int64_t at = first * weight.outputs + column;
+            if (residual)
+                for (int64_t r = 0; r < rows; ++r, at += weight.outputs)
+                    store(out + at, sums[r] + bias + load(residual + at));
+            else
+                for (int64_t r = 0; r < rows; ++r, at += weight.outputs) store(out + at, sums[r] + bias);
+            return;
+        }
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t n = 0, at = (first + r) * weight.outputs + column; n < some; ++n)
+                out[at + n] = sums[r][n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
+    };
+    linear(weight, neighbours(weight), team, number, x,
+           [&](int64_t pair, int64_t first, int64_t rows, const Lanes *one, const Lanes *other) {
+               panel_done(2 * pair, first, rows, one);
+               panel_done(2 * pair + 1, first, rows, other);
+           });
+}
+
+// silu(gate) * up of x W^T + bias, this thread's share: both have as many outputs as `to` has inputs, whole vectors.
+inline void gated(const Linear &weight, Team &team, int number, const Inputs &x, Inputs &to) {
+    const Pairs pairs = gates(weight);
+    linear(weight, pairs, team, number, x,
+           [&](int64_t pair, int64_t first, int64_t rows, const Lanes *gate, const Lanes *up) {
+               const float *bias = weight.bias ? weight.bias + pair * WIDTH : nullptr;
+               const Lanes gate_bias = bias ? load(bias) : Lanes{}, up_bias = bias ? load(bias + weight.outputs / 2) : Lanes{};
+               for (int64_t r = 0; r < rows; ++r) {
+                   const Lanes value = gate[r] + gate_bias;
+                   to.put(first + r, pair * WIDTH, value / (1.0f + exponential(-value)) * (up[r] + up_bias));
+               }
+           });
 }
 
 }  // namespace NAME
