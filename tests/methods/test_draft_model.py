@@ -136,7 +136,7 @@ def test_children_are_the_drafters_own_likeliest(llm, width, length):
 
 
 def test_confidence(llm):
-    """A chain ends behind the first token that the drafter is not sure of."""
+    """A chain ends behind the token that makes it too unlikely."""
     sure, *_ = recorded(llm, "draft-model:confidence=1,length=6")
     assert {len(draft) for own in sure.values() for draft in own} == {1}
     free, *_ = recorded(llm, "draft-model:confidence=0,length=6")
@@ -144,6 +144,9 @@ def test_confidence(llm):
     some, *_ = recorded(llm, "draft-model:confidence=0.5,length=6")
     lengths = [len(draft) for own in some.values() for draft in own]
     assert 1 < sum(lengths) / len(lengths) < 6
+    for draft, *_ in some.values():
+        assert all(value >= 0.5 for value in draft.estimates[:-1])
+        assert draft.estimates[-1] < 0.5 or len(draft) == 6
 
 
 def test_budget_of_tokens(llm):

@@ -139,7 +139,7 @@ def test_bad_calibration_files(llm, tmp_path, text, message):
 
 @pytest.mark.parametrize(
     "spec, message",
-    [("tokens=-1", "tokens must be 0"), ("source=web", "source must be"), ("length=0", "length must be between")],
+    [("tokens=-1", "tokens must be 0"), ("source=web", "source must be"), ("length=33", "length must be between")],
 )
 def test_bad_parameters(spec, message):
     with pytest.raises(UserError, match=f"^vocabtrim: {message}"):

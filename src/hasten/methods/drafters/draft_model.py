@@ -28,9 +28,9 @@ class DraftModelParameters:
 
     Attributes:
         model: folder or hub id; `auto` looks for a sibling folder named like the target's with `-draft`.
-        length: levels of the draft.
+        length: levels of the draft; 0 is 16 for a chain, which ends by its confidence, and 5 for a tree.
         width: children per expanded node, and nodes expanded per level; 1 is a chain.
-        confidence: a chain stops behind a token that the drafter gives less probability than this.
+        confidence: a chain ends when the drafter gives all of it together less probability than this.
         dtype: of the drafter's weights.
 
     Raises:
@@ -40,18 +40,23 @@ class DraftModelParameters:
     slug: ClassVar[str] = "draft-model"
 
     model: str = "auto"
-    length: int = 5
+    length: int = 0
     width: int = 1
     confidence: float = 0.4
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.length <= 32:
-            raise UserError(f"{self.slug}: length must be between 1 and 32")
+        if not 0 <= self.length <= 32:
+            raise UserError(f"{self.slug}: length must be between 1 and 32, or 0 to choose it")
         if not 1 <= self.width <= 8:
             raise UserError(f"{self.slug}: width must be between 1 and 8")
         if not 0 <= self.confidence <= 1:
             raise UserError(f"{self.slug}: confidence must be between 0 and 1")
+
+    @property
+    def levels(self) -> int:
+        """`length`, chosen if need be."""
+        return self.length or (16 if self.width == 1 else 5)
 
 
 @register(
@@ -100,7 +105,7 @@ class DraftModel(SmallModelDrafter):
             sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
             first, vocabulary = growth.draft.tokens[0], request.sampler.vocabulary
             chain = model.backend.chain(
-                model, sequence, first, len(request.tokens), vocabulary, most, self.parameters.confidence
+                model, sequence, first, len(request.tokens), vocabulary, most, growth.confidence / growth.values[0]
             )
             for token, probability in chain:
                 growth.add(len(growth.draft) - 1, token, probability)
@@ -111,7 +116,7 @@ class _Levels(Growth):
     """Level by level, as many nodes expanded on each as the width says."""
 
     def __init__(self, drafter: DraftModel, request: Request, budget: int, parameters: DraftModelParameters) -> None:
-        super().__init__(drafter, request, budget, parameters.length)
+        super().__init__(drafter, request, budget, parameters.levels)
         self.width, self.confidence = parameters.width, parameters.confidence
 
     def grow(self, logits: Tensor) -> None:
@@ -122,12 +127,10 @@ class _Levels(Growth):
         self.frontier = self._next_frontier(fresh)
 
     def _next_frontier(self, fresh: list[int]) -> list[int]:
-        """The likeliest new nodes, as many as the width; none at full depth or where a chain has lost confidence."""
+        """The likeliest new nodes, as many as the width; none at full depth or where a chain has become unlikely."""
         if not fresh or len(self.paths[fresh[0]]) >= self.depth or len(self.draft) >= self.nodes:
             return []
         likely = sorted(fresh, key=lambda node: -self.values[node])[: self.width]
-        if self.width == 1:
-            parent = self.draft.parents[likely[0]]
-            if self.values[likely[0]] < self.confidence * self.values[parent]:
-                return []
+        if self.width == 1 and self.values[likely[0]] < self.confidence:
+            return []
         return sorted(likely)

@@ -43,8 +43,8 @@ inline void fetch_tile(const char *from) {
         _tile_dpbssd(sum, input, weight);
 
 // The sums of BLOCKS times 16 rows in PANELS panels, over so many tiles of inputs, which are `step` bytes apart. With
-// `fetched`, the panels' next tiles are fetched meanwhile: from further ahead, they would push each other out of the nearest
-// cache.
+// `fetched`, the panels' next tiles are fetched meanwhile: from further ahead, they would push each other out of the
+// nearest cache.
 template <Format FORMAT, int BLOCKS, int PANELS>
 inline void tile_products(const char *const *panels, bool fetched, const char *inputs, int64_t step, int64_t count,
                           Lanes (*sums)[MOST]) {

@@ -198,7 +198,7 @@ class NativeBackend:
             token, position: the chain's first row.
             vocabulary: tokens that may be chosen, from 0 on.
             most: how many to draft.
-            confidence: the chain ends behind a token that has less probability.
+            confidence: the chain ends when all of it together has less probability.
 
         Returns:
             Tokens and their probabilities.

@@ -344,19 +344,22 @@ int hasten_forward(const Model *model, void *team, const Batch *batch) {
 }
 
 // Continues one sequence greedily: `token` at `position`, then what is likeliest among the first `vocabulary` tokens, up to
-// `most` tokens or behind one that has less than `confidence`. The span has one row; its view has room for `most` slots.
+// `most` tokens or until all of them together have less probability than `confidence`. The span has one row; its view has
+// room for `most` slots.
 // Returns how many `tokens` and `probabilities` there are; -1 if the embedding does not have `token`.
 int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t token, int64_t position, int64_t vocabulary,
                      int64_t most, float confidence, int64_t *tokens, float *probabilities) {
     std::vector<float> logits(model->head.outputs);
     const int64_t first = 0;
+    float reached = 1.0f;
     for (int64_t i = 0; i < most; ++i, ++position) {
         Span now = *span;
         now.pending = i + 1;
         const Batch batch{1, &token, &position, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr};
         if (hasten_forward(model, team, &batch)) return -1;
         token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
-        if (probabilities[i] < confidence) return i + 1;
+        reached *= probabilities[i];
+        if (reached < confidence) return i + 1;
     }
     return most;
 }
