@@ -34,6 +34,7 @@ Block = Annotated[int, typer.Option(help="Positions per block.")]
 def mdm(
     output: Output,
     model: Parent = "tiny",
+    sequential: Annotated[float, typer.Option(help="Share of texts that are hidden block after block.")] = 0.8,
     tokens: Tokens = 6_000_000,
     batch_tokens: BatchTokens = 2048,
     context: Context = 512,
@@ -50,8 +51,8 @@ def mdm(
     from hasten.train.diffusion.mdm import MaskedDiffusion
 
     recipe = MaskedDiffusion(
-        parent=model, tokens=tokens, batch_tokens=batch_tokens, context=context, answers=answers, lr=lr, seed=seed,
-        precision=precision,
+        parent=model, sequential=sequential, tokens=tokens, batch_tokens=batch_tokens, context=context, answers=answers,
+        lr=lr, seed=seed, precision=precision,
     )  # fmt: skip
     _run(recipe, output, resume, per_task, threads, json)
 
