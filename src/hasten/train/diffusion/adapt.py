@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hasten.errors import UserError
 from hasten.model.checkpoint import resolve
 from hasten.train.data import DEFAULT_WEIGHTS, IGNORE, Batch
 from hasten.train.diffusion.layout import load
+from hasten.train.diffusion.masks import answer_blocks
 from hasten.train.recipe import Recipe
 from hasten.train.tokenizer import load_tokenizer, with_mask
 
@@ -62,6 +64,38 @@ class Adaptation(Recipe):
 
         Both are boolean [rows, length], and what is wanted is hidden.
         """
+
+    @abstractmethod
+    def canvas(self, model: LlamaForCausalLM, batch: Batch, generator: torch.Generator) -> Text:
+        """The batch, padded as far as a decoder's canvas might reach."""
+
+
+@dataclass(frozen=True)
+class BlockAdaptation(Adaptation):
+    """Blocks of `block` tokens are filled one after the other, each behind finished ones.
+
+    Raises:
+        UserError: blocks of one token.
+    """
+
+    lr: float = 1e-3
+    block: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 2:
+            raise UserError("block must be at least 2")
+
+    def section(self, mask_id: int) -> dict[str, Any]:
+        return {**super().section(mask_id), "block_length": self.block}
+
+    def blocks(self, text: Text) -> Tensor:
+        """Number of each position's block [rows, length], as a decoder counts them: from the start of the answer."""
+        return answer_blocks(text.start, text.ids.shape[1], self.block, torch.zeros_like(text.start))
+
+    def canvas(self, model: LlamaForCausalLM, batch: Batch, generator: torch.Generator) -> Text:
+        """Room for a whole block behind the longest text."""
+        return Text.of(batch, batch.ids.shape[1] + self.block, end_id(model))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class MaskedDiffusion(Adaptation):
 
         Of a text that is filled block after block, one block counts, and stands for all.
         """
-        text = self.canvas(batch, end_id(model), model.config.max_position_embeddings, generator)
+        text = self.canvas(model, batch, generator)
         # Padding has no part in these, or long canvases would drown the answers.
         lengths = (text.labels != IGNORE).sum(1)
         sizes = torch.tensor(BLOCKS)[torch.randint(len(BLOCKS), lengths.shape, generator=generator)]
@@ -61,13 +61,14 @@ class MaskedDiffusion(Adaptation):
         states = hidden_states(model, hide(text.ids, hidden, mask_id(model)), None, None, self.dtype)
         return logits(model, states[wanted])
 
-    def canvas(self, batch: Batch, end: int, room: int, generator: torch.Generator) -> Text:
+    def canvas(self, model: LlamaForCausalLM, batch: Batch, generator: torch.Generator) -> Text:
         """The batch on a canvas of random length, with fewer rows where it would pass `batch_tokens`."""
         multiple = CANVASES[int(torch.randint(len(CANVASES), (), generator=generator))]
+        room = model.config.max_position_embeddings
         length = max(batch.ids.shape[1], min(ceil_to(batch.ids.shape[1], multiple), room))
         rows = max(1, self.batch_tokens // length)
         kept = torch.randperm(batch.ids.shape[0], generator=generator)[:rows]
-        return Text.of(Batch(batch.ids[kept], batch.labels[kept]), length, end)
+        return Text.of(Batch(batch.ids[kept], batch.labels[kept]), length, end_id(model))
 
     def export(self, model: LlamaForCausalLM, folder: Path) -> None:
         """Write the model in LLaDA's layout."""
