@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hasten.engine import SamplingParams
 from hasten.llm import LLM
 from hasten.model import Rows
-from hasten.tasks import TASKS, examples, prose_chunks
+from hasten.tasks import TASKS, Example, examples, prose_chunks
 
 EVALUATION_SEED = 7
 LENGTHS = ((0, 128), (128, 256), (256, 512), (512, 1024))
@@ -25,8 +25,7 @@ def task_scores(
 ) -> dict[str, dict[str, Any]]:
     """Share of held-out examples answered right (greedy), per task, and by length of prompt and answer in tokens.
 
-    The budget of an answer is what it needs and 16 tokens more, rounded up to a power of two: to a model that fills a
-    canvas its size says next to nothing.
+    Beside it stand the tokens of all answers, and the forward passes they took.
     """
     room = llm.model.config.max_positions
     scores: dict[str, dict[str, Any]] = {}
@@ -34,7 +33,7 @@ def task_scores(
         held_out = [e for e in examples(name, "test", per_task, EVALUATION_SEED)]
         lengths = [len(llm.encode(e.prompt + e.answer)) + 1 for e in held_out]
         fitting = [(e, length) for e, length in zip(held_out, lengths, strict=True) if length < room]
-        params = [SamplingParams(max_tokens=1 << (len(llm.encode(e.answer)) + 15).bit_length()) for e, _ in fitting]
+        params = [SamplingParams(max_tokens=budget(llm, e)) for e, _ in fitting]
         answers = llm.generate([e.prompt for e, _ in fitting], params, method)
         right = [task.grade(e, answer.text) for (e, _), answer in zip(fitting, answers, strict=True)]
         by_length = {}
@@ -46,10 +45,20 @@ def task_scores(
             "category": task.category,
             "right": sum(right),
             "of": len(right),
+            "tokens": sum(answer.choices[0].statistics.tokens for answer in answers),
+            "steps": sum(answer.choices[0].statistics.steps for answer in answers),
             "by_length": by_length,
         }
         report(1)
     return scores
+
+
+def budget(llm: LLM, example: Example) -> int:
+    """New tokens for an answer: what it needs and 16 more, rounded up to a power of two.
+
+    To a model that fills a canvas its size says next to nothing.
+    """
+    return 1 << (len(llm.encode(example.answer)) + 15).bit_length()
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ class Trainer:
             torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-        self.mixture = recipe.mixture(tokenizer)
+        self.stream = recipe.stream(tokenizer, folder)
         self.tokens = self.pool = self.index = 0
         self.pool_progress = 0.0
         self.loss = math.nan
@@ -57,7 +57,7 @@ class Trainer:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
                 self.pool_progress = self.tokens / self.recipe.tokens
-            pool = self.mixture.pool(
+            pool = self.stream.pool(
                 self.pool,
                 self.recipe.difficulty(self.pool_progress),
                 opening=self.pool_progress < self.recipe.opening,

@@ -25,7 +25,10 @@ WEIGHTS = {**DEFAULT_WEIGHTS, "edit": 0.5, "lookup": 0.5, "shuffle": 0.1, "json"
 
 @dataclass(frozen=True)
 class Adaptation(Recipe):
-    """A run that begins with the weights of `parent`: a folder or a shipped model, of Llama's or LLaDA's layout."""
+    """A run that begins with the weights of `parent`: a folder or a shipped model, of Llama's or LLaDA's layout.
+
+    The card says that it was adapted on its `source`, and, if `compared`, what the parent does in the same way.
+    """
 
     context: int = 512
     tokens: int = 6_000_000
@@ -35,8 +38,23 @@ class Adaptation(Recipe):
     parent: str = "tiny"
 
     weights: ClassVar[dict[str, float]] = WEIGHTS
-    attention: ClassVar[str]
-    alignment: ClassVar[str]
+    source: ClassVar[str] = "its own procedural tasks and on the text of the Python standard library"
+    compared: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def attention(self) -> str:
+        """As in `hasten.model.DiffusionConfig`."""
+
+    @property
+    @abstractmethod
+    def alignment(self) -> str:
+        """As in `hasten.model.DiffusionConfig`."""
+
+    @property
+    @abstractmethod
+    def decoders(self) -> tuple[str, ...]:
+        """How the model is decoded to be scored."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return with_mask(load_tokenizer(resolve(self.parent)))

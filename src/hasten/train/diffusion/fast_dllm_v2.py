@@ -24,6 +24,7 @@ class ComplementaryBlocks(BlockAdaptation):
 
     attention: ClassVar[str] = "block-causal"
     alignment: ClassVar[str] = "shifted"
+    decoders: ClassVar[tuple[str, ...]] = ("fast-dllm-v2:part=0",)
 
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
         """Mean cross-entropy over the hidden positions of two views that hide each position of the answer once."""

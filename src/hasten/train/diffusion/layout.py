@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten.errors import UserError
 from hasten.model.checkpoint import Tensors, read_json
+from hasten.model.loading import read_config
 
 LLADA_NAMES = {
     "model.embed_tokens": "model.transformer.wte",
@@ -60,7 +61,7 @@ LLADA_FIXED: dict[str, Any] = {
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """A checkpoint of either layout in float32.
+    """A checkpoint of either layout in float32; `config.diffusion` says how one that fills masks does so.
 
     Raises:
         UserError: it is of another architecture.
@@ -71,8 +72,13 @@ def load(folder: Path) -> LlamaForCausalLM:
         return model
     if raw.get("model_type") != "llada":
         raise UserError(f"{folder} is not of the Llama architecture: only such models can be adapted")
-    fields = {llama: raw[llada] for llama, llada in LLADA_FIELDS.items()}
     rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
+    diffusion = read_config(folder).diffusion
+    assert diffusion is not None
+    fields = {llama: raw[llada] for llama, llada in LLADA_FIELDS.items()}
+    fields["diffusion"] = {
+        "attention": diffusion.attention, "alignment": diffusion.alignment, "mask_token_id": diffusion.mask_id,
+    }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope))
     stored = Tensors(folder, torch.float32, torch.device("cpu"))
     state = model.state_dict()

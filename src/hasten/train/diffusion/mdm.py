@@ -15,6 +15,7 @@ from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to, end_id, mask
 from hasten.train.diffusion.corruption import draw_block, hide, uniform_count
 from hasten.train.diffusion.layout import save_llada
 from hasten.train.diffusion.losses import weighted_cross_entropy
+from hasten.train.diffusion.masks import answer_blocks
 from hasten.train.forward import hidden_states, logits
 
 CANVASES = (8, 8, 8, 8, 16, 16, 32, 64, 128, 256)
@@ -36,6 +37,7 @@ class MaskedDiffusion(Adaptation):
 
     attention: ClassVar[str] = "full"
     alignment: ClassVar[str] = "same"
+    decoders: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
         """Cross-entropy of hidden positions over the share that is hidden, per token of the answers.
@@ -46,7 +48,8 @@ class MaskedDiffusion(Adaptation):
         # Padding has no part in these, or long canvases would drown the answers.
         lengths = (text.labels != IGNORE).sum(1)
         sizes = torch.tensor(BLOCKS)[torch.randint(len(BLOCKS), lengths.shape, generator=generator)]
-        block, later = draw_block(text.answer, lengths, sizes, generator)
+        blocks = answer_blocks(text.start, text.ids.shape[1], sizes[:, None], torch.zeros_like(lengths))
+        block, later = draw_block(text.answer, lengths, blocks, generator)
         sequential = torch.rand(lengths.shape, generator=generator) < self.sequential
         segment = torch.where(sequential[:, None], block, text.answer)
         counted, share = uniform_count(segment, generator)

@@ -30,6 +30,7 @@ class NextBlock(BlockAdaptation):
 
     attention: ClassVar[str] = "context-causal"
     alignment: ClassVar[str] = "shifted"
+    decoders: ClassVar[tuple[str, ...]] = ("plain", "nbdiff")
 
     def __post_init__(self) -> None:
         super().__post_init__()

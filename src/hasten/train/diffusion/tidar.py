@@ -26,6 +26,7 @@ class DraftAndVerify(BlockAdaptation):
 
     attention: ClassVar[str] = "context-causal"
     alignment: ClassVar[str] = "same"
+    decoders: ClassVar[tuple[str, ...]] = ("plain", "threshold")
 
     def __post_init__(self) -> None:
         super().__post_init__()
