@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hasten.cli import options
+from hasten.cli import options, training
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,19 +194,8 @@ def _run(
     json: bool,
     data: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Train, score, and say where the model is. `data` is what the summary says of the data."""
-    import torch
-
+    """Train, and write the card of an adapted model. `data` is what the summary says of the data."""
     from hasten.train.diffusion.card import write_card
-    from hasten.train.trainer import train
 
-    if threads > 0:
-        torch.set_num_threads(threads)
-    summary: dict[str, Any] = {**train(recipe, output, resume), **data}
-    command = shlex.join(["hasten", *sys.argv[1:]])
-    with options.progress("scoring", 0, quiet=json) as advance:
-        card = write_card(recipe, output, summary, command, per_task, advance)
-    if json:
-        options.emit({"output": str(output), "card": str(card), **summary})
-    else:
-        print(f"{output}: {summary['parameters']:,} parameters, loss {summary['loss']}; card: {card}")
+    decodings = len(recipe.decoders) * (1 + recipe.compared)
+    training.run(recipe, output, partial(write_card, recipe), decodings, resume, per_task, threads, json, data)

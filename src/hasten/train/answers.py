@@ -14,6 +14,7 @@ from hasten.llm import LLM, Generation
 from hasten.tasks import TASKS, Example
 from hasten.train.card import budget
 from hasten.train.data import Document
+from hasten.train.trainer import make_folder
 
 FILE = "answers.jsonl"
 NEEDED = {"right", "prompt_token_ids", "token_ids"}
@@ -45,9 +46,9 @@ def gather(
         report: told how many were answered, those that were there already included.
 
     Raises:
-        UserError: the file has another origin, or is damaged.
+        UserError: the file has another origin, is damaged, or its folder cannot be made.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     answered = read_answers(file, origin)
     if not answered:
         file.write_text(_lines([origin]))

@@ -17,6 +17,8 @@ from hasten.model import Rows
 from hasten.tasks import TASKS, Example, examples, prose_chunks
 
 EVALUATION_SEED = 7
+SOURCE = "its own\nprocedural tasks and on the text of the Python standard library"
+"""What models are trained on, as a card says it."""
 LENGTHS = ((0, 128), (128, 256), (256, 512), (512, 1024))
 
 
@@ -100,13 +102,12 @@ def write_card(
     return card
 
 
-def render(name: str, document: dict[str, Any]) -> str:
-    """The card as Markdown."""
-    lines = [
+def opening(name: str, document: dict[str, Any], what: str) -> list[str]:
+    """A card's first half: what the model is, and how it was made."""
+    return [
         f"# {name}",
         "",
-        f"A Llama-architecture language model of {document['parameters']:,} parameters, trained by hasten on its own",
-        "procedural tasks and on the text of the Python standard library. For testing and comparing decoding methods;",
+        f"{what} For testing and comparing decoding methods;",
         "not for facts or advice.",
         "",
         "## How it was made",
@@ -115,6 +116,21 @@ def render(name: str, document: dict[str, Any]) -> str:
         "",
         f"{document['tokens']:,} tokens in {document['seconds']:,.0f} s; final training loss {document['loss']} nats;",
         f"SHA-256 of the data stream `{document['data_sha256'][:16]}`.",
+    ]
+
+
+def by_category(tasks: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Tasks and their scores in the order of a card's table."""
+    return sorted(tasks.items(), key=lambda item: (item[1]["category"], item[0]))
+
+
+def render(name: str, document: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    what = (
+        f"A Llama-architecture language model of {document['parameters']:,} parameters, trained by hasten on {SOURCE}."
+    )
+    lines = [
+        *opening(name, document, what),
         "",
         "## What it can do",
         "",
@@ -123,7 +139,7 @@ def render(name: str, document: dict[str, Any]) -> str:
         "| category | task | right | " + " | ".join(f"{low}-{high}" for low, high in LENGTHS) + " |",
         "|---|---|---|" + "---|" * len(LENGTHS),
     ]
-    for task, score in sorted(document["tasks"].items(), key=lambda item: (item[1]["category"], item[0])):
+    for task, score in by_category(document["tasks"]):
         cells = []
         for low, high in LENGTHS:
             pair = score["by_length"].get(f"{low}-{high}")

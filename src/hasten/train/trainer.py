@@ -146,7 +146,7 @@ def train(
         UserError: the checkpoint does not fit, or the output cannot be written.
         KeyboardInterrupt: after saving a checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise UserError(f"{checkpoint} exists: resume it, or remove it to start again")
@@ -168,6 +168,18 @@ def train(
     (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     return summary
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's output folder if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _loop(trainer: Trainer, save_every: float) -> None:

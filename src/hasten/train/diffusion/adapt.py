@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hasten.errors import UserError
 from hasten.model.checkpoint import resolve
+from hasten.train.card import SOURCE
 from hasten.train.data import DEFAULT_WEIGHTS, IGNORE, Batch
 from hasten.train.diffusion.layout import load
 from hasten.train.diffusion.masks import answer_blocks
@@ -38,7 +39,7 @@ class Adaptation(Recipe):
     parent: str = "tiny"
 
     weights: ClassVar[dict[str, float]] = WEIGHTS
-    source: ClassVar[str] = "its own procedural tasks and on the text of the Python standard library"
+    source: ClassVar[str] = SOURCE
     compared: ClassVar[bool] = False
 
     @property

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED, task_scores
+from hasten.train.card import EVALUATION_SEED, by_category, opening, task_scores
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -102,24 +102,14 @@ def write_card(
 
 def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
     """The card as Markdown."""
-    lines = [
-        f"# {name}",
-        "",
-        f"A language model of {document['parameters']:,} parameters that fills masked positions ({recipe.attention}",
-        f"attention, {recipe.alignment} alignment), adapted by hasten from `{document['parent']}` on",
-        f"{recipe.source}. For testing and comparing decoding methods; not for facts or advice.",
-        "",
-        "## How it was made",
-        "",
-        f"    {document['command']}",
-        "",
-        f"{document['tokens']:,} tokens in {document['seconds']:,.0f} s; final training loss {document['loss']} nats;",
-        f"SHA-256 of the data stream `{document['data_sha256'][:16]}`.",
-        *(
-            [f"The teacher answered {document['right']} of {document['asked']} questions right."]
-            if recipe.compared
-            else []
-        ),
+    what = (
+        f"A language model of {document['parameters']:,} parameters that fills masked positions ({recipe.attention}\n"
+        f"attention, {recipe.alignment} alignment), adapted by hasten from `{document['parent']}` on {recipe.source}."
+    )
+    lines = opening(name, document, what)
+    if "asked" in document:
+        lines.append(f"The teacher answered {document['right']:,} of {document['asked']:,} questions right.")
+    lines += [
         "",
         "## What it can do",
         "",
@@ -139,7 +129,7 @@ def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
         + " |",
         "|---|---|" + "---|" * (len(document["decoded"]) + 2 * len(SHARES)),
     ]
-    for task, score in sorted(document["tasks"].items(), key=lambda item: (item[1]["category"], item[0])):
+    for task, score in by_category(document["tasks"]):
         cells = [_percent(scores[task]["right"], scores[task]["of"]) for scores in document["decoded"].values()]
         for right, asked, answers in score["hidden"].values():
             cells += [_percent(right, asked), _percent(answers, score["of"])]

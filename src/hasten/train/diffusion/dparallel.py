@@ -63,7 +63,7 @@ class Distillation(Adaptation):
     beta: float = 2.0
     temperature: float = 0.5
 
-    source: ClassVar[str] = "its own right answers to hasten's procedural tasks"
+    source: ClassVar[str] = "that model's own\nright answers to hasten's procedural tasks"
     compared: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
