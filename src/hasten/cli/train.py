@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import options, train_diffusion, train_learn2pd
+from hasten.cli import options, train_diffusion, train_learn2pd, training
 from hasten.errors import UserError
 
 app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_command=True)
@@ -51,27 +51,15 @@ def lm(
 
     Ctrl-C saves a checkpoint; the same command continues from it.
     """
-    import torch
-
     from hasten.train.card import write_card
     from hasten.train.lm import Pretraining
-    from hasten.train.trainer import train
 
-    if threads > 0:
-        torch.set_num_threads(threads)
     recipe = Pretraining(
         hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, ffn=ffn, vocabulary=vocabulary, context=context,
         tokens=tokens, batch_tokens=batch_tokens, lr=lr, opening=opening, curriculum=curriculum, seed=seed,
         precision=precision, tokenizer_of=tokenizer,
     )  # fmt: skip
-    summary = train(recipe, output, resume)
-    command = shlex.join(["hasten", *sys.argv[1:]])
-    with options.progress("scoring", 0, quiet=json) as advance:
-        card = write_card(output, summary, command, per_task, advance)
-    if json:
-        options.emit({"output": str(output), "card": str(card), **summary})
-    else:
-        print(f"{output}: {summary['parameters']:,} parameters, loss {summary['loss']}; card: {card}")
+    training.run(recipe, output, write_card, 1, resume, per_task, threads, json)
 
 
 @app.command()

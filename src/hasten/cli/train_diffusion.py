@@ -1,15 +1,17 @@
-"""`hasten train mdm`, `nbdiff`, `tidar`, `fast-dllm-v2`: adaptation to masked and block diffusion."""
+"""`hasten train mdm`, `nbdiff`, `tidar`, `fast-dllm-v2`, `dparallel`: adaptation to masked and block diffusion."""
 
 from __future__ import annotations
 
-import shlex
-import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hasten.cli import options
+from hasten.cli import options, training
+from hasten.errors import UserError
 
 if TYPE_CHECKING:
     from hasten.train.diffusion.adapt import Adaptation
@@ -141,20 +143,60 @@ def fast_dllm_v2(
     _run(recipe, output, resume, per_task, threads, json)
 
 
-def _run(recipe: Adaptation, output: Path, resume: bool, per_task: int, threads: int, json: bool) -> None:
-    """Train, score, and say where the model is."""
-    import torch
+@app.command()
+def dparallel(
+    output: Output,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Teacher: a model that fills masked positions.")
+    ] = "tiny-block",
+    prompts: Annotated[
+        int, typer.Option(help="Questions that the teacher answers; the right answers are kept.")
+    ] = 3_000,
+    block: Annotated[int, typer.Option(help="Positions per block, for teachers without a block of their own.")] = 32,
+    beta: Annotated[float, typer.Option(help="Weight of the entropy.")] = 2.0,
+    temperature: Annotated[float, typer.Option(help="Of the distribution whose entropy is lowered.")] = 0.5,
+    tokens: Tokens = 1_000_000,
+    batch_tokens: BatchTokens = 2048,
+    context: Context = 512,
+    answers: Answers = 128,
+    lr: Rate = 3e-4,
+    seed: Seed = 0,
+    precision: Precision = "bf16",
+    resume: Resume = True,
+    per_task: PerTask = 50,
+    threads: options.Threads = 0,
+    json: options.Json = False,
+) -> None:
+    """Distil a model to be sure of many tokens at once, on its own right answers (dParallel, 2509.26488).
 
+    The answers are kept in the output folder. Ctrl-C keeps what is answered, or saves a checkpoint; the same command
+    continues.
+    """
+    from hasten.train.answers import FILE
+    from hasten.train.diffusion.dparallel import Distillation
+
+    recipe = Distillation(
+        parent=model, prompts=prompts, block=block, beta=beta, temperature=temperature, tokens=tokens,
+        batch_tokens=batch_tokens, context=context, answers=answers, lr=lr, seed=seed, precision=precision,
+    )  # fmt: skip
+    if (output / FILE).exists() and not resume:
+        raise UserError(f"{output / FILE} exists: resume it, or remove it to start again")
+    with options.progress("answering", prompts, quiet=json) as advance:
+        answered = recipe.ask(options.load(model, "float32", "auto", threads), output, advance)
+    _run(recipe, output, resume, per_task, threads, json, answered)
+
+
+def _run(
+    recipe: Adaptation,
+    output: Path,
+    resume: bool,
+    per_task: int,
+    threads: int,
+    json: bool,
+    data: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Train, and write the card of an adapted model. `data` is what the summary says of the data."""
     from hasten.train.diffusion.card import write_card
-    from hasten.train.trainer import train
 
-    if threads > 0:
-        torch.set_num_threads(threads)
-    summary: dict[str, Any] = train(recipe, output, resume)
-    command = shlex.join(["hasten", *sys.argv[1:]])
-    with options.progress("scoring", 0, quiet=json) as advance:
-        card = write_card(recipe, output, summary, command, per_task, advance)
-    if json:
-        options.emit({"output": str(output), "card": str(card), **summary})
-    else:
-        print(f"{output}: {summary['parameters']:,} parameters, loss {summary['loss']}; card: {card}")
+    decodings = len(recipe.decoders) * (1 + recipe.compared)
+    training.run(recipe, output, partial(write_card, recipe), decodings, resume, per_task, threads, json, data)

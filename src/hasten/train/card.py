@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from hasten.engine import SamplingParams
 from hasten.llm import LLM
 from hasten.model import Rows
-from hasten.tasks import TASKS, examples, prose_chunks
+from hasten.tasks import TASKS, Example, examples, prose_chunks
 
 EVALUATION_SEED = 7
+SOURCE = "its own\nprocedural tasks and on the text of the Python standard library"
+"""What models are trained on, as a card says it."""
 LENGTHS = ((0, 128), (128, 256), (256, 512), (512, 1024))
 
 
@@ -25,8 +27,7 @@ def task_scores(
 ) -> dict[str, dict[str, Any]]:
     """Share of held-out examples answered right (greedy), per task, and by length of prompt and answer in tokens.
 
-    The budget of an answer is what it needs and 16 tokens more, rounded up to a power of two: to a model that fills a
-    canvas its size says next to nothing.
+    Beside it stand the tokens of all answers, and the forward passes they took.
     """
     room = llm.model.config.max_positions
     scores: dict[str, dict[str, Any]] = {}
@@ -34,7 +35,7 @@ def task_scores(
         held_out = [e for e in examples(name, "test", per_task, EVALUATION_SEED)]
         lengths = [len(llm.encode(e.prompt + e.answer)) + 1 for e in held_out]
         fitting = [(e, length) for e, length in zip(held_out, lengths, strict=True) if length < room]
-        params = [SamplingParams(max_tokens=1 << (len(llm.encode(e.answer)) + 15).bit_length()) for e, _ in fitting]
+        params = [SamplingParams(max_tokens=budget(llm, e)) for e, _ in fitting]
         answers = llm.generate([e.prompt for e, _ in fitting], params, method)
         right = [task.grade(e, answer.text) for (e, _), answer in zip(fitting, answers, strict=True)]
         by_length = {}
@@ -46,10 +47,20 @@ def task_scores(
             "category": task.category,
             "right": sum(right),
             "of": len(right),
+            "tokens": sum(answer.choices[0].statistics.tokens for answer in answers),
+            "steps": sum(answer.choices[0].statistics.steps for answer in answers),
             "by_length": by_length,
         }
         report(1)
     return scores
+
+
+def budget(llm: LLM, example: Example) -> int:
+    """New tokens for an answer: what it needs and 16 more, rounded up to a power of two.
+
+    To a model that fills a canvas its size says next to nothing.
+    """
+    return 1 << (len(llm.encode(example.answer)) + 15).bit_length()
 
 
 @torch.inference_mode()
@@ -91,13 +102,12 @@ def write_card(
     return card
 
 
-def render(name: str, document: dict[str, Any]) -> str:
-    """The card as Markdown."""
-    lines = [
+def opening(name: str, document: dict[str, Any], what: str) -> list[str]:
+    """A card's first half: what the model is, and how it was made."""
+    return [
         f"# {name}",
         "",
-        f"A Llama-architecture language model of {document['parameters']:,} parameters, trained by hasten on its own",
-        "procedural tasks and on the text of the Python standard library. For testing and comparing decoding methods;",
+        f"{what} For testing and comparing decoding methods;",
         "not for facts or advice.",
         "",
         "## How it was made",
@@ -106,6 +116,21 @@ def render(name: str, document: dict[str, Any]) -> str:
         "",
         f"{document['tokens']:,} tokens in {document['seconds']:,.0f} s; final training loss {document['loss']} nats;",
         f"SHA-256 of the data stream `{document['data_sha256'][:16]}`.",
+    ]
+
+
+def by_category(tasks: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Tasks and their scores in the order of a card's table."""
+    return sorted(tasks.items(), key=lambda item: (item[1]["category"], item[0]))
+
+
+def render(name: str, document: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    what = (
+        f"A Llama-architecture language model of {document['parameters']:,} parameters, trained by hasten on {SOURCE}."
+    )
+    lines = [
+        *opening(name, document, what),
         "",
         "## What it can do",
         "",
@@ -114,7 +139,7 @@ def render(name: str, document: dict[str, Any]) -> str:
         "| category | task | right | " + " | ".join(f"{low}-{high}" for low, high in LENGTHS) + " |",
         "|---|---|---|" + "---|" * len(LENGTHS),
     ]
-    for task, score in sorted(document["tasks"].items(), key=lambda item: (item[1]["category"], item[0])):
+    for task, score in by_category(document["tasks"]):
         cells = []
         for low, high in LENGTHS:
             pair = score["by_length"].get(f"{low}-{high}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hasten.errors import UserError
-from hasten.tasks import TASKS, Example, prose_chunks, split_of
+from hasten.tasks import TASKS, Example, examples, prose_chunks, split_of
 
 PROSE = "prose"
 IGNORE = -100
@@ -55,6 +57,13 @@ class Batch:
 
     ids: Tensor
     labels: Tensor
+
+
+class Stream(Protocol):
+    """Batches without end, made in pools, each a function of its number."""
+
+    def pool(self, number: int, difficulty: float, opening: bool = False) -> list[Batch]:
+        """Batches of pool `number`, in their final order; tasks, where they are drawn, are of that difficulty."""
 
 
 @dataclass
@@ -112,10 +121,49 @@ class Mixture:
         while budget > 0:
             documents.append(self.document(rng, difficulty, opening))
             budget -= len(documents[-1].ids)
-        documents.sort(key=lambda document: len(document.ids))
-        batches = [pad(rows, self.end) for rows in group(documents, batch_tokens)]
-        rng.shuffle(batches)
-        return batches
+        return batches(documents, batch_tokens, self.end, rng)
+
+
+@dataclass
+class Passes:
+    """The same documents again and again; a pool is one pass over all of them, in an order of its own.
+
+    Args:
+        documents: at least one.
+        end: the end-of-text id, for padding.
+        batch_tokens: tokens per batch, padding included.
+        seed: of the orders.
+    """
+
+    documents: Sequence[Document]
+    end: int
+    batch_tokens: int
+    seed: int
+
+    def pool(self, number: int, difficulty: float, opening: bool = False) -> list[Batch]:
+        """All documents; they have the length they have."""
+        rng = random.Random(f"{self.seed}/{number}")
+        return batches(rng.sample(self.documents, len(self.documents)), self.batch_tokens, self.end, rng)
+
+
+def training_examples(
+    count: int, seed: int | str, difficulty: float = 1.0, fits: Callable[[Example], bool] = lambda example: True
+) -> Iterator[Example]:
+    """So many examples of the training split that fit, all tasks in turn; fewer where hardly any fits.
+
+    The first ones are the same, however many are asked for.
+    """
+    tasks = (examples(name, "train", count, seed, difficulty) for name in sorted(TASKS))
+    in_turn = chain.from_iterable(zip(*tasks, strict=True))
+    return islice(filter(fits, in_turn), count)
+
+
+def batches(documents: Sequence[Document], batch_tokens: int, end: int, rng: random.Random) -> list[Batch]:
+    """Documents of like length side by side, the batches in random order."""
+    by_length = sorted(documents, key=lambda document: len(document.ids))
+    made = [pad(rows, end) for rows in group(by_length, batch_tokens)]
+    rng.shuffle(made)
+    return made
 
 
 def group(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:

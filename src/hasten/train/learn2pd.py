@@ -7,7 +7,6 @@ confidences of the block were at each step, and which predictions were right, is
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,11 @@ from hasten.errors import UserError, require
 from hasten.llm import LLM
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.learn2pd import FILE, block_confidences, new_filter, save_filter
-from hasten.tasks import TASKS, split_of
+from hasten.train.data import training_examples
 
 TEST_SHARE = 0.1
+DIFFICULTY = 0.3
+"""Of the prompts, which are decoded one token per pass."""
 REPORT_AT = 0.96
 """The acceptance threshold at which the card's figures are taken: the method's default."""
 
@@ -94,18 +95,6 @@ class Replay(BlockDenoiser[BlockParameters]):
         self._last.pop(request.id, None)
 
 
-def training_prompts(count: int, seed: int) -> list[str]:
-    """Prompts of the tasks' training split, all tasks in turn."""
-    rng = random.Random(f"learn2pd/{seed}")
-    names = sorted(TASKS)
-    prompts: list[str] = []
-    while len(prompts) < count:
-        example = TASKS[names[len(prompts) % len(names)]].generate(rng, 0.3)
-        if split_of(example.prompt) == "train":
-            prompts.append(example.prompt)
-    return prompts
-
-
 def train_filter(
     llm: LLM, config: FilterConfig, output: Path | None = None, report: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
@@ -127,8 +116,8 @@ def train_filter(
     width = diffusion.block or config.block
     engine = llm.engine
     replay = Replay(engine.target, BlockParameters(block=width), width)
-    for prompt in training_prompts(config.prompts, config.seed):
-        ids = llm.encode(prompt)
+    for example in training_examples(config.prompts, config.seed, DIFFICULTY):
+        ids = llm.encode(example.prompt)
         room = min(config.canvas, llm.model.config.max_positions - len(ids))
         if room > 0:
             _replay(engine, replay, ids, SamplingParams(max_tokens=room, ignore_eos=True), width)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hasten.errors import UserError
-from hasten.train.data import DEFAULT_WEIGHTS, Batch, Mixture
+from hasten.train.data import DEFAULT_WEIGHTS, Batch, Mixture, Stream
 
 SHORT = 0.1
 """Difficulty in the opening."""
@@ -73,8 +73,8 @@ class Recipe(ABC):
         """Write configuration and weights in bf16, as a Hugging Face folder."""
         model.bfloat16().save_pretrained(folder, max_shard_size="15MB")
 
-    def mixture(self, tokenizer: PreTrainedTokenizerFast) -> Mixture:
-        """The stream of documents."""
+    def stream(self, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Stream:
+        """What is trained on; `folder` is the run's own."""
         return Mixture(
             encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
             end=tokenizer.eos_token_id,

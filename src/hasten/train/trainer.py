@@ -43,7 +43,7 @@ class Trainer:
             torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-        self.mixture = recipe.mixture(tokenizer)
+        self.stream = recipe.stream(tokenizer, folder)
         self.tokens = self.pool = self.index = 0
         self.pool_progress = 0.0
         self.loss = math.nan
@@ -57,7 +57,7 @@ class Trainer:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
                 self.pool_progress = self.tokens / self.recipe.tokens
-            pool = self.mixture.pool(
+            pool = self.stream.pool(
                 self.pool,
                 self.recipe.difficulty(self.pool_progress),
                 opening=self.pool_progress < self.recipe.opening,
@@ -146,7 +146,7 @@ def train(
         UserError: the checkpoint does not fit, or the output cannot be written.
         KeyboardInterrupt: after saving a checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise UserError(f"{checkpoint} exists: resume it, or remove it to start again")
@@ -168,6 +168,18 @@ def train(
     (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     return summary
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's output folder if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _loop(trainer: Trainer, save_every: float) -> None:

@@ -71,8 +71,8 @@ def test_views_partition_what_they_split(answer: torch.Tensor, generator: torch.
 def test_a_drawn_block_is_where_a_decoder_could_be(generator: torch.Generator):
     answer = torch.zeros(3_000, 14, dtype=torch.bool)
     answer[:, 3:] = True
-    sizes = torch.full((3_000,), 4)
-    segment, later = corruption.draw_block(answer, torch.full((3_000,), 6), sizes, generator)
+    blocks = ((torch.arange(14) + 1) // 4).expand(answer.shape)
+    segment, later = corruption.draw_block(answer, torch.full((3_000,), 6), blocks, generator)
     seen = set()
     for row in range(3_000):
         start = 3 + 4 * int(later[row].logical_not()[3:].sum() // 4 - 1)

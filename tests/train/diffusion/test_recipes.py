@@ -16,11 +16,8 @@ from hasten.train.data import Batch
 from hasten.train.diffusion import card
 from hasten.train.diffusion.adapt import Adaptation, Text
 from hasten.train.diffusion.copies import Copies
-from hasten.train.diffusion.corruption import draw_block, two_views
-from hasten.train.diffusion.dparallel import certainty_loss
 from hasten.train.diffusion.fast_dllm_v2 import ComplementaryBlocks
 from hasten.train.diffusion.layout import load
-from hasten.train.diffusion.losses import mean_cross_entropy
 from hasten.train.diffusion.masks import answer_blocks
 from hasten.train.diffusion.mdm import MaskedDiffusion
 from hasten.train.diffusion.nbdiff import NextBlock
@@ -154,20 +151,6 @@ def test_masked_diffusion_counts_every_token_of_an_answer_once(
         expected = [counted / labelled if sequential == 0 else 1.0 for counted, labelled in sizes]
         assert losses == pytest.approx(expected, rel=1e-5)
         monkeypatch.undo()
-
-
-def test_dparallel_without_entropy_is_masked_cross_entropy(parent: str, batch: Batch):
-    recipe = MaskedDiffusion(parent=parent, **SMALL)
-    model, text = built(recipe), Text.of(batch, 12, 0)
-    loss = certainty_loss(recipe, model, text, 4, 0.0, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
-    segment, later = draw_block(text.answer, (text.labels >= 0).sum(1), torch.full((4,), 4), generator)
-    expected = 0.0
-    for view in two_views(segment, generator):
-        whole = model(text.ids.masked_fill(view | later, MASK), attention_mask=torch.zeros(1, 1, 1, 1)).logits
-        expected += mean_cross_entropy(whole[view], text.ids[view]).item()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert certainty_loss(recipe, model, text, 4, 2.0, torch.Generator().manual_seed(5)) >= loss
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hasten.errors import UserError
 from hasten.model.checkpoint import resolve
+from hasten.train.card import SOURCE
 from hasten.train.data import DEFAULT_WEIGHTS, IGNORE, Batch
 from hasten.train.diffusion.layout import load
+from hasten.train.diffusion.masks import answer_blocks
 from hasten.train.recipe import Recipe
 from hasten.train.tokenizer import load_tokenizer, with_mask
 
@@ -23,7 +26,10 @@ WEIGHTS = {**DEFAULT_WEIGHTS, "edit": 0.5, "lookup": 0.5, "shuffle": 0.1, "json"
 
 @dataclass(frozen=True)
 class Adaptation(Recipe):
-    """A run that begins with the weights of `parent`: a folder or a shipped model, of Llama's or LLaDA's layout."""
+    """A run that begins with the weights of `parent`: a folder or a shipped model, of Llama's or LLaDA's layout.
+
+    The card says that it was adapted on its `source`, and, if `compared`, what the parent does in the same way.
+    """
 
     context: int = 512
     tokens: int = 6_000_000
@@ -33,8 +39,23 @@ class Adaptation(Recipe):
     parent: str = "tiny"
 
     weights: ClassVar[dict[str, float]] = WEIGHTS
-    attention: ClassVar[str]
-    alignment: ClassVar[str]
+    source: ClassVar[str] = SOURCE
+    compared: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def attention(self) -> str:
+        """As in `hasten.model.DiffusionConfig`."""
+
+    @property
+    @abstractmethod
+    def alignment(self) -> str:
+        """As in `hasten.model.DiffusionConfig`."""
+
+    @property
+    @abstractmethod
+    def decoders(self) -> tuple[str, ...]:
+        """How the model is decoded to be scored."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return with_mask(load_tokenizer(resolve(self.parent)))
@@ -62,6 +83,38 @@ class Adaptation(Recipe):
 
         Both are boolean [rows, length], and what is wanted is hidden.
         """
+
+    @abstractmethod
+    def canvas(self, model: LlamaForCausalLM, batch: Batch, generator: torch.Generator) -> Text:
+        """The batch, padded as far as a decoder's canvas might reach."""
+
+
+@dataclass(frozen=True)
+class BlockAdaptation(Adaptation):
+    """Blocks of `block` tokens are filled one after the other, each behind finished ones.
+
+    Raises:
+        UserError: blocks of one token.
+    """
+
+    lr: float = 1e-3
+    block: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 2:
+            raise UserError("block must be at least 2")
+
+    def section(self, mask_id: int) -> dict[str, Any]:
+        return {**super().section(mask_id), "block_length": self.block}
+
+    def blocks(self, text: Text) -> Tensor:
+        """Number of each position's block [rows, length], as a decoder counts them: from the start of the answer."""
+        return answer_blocks(text.start, text.ids.shape[1], self.block, torch.zeros_like(text.start))
+
+    def canvas(self, model: LlamaForCausalLM, batch: Batch, generator: torch.Generator) -> Text:
+        """Room for a whole block behind the longest text."""
+        return Text.of(batch, batch.ids.shape[1] + self.block, end_id(model))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED, task_scores
+from hasten.train.card import EVALUATION_SEED, by_category, opening, task_scores
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -22,13 +22,6 @@ from hasten.train.tokenizer import load_tokenizer
 
 SHARES = (1.0, 0.5)
 """Of an answer and its padding that is hidden."""
-DECODERS = {
-    ("full", "same"): ("threshold",),
-    ("block-causal", "shifted"): ("fast-dllm-v2:part=0",),
-    ("context-causal", "shifted"): ("plain", "nbdiff"),
-    ("context-causal", "same"): ("plain", "threshold"),
-}
-"""How models are decoded to be scored; `plain` is autoregressive here."""
 PADDING = 8
 """Answers are followed by end tokens up to a multiple of this length."""
 
@@ -66,6 +59,13 @@ def masked_accuracy(
     return {"category": TASKS[name].category, "of": len(fitting), "hidden": shares}
 
 
+def scored_models(recipe: Adaptation, folder: Path) -> dict[str, Path]:
+    """Folders of the models that are decoded, by what is put before the decoders' names: the new one, and its parent
+    where the recipe asks for a comparison."""
+    parent = resolve(recipe.parent)
+    return {"": folder} | ({f"{parent.name}, ": parent} if recipe.compared else {})
+
+
 def write_card(
     recipe: Adaptation,
     folder: Path,
@@ -85,12 +85,12 @@ def write_card(
         report: told after each task that was decoded.
     """
     model, tokenizer = load(folder), load_tokenizer(folder)
-    model.config.diffusion = recipe.section(int(tokenizer.mask_token_id))
     tasks = {name: masked_accuracy(recipe, model, tokenizer, name, per_task) for name in TASKS}
-    llm = LLM(folder, dtype="float32")
     decoded = {}
-    for method in DECODERS[recipe.attention, recipe.alignment]:
-        decoded[method] = task_scores(llm, per_task, report, method)
+    for label, scored in scored_models(recipe, folder).items():
+        llm = LLM(scored, dtype="float32")
+        for method in recipe.decoders:
+            decoded[label + method] = task_scores(llm, per_task, report, method)
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
     }  # fmt: skip
@@ -102,25 +102,25 @@ def write_card(
 
 def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
     """The card as Markdown."""
-    lines = [
-        f"# {name}",
-        "",
-        f"A language model of {document['parameters']:,} parameters that fills masked positions ({recipe.attention}",
-        f"attention, {recipe.alignment} alignment), adapted by hasten from `{document['parent']}` on its own",
-        "procedural tasks and on the text of the Python standard library. For testing and comparing decoding methods;",
-        "not for facts or advice.",
-        "",
-        "## How it was made",
-        "",
-        f"    {document['command']}",
-        "",
-        f"{document['tokens']:,} tokens in {document['seconds']:,.0f} s; final training loss {document['loss']} nats;",
-        f"SHA-256 of the data stream `{document['data_sha256'][:16]}`.",
+    what = (
+        f"A language model of {document['parameters']:,} parameters that fills masked positions ({recipe.attention}\n"
+        f"attention, {recipe.alignment} alignment), adapted by hasten from `{document['parent']}` on {recipe.source}."
+    )
+    lines = opening(name, document, what)
+    if "asked" in document:
+        lines.append(f"The teacher answered {document['right']:,} of {document['asked']:,} questions right.")
+    lines += [
         "",
         "## What it can do",
         "",
-        "Exact answers on held-out examples, greedy, float32, by decoder; then, of the same answers, what is right in",
-        "one forward pass with all or half of their positions hidden: tokens, and whole answers.",
+        "Exact answers on held-out examples, greedy, float32, and tokens per forward pass:",
+        "",
+        "| decoder | right | tokens per pass |",
+        "|---|---|---|",
+        *[f"| `{method}` | " + " | ".join(_total(scores)) + " |" for method, scores in document["decoded"].items()],
+        "",
+        "By task and decoder; then, of the same answers, what is right in one forward pass with all or half of their",
+        "positions hidden: tokens, and whole answers.",
         "",
         "| category | task | "
         + " | ".join([f"`{method}`" for method in document["decoded"]])
@@ -129,12 +129,20 @@ def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
         + " |",
         "|---|---|" + "---|" * (len(document["decoded"]) + 2 * len(SHARES)),
     ]
-    for task, score in sorted(document["tasks"].items(), key=lambda item: (item[1]["category"], item[0])):
+    for task, score in by_category(document["tasks"]):
         cells = [_percent(scores[task]["right"], scores[task]["of"]) for scores in document["decoded"].values()]
         for right, asked, answers in score["hidden"].values():
             cells += [_percent(right, asked), _percent(answers, score["of"])]
         lines.append(f"| {score['category']} | {task} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _total(scores: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """Right answers and tokens per pass over all tasks."""
+    right, of, tokens, steps = (
+        sum(score[name] for score in scores.values()) for name in ("right", "of", "tokens", "steps")
+    )
+    return _percent(right, of), f"{tokens / max(1, steps):.2f}"
 
 
 def _percent(part: int, whole: int) -> str:

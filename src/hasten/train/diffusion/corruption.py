@@ -60,15 +60,15 @@ def draw_block(answer: Tensor, reach: Tensor, blocks: Tensor, generator: torch.G
     Args:
         answer: [rows, length] boolean, one run per row.
         reach: [rows]; the block holds one of the answer's first so many positions, each of them equally likely.
-        blocks: positions per block [rows], counted from the start of the answer.
+        blocks: number of each position's block [rows, length], not decreasing.
         generator: of the draw.
 
     Returns:
         the positions of the block, and those behind it, both [rows, length].
     """
-    number = (answer.cumsum(1) - 1) // blocks[:, None]
-    drawn = ((torch.rand(reach.shape, generator=generator) * reach).long() // blocks)[:, None]
-    return answer & (number == drawn), answer & (number > drawn)
+    place = answer.long().argmax(1) + (torch.rand(reach.shape, generator=generator) * reach).long()
+    drawn = blocks.gather(1, place.clamp(max=blocks.shape[1] - 1)[:, None])
+    return answer & (blocks == drawn), answer & (blocks > drawn)
 
 
 def two_views(segment: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,105 +8,65 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten.errors import UserError
+from hasten.model.architectures import llada
+from hasten.model.architectures.base import TENSORS
 from hasten.model.checkpoint import Tensors, read_json
+from hasten.model.loading import read_config
 
-LLADA_NAMES = {
-    "model.embed_tokens": "model.transformer.wte",
-    "model.norm": "model.transformer.ln_f",
-    "lm_head": "model.transformer.ff_out",
-    "model.layers": "model.transformer.blocks",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "attn_out",
-    "post_attention_layernorm": "ff_norm",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
-"""Llama's names of tensors, or of parts of them, and LLaDA's."""
-
-LLADA_FIELDS = {
-    "hidden_size": "d_model",
-    "intermediate_size": "mlp_hidden_size",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "max_position_embeddings": "max_sequence_length",
-    "vocab_size": "embedding_size",
-    "hidden_act": "activation_type",
-    "tie_word_embeddings": "weight_tying",
-    "rms_norm_eps": "rms_norm_eps",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
-}
-"""The same for fields of the configuration."""
-
-LLADA_FIXED: dict[str, Any] = {
-    "architectures": ["LLaDAModelLM"],
-    "model_type": "llada",
-    "block_type": "llama",
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "layer_norm_type": "rms",
-    "rope": True,
-}
-"""Fields that say that a LLaDA is built like a Llama."""
+FIELDS = {**llada.FIELDS, **{name: name for name in ("rms_norm_eps", "eos_token_id", "pad_token_id")}}
+"""Llama's names of what a configuration says, and LLaDA's."""
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """A checkpoint of either layout in float32.
+    """A checkpoint of either layout in float32; `config.diffusion` says how one that fills masks does so.
 
     Raises:
         UserError: it is of another architecture.
     """
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") == "llama":
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind == "llama":
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return model
-    if raw.get("model_type") != "llada":
+    if kind != "llada":
         raise UserError(f"{folder} is not of the Llama architecture: only such models can be adapted")
-    fields = {llama: raw[llada] for llama, llada in LLADA_FIELDS.items()}
-    rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
-    model = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope))
+    config = read_config(folder)
+    diffusion = config.diffusion
+    assert diffusion is not None
+    fields: dict[str, Any] = {name: config.source.get(name) for name in FIELDS}
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.source["rope_parameters"]["rope_theta"]}
+    fields["diffusion"] = {
+        "attention": diffusion.attention, "alignment": diffusion.alignment, "mask_token_id": diffusion.mask_id,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**fields))
     stored = Tensors(folder, torch.float32, torch.device("cpu"))
     state = model.state_dict()
-    for name in state:
-        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            state[name] = stored.get(llada_name(name), *state[name].shape)
+    state |= {name: stored.get(theirs, *state[name].shape) for name, theirs in stored_names(model).items()}
     model.load_state_dict(state)
     return model
 
 
-def llada_name(name: str) -> str:
-    """What LLaDA calls a Llama's tensor."""
-    for llama, llada in LLADA_NAMES.items():
-        name = name.replace(llama, llada)
-    return name
-
-
-def llada_tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The weights in bf16 under LLaDA's names; a tied head is left out."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        tensors[llada_name(name)] = tensor.to(torch.bfloat16).contiguous()
-    return tensors
+def stored_names(model: LlamaForCausalLM) -> dict[str, str]:
+    """Of each tensor that a LLaDA stores, Llama's name and LLaDA's; a tied head is not stored."""
+    pieces = llada.TENSORS.keys() - ({"head"} if model.config.tie_word_embeddings else set())
+    return {
+        f"{TENSORS[piece]}.weight".format(layer): f"{llada.TENSORS[piece]}.weight".format(layer)
+        for piece in pieces
+        for layer in range(model.config.num_hidden_layers)
+    }
 
 
 def save_llada(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write configuration, generation config and weights of a Llama that was trained without a causal mask."""
+    """Write configuration, generation config and weights (bf16) of a Llama that was trained without a causal mask."""
     config = model.config
     assert config.rope_parameters is not None
     document = {
-        **LLADA_FIXED,
-        **{llada: getattr(config, llama) for llama, llada in LLADA_FIELDS.items()},
+        **llada.LIKE_LLAMA,
+        **{theirs: getattr(config, name) for name, theirs in FIELDS.items()},
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
         "vocab_size": config.vocab_size,
         "rope_theta": config.rope_parameters["rope_theta"],
         "mask_token_id": config.diffusion["mask_token_id"],
@@ -114,4 +74,6 @@ def save_llada(model: LlamaForCausalLM, folder: Path) -> None:
     }
     (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
     model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(llada_tensors(model), folder, max_shard_size="15MB")
+    state = model.state_dict()
+    tensors = {theirs: state[name].bfloat16().contiguous() for name, theirs in stored_names(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size="15MB")

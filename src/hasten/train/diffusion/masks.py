@@ -13,7 +13,7 @@ def aligned_blocks(answer: Tensor, block: int) -> Tensor:
     return (torch.arange(answer.shape[1]) // block).expand(answer.shape)
 
 
-def answer_blocks(start: Tensor, length: int, block: int, offsets: Tensor) -> Tensor:
+def answer_blocks(start: Tensor, length: int, block: int | Tensor, offsets: Tensor) -> Tensor:
     """Block numbers [rows, length]: the prompt is block 0, those of the answer follow.
 
     A decoder's first block begins with the answer, and TiDAR's may begin anywhere, so offsets are drawn at random.
@@ -21,7 +21,7 @@ def answer_blocks(start: Tensor, length: int, block: int, offsets: Tensor) -> Te
     Args:
         start: the answer's first position [rows].
         length: positions per row.
-        block: positions per block.
+        block: positions per block, for all rows or for each [rows, 1].
         offsets: [rows] in 0..block-1: by how much the first block of the answer is shorter.
     """
     rank = torch.arange(length) - start[:, None]

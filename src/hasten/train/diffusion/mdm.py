@@ -15,6 +15,7 @@ from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to, end_id, mask
 from hasten.train.diffusion.corruption import draw_block, hide, uniform_count
 from hasten.train.diffusion.layout import save_llada
 from hasten.train.diffusion.losses import weighted_cross_entropy
+from hasten.train.diffusion.masks import answer_blocks
 from hasten.train.forward import hidden_states, logits
 
 CANVASES = (8, 8, 8, 8, 16, 16, 32, 64, 128, 256)
@@ -37,17 +38,19 @@ class MaskedDiffusion(Adaptation):
 
     attention: ClassVar[str] = "full"
     alignment: ClassVar[str] = "same"
+    decoders: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
         """Cross-entropy of hidden positions over the share that is hidden, per token of the answers.
 
         Of a text that is filled block after block, one block counts, and stands for all.
         """
-        text = self.canvas(batch, end_id(model), model.config.max_position_embeddings, generator)
+        text = self.canvas(model, batch, generator)
         # Padding has no part in these, or long canvases would drown the answers.
         lengths = (text.labels != IGNORE).sum(1)
         sizes = torch.tensor(BLOCKS)[torch.randint(len(BLOCKS), lengths.shape, generator=generator)]
-        block, later = draw_block(text.answer, lengths, sizes, generator)
+        blocks = answer_blocks(text.start, text.ids.shape[1], sizes[:, None], torch.zeros_like(lengths))
+        block, later = draw_block(text.answer, lengths, blocks, generator)
         sequential = torch.rand(lengths.shape, generator=generator) < self.sequential
         segment = torch.where(sequential[:, None], block, text.answer)
         counted, share = uniform_count(segment, generator)
@@ -62,13 +65,14 @@ class MaskedDiffusion(Adaptation):
         states = hidden_states(model, hide(text.ids, hidden, mask_id(model)), None, None, self.dtype)
         return logits(model, states[wanted])
 
-    def canvas(self, batch: Batch, end: int, room: int, generator: torch.Generator) -> Text:
+    def canvas(self, model: LlamaForCausalLM, batch: Batch, generator: torch.Generator) -> Text:
         """The batch on a canvas of random length, with fewer rows where it would pass `batch_tokens`."""
         multiple = CANVASES[int(torch.randint(len(CANVASES), (), generator=generator))]
+        room = model.config.max_position_embeddings
         length = max(batch.ids.shape[1], min(ceil_to(batch.ids.shape[1], multiple), room))
         rows = max(1, self.batch_tokens // length)
         kept = torch.randperm(batch.ids.shape[0], generator=generator)[:rows]
-        return Text.of(Batch(batch.ids[kept], batch.labels[kept]), length, end)
+        return Text.of(Batch(batch.ids[kept], batch.labels[kept]), length, end_id(model))
 
     def export(self, model: LlamaForCausalLM, folder: Path) -> None:
         """Write the model in LLaDA's layout."""

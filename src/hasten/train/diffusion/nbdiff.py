@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from hasten.errors import UserError
 from hasten.train.data import Batch
-from hasten.train.diffusion.adapt import Adaptation, Text, end_id
+from hasten.train.diffusion.adapt import BlockAdaptation, Text, end_id
 from hasten.train.diffusion.copies import Copies, next_token_loss
 from hasten.train.diffusion.corruption import per_block
 from hasten.train.diffusion.losses import mean_cross_entropy
@@ -21,25 +21,21 @@ from hasten.train.forward import logits
 
 
 @dataclass(frozen=True)
-class NextBlock(Adaptation):
+class NextBlock(BlockAdaptation):
     """`ramp` is the share of the run in which the block doubles until it has `block` tokens; `retention` the weight of
     the autoregressive loss on the clean copy."""
 
-    lr: float = 1e-3
-    block: int = 8
     ramp: float = 0.2
     retention: float = 1.0
 
     attention: ClassVar[str] = "context-causal"
     alignment: ClassVar[str] = "shifted"
+    decoders: ClassVar[tuple[str, ...]] = ("plain", "nbdiff")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block < 2 or self.block & (self.block - 1):
-            raise UserError("block must be a power of two, and at least 2: it grows by doubling")
-
-    def section(self, mask_id: int) -> dict[str, Any]:
-        return {**super().section(mask_id), "block_length": self.block}
+        if self.ramp and self.block & (self.block - 1):
+            raise UserError("block must be a power of two: it grows by doubling")
 
     def block_at(self, progress: float) -> int:
         """The size of blocks in the course of the run: 1, 2, 4, ... for equal times, then `block`."""
@@ -60,8 +56,8 @@ class NextBlock(Adaptation):
         )
 
     def predict(self, model: LlamaForCausalLM, text: Text, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Blocks begin with the answer."""
-        blocks = answer_blocks(text.start, text.ids.shape[1], self.block, torch.zeros_like(text.start))
+        """A block's first token is read off the finished text."""
+        blocks = self.blocks(text)
         return logits(model, _read_out(self.copies(model, text, hidden, blocks), blocks, wanted))
 
     def copies(self, model: LlamaForCausalLM, text: Text, hidden: Tensor, blocks: Tensor) -> Copies:
