@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from hasten.engine import Draft, Drafter, Observation, Probe, Request, Target, register
 from hasten.errors import UserError
+from hasten.methods.diffusion.causal_context import require_causal_context
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,7 @@ class Tidar(Drafter):
     alone = True
 
     def __init__(self, target: Target, parameters: TidarParameters) -> None:
-        diffusion = target.model.config.diffusion
-        if diffusion is None or diffusion.attention != "context-causal" or diffusion.alignment != "same":
-            raise UserError(
-                "tidar needs a model that also fills masks behind a causal context: "
-                "`hasten train tidar --model MODEL --output FOLDER` makes one"
-            )
+        diffusion = require_causal_context(target, "tidar", "same")
         self.block = parameters.block or diffusion.block or 1
         if diffusion.block is not None and self.block > diffusion.block:
             raise UserError(f"tidar: block must be at most {diffusion.block}, which the model was trained with")
