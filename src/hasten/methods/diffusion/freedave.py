@@ -12,14 +12,14 @@ too, because the noise belongs to the position and not to the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from hasten.engine import Canvas, Hypothesis, Passes, Request, View, register
+from hasten.engine import Canvas, Hypothesis, Passes, Request, Target, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
-from hasten.methods.diffusion.denoise import scores
+from hasten.methods.diffusion.denoise import DenoiseParameters, scores
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ class FreeDaveParameters(BlockParameters):
 )
 class FreeDave(BlockDenoiser[FreeDaveParameters]):
     """See the module."""
+
+    def __init__(self, target: Target, parameters: FreeDaveParameters) -> None:
+        super().__init__(target, parameters)
+        shared = {field.name: field.default for field in fields(DenoiseParameters)}
+        chosen = {name: getattr(parameters, name, default) for name, default in shared.items()}
+        settings = ",".join(f"{name}={value}" for name, value in chosen.items() if value != shared[name])
+        self.reference = f"denoise:{settings}" if settings else "denoise"
 
     def decode(self, request: Request, canvas: Canvas) -> Passes:
         window = self.window(request, canvas)
