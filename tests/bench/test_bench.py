@@ -13,11 +13,12 @@ from hasten.bench.compare import bench, compare
 from hasten.bench.lane import Lane, engine_for, interleave
 from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt
-from hasten.bench.race import default_method
+from hasten.bench.race import default_method, race
 from hasten.bench.verify import verify
 from hasten.cli.bench import split_methods
 from hasten.engine import Draft, Drafter, SamplingParams
 from hasten.engine.cost import VerifyCost
+from hasten.engine.registry import is_lossless
 from hasten.engine.verification import Verdict
 
 PROMPT = "the cat and the moon and the cat and the"
@@ -244,13 +245,38 @@ def test_a_prompts_own_budget_holds_if_nothing_else_is_asked_for(diffusion_llm: 
 
 
 @pytest.mark.parametrize(
-    ("attention", "method"), [("full", "freedave"), ("context-causal", "freedave"), ("context-causal", "tidar")]
+    ("attention", "method"),
+    [
+        ("full", "freedave"),
+        ("full", "freedave:cache=dual,order=margin,block=4"),
+        ("context-causal", "freedave"),
+        ("context-causal", "tidar"),
+    ],
 )
 def test_verify_passes_lossless_methods_of_diffusion_models(
     diffusion_llm: Callable[..., LLM], attention: str, method: str
 ):
     result = verify(diffusion_llm(attention), method, [PROMPT, "red"], max_tokens=8)
     assert result.identical == 2 and result.first_divergence is None and result.proposed > 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "method", "known"),
+    [
+        ("full", "freedave", "plain"),
+        ("full", "freedave:cache=dual,drafts=2,order=margin,block=4", "denoise:block=4,cache=dual,order=margin"),
+        ("full", "threshold", "plain"),
+        ("context-causal", "freedave", "denoise"),
+        ("context-causal", "threshold", "denoise"),
+        ("context-causal", "tidar", "plain"),
+    ],
+)
+def test_a_race_is_run_against_the_methods_reference(
+    diffusion_llm: Callable[..., LLM], attention: str, method: str, known: str
+):
+    result = race(diffusion_llm(attention), PROMPT, method, SamplingParams(max_tokens=8), rounds=1)
+    assert [lane["method"] for lane in result.lanes] == [known, method]
+    assert result.identical or not is_lossless(method)
 
 
 def test_verify_says_where_a_lossy_denoiser_differs(diffusion_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch):

@@ -802,6 +802,14 @@ def filled(model: Model, count: int) -> Sequence:
     return sequence
 
 
+def test_evicting_nothing_leaves_pending_rows(models: dict[str, Model]) -> None:
+    sequence = filled(models["oracle"], 6)
+    before = contents(sequence)
+    sequence.begin(torch.arange(2))
+    sequence.evict([])
+    assert (sequence.pending, contents(sequence)) == (2, before)
+
+
 @pytest.mark.parametrize("slots", [[6], [-1], [2, 2], [3, 1], range(4, 7)])
 def test_evict_refuses_slots_that_are_not_there(slots: list[int], models: dict[str, Model]) -> None:
     sequence = filled(models["oracle"], 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,16 @@ class Ran:
 
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Nobody reads the times: the fewest passes per shape, behind short contexts, and reads of a small buffer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hasten.engine.cost.MEASURE_SECONDS", 0)
+        patch.setattr("hasten.engine.cost.CONTEXTS", (16, 64))
+        patch.setattr("hasten.bench.doctor.BANDWIDTH_BYTES", 2**22)
+        yield
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_a_hypothesis_is_looked_at_instead_of_the_canvas() -> None:
         START - 1, torch.tensor([1, 5, 5, MASK, MASK]), torch.tensor([False, False, False, True, True]), (5, 5)
     )
     view = new_view(hypothesis=contents, frequency_penalty=2.0)
-    assert view.ids.tolist() == [5, 5, MASK, MASK]
+    assert view.masked.tolist() == [False, False, True, True]
     assert view.open.tolist() == [False, False, True, False]
     expected = view.logits.clone()
     expected[:, 5] -= 4.0

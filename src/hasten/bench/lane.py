@@ -149,6 +149,15 @@ def engine_for(llm: LLM, limits: Limits | None = None) -> Engine:
     return Engine(llm.model, llm.tokenizer, llm.engine.end_ids, limits or llm.engine.scheduler.limits, str(llm.folder))
 
 
+def reference(engine: Engine, method: str) -> str:
+    """The method of one token per pass that a specification is compared with.
+
+    Where a model is autoregressive and fills canvases as well, that of a denoiser is another one than a drafter's.
+    """
+    found = engine.drafter(method)[1].reference
+    return "plain" if found == "denoise" and engine.model.config.fills_canvas else found
+
+
 def interleave(lanes: Sequence[Lane]) -> Iterator[tuple[Lane, list[Progress]]]:
     """Step the lane whose clock is furthest behind, until all are done."""
     while True:

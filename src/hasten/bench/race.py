@@ -1,4 +1,4 @@
-"""Plain and accelerated decoding of the same prompt, side by side."""
+"""One token per pass and accelerated decoding of the same prompt, side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.bench.lane import Lane, engine_for, interleave
+from hasten.bench.lane import Lane, engine_for, interleave, reference
 from hasten.engine import SamplingParams
 from hasten.llm import LLM
 from hasten.model import ModelConfig
@@ -57,16 +57,16 @@ class RaceResult:
 
 
 def race(llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int = 5) -> RaceResult:
-    """Run both lanes `rounds` times after one warm-up round.
+    """Run the method's reference and the method `rounds` times after one warm-up round.
 
     Raises:
         UserError: unknown method, bad prompt.
     """
     ids = llm.encode(prompt)
-    engines = [engine_for(llm), engine_for(llm)]
+    engines, names = [engine_for(llm), engine_for(llm)], (reference(llm.engine, method), method)
     runs: list[list[Lane]] = []
     for _ in range(rounds + 1):
-        lanes = [Lane(llm, engine, name, ids, params) for engine, name in zip(engines, ("plain", method), strict=True)]
+        lanes = [Lane(llm, engine, name, ids, params) for engine, name in zip(engines, names, strict=True)]
         for _ in interleave(lanes):
             pass
         runs.append(lanes)

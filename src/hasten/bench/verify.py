@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from hasten.bench.lane import engine_for
-from hasten.engine import Denoiser, Engine, SamplingParams
+from hasten.bench.lane import engine_for, reference
+from hasten.engine import Engine, SamplingParams
 from hasten.llm import LLM, Prompt
 from hasten.model import Rows
 
@@ -53,8 +53,7 @@ def verify(
 ) -> VerifyResult:
     """Decode every prompt plainly, with the method alone, and with the method in mixed batches of eight.
 
-    Plainly is one token per pass. Where a model is autoregressive and fills canvases as well, a denoiser is measured by
-    `denoise`, everything else by `plain`.
+    Plainly is one token per pass, by the method's reference.
 
     Args:
         prompts: texts or token ids.
@@ -64,7 +63,7 @@ def verify(
         UserError: unknown method, a prompt that is too long.
     """
     plain, fast = engine_for(llm), engine_for(llm)
-    yardstick = "denoise" if isinstance(fast.drafter(method)[1], Denoiser) else "plain"
+    yardstick = reference(fast, method)
     ids = [llm.encode(prompt) for prompt in prompts]
     same = [True] * len(ids)
     modes: dict[str, int] = {}
@@ -79,15 +78,15 @@ def verify(
             alone = [_decode(fast, [prompt], params, [method])[0] for prompt in group]
             mixed = [yardstick if index % 4 == 3 else method for index in range(len(group))]
             together = _decode(fast, group, params, mixed)
-            for offset, reference in enumerate(expected):
+            for offset, plainly in enumerate(expected):
                 ok = True
                 for batch, output in ((1, alone[offset]), (len(group), together[offset])):
                     accepted, proposed = accepted + output[1], proposed + output[2]
-                    if output[0] != reference[0]:
+                    if output[0] != plainly[0]:
                         ok = False
                         if divergence is None:
                             where = {"prompt": start + offset, "mode": mode, "batch": batch}
-                            divergence = where | _divergence(llm, group[offset], reference[0], output[0])
+                            divergence = where | _divergence(llm, group[offset], plainly[0], output[0])
                 right += ok
                 same[start + offset] &= ok
             report(len(group))

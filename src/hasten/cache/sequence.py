@@ -202,6 +202,8 @@ class Sequence:
     def evict(self, slots: Items[int]) -> None:
         """Forget committed slots with these (ascending) numbers, and all pending rows; what is behind them moves up.
 
+        Without numbers nothing happens: pending rows stay, too.
+
         Raises:
             ValueError: numbers out of range or not ascending, slots outside of the last block or that others may read.
             RollbackError: a recurrent layer would have to forget.

@@ -1,4 +1,4 @@
-"""`hasten race`: the same text twice, once plainly and once sooner."""
+"""`hasten race`: the same text twice, once by one token per pass and once sooner."""
 
 from __future__ import annotations
 
@@ -72,13 +72,15 @@ def _live(
     from rich.live import Live
 
     from hasten.bench import race as racing
-    from hasten.bench.lane import Lane, engine_for, interleave
+    from hasten.bench.lane import Lane, engine_for, interleave, reference
     from hasten.engine.registry import is_lossless
 
     racing.race(llm, prompt, method, params, rounds=1)
     console = Console()
     ids = llm.encode(prompt)
-    lanes = [Lane(llm, engine_for(llm), name, ids, params, read=True) for name in ("plain", method)]
+    lanes = [
+        Lane(llm, engine_for(llm), name, ids, params, read=True) for name in (reference(llm.engine, method), method)
+    ]
     shown: list[list[tuple[str, str]]] = [[], []]
     with Live(console=console, refresh_per_second=30, vertical_overflow="crop") as live:
         started = time.perf_counter()

@@ -25,6 +25,7 @@ class Denoiser(Drafter):
     """
 
     alone = True
+    reference = "denoise"
 
     def canvas_length(self, request: Request, config: ModelConfig) -> int:
         """Positions that the canvas has, the prompt's included; at most the context."""

@@ -48,6 +48,9 @@ class Drafter:
     alone: ClassVar[bool] = False
     """Whether it must be the whole method, not a part of a composition."""
 
+    reference: str = "plain"
+    """The method of one token per pass whose tokens it gives if it is lossless, and is compared with if it is not."""
+
     taps: tuple[tuple[Site, int], ...] = ()
     """Hidden states that `observe` and `observe_prompt` are given."""
 

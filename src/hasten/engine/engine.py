@@ -203,7 +203,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Progress]:
-        """One pass of the loop over everything that is scheduled."""
+        """One pass of the loop over everything that is scheduled.
+
+        Raises:
+            UserError: the KV cache is full. No request has changed: the step may be tried again when there is room.
+        """
         plan = self.scheduler.plan()
         if not plan:
             return []

@@ -52,13 +52,10 @@ class View:
         self.path = () if hypothesis is None else hypothesis.path
         self.logits = logits.cpu()
         if hypothesis is None:
-            self.ids, self.masked = (
-                canvas.ids[start : start + rows].clone(),
-                canvas.masked[start : start + rows].clone(),
-            )
+            self.masked = canvas.masked[start : start + rows].clone()
         else:
-            inside = slice(start - hypothesis.start, start - hypothesis.start + rows)
-            self.ids, self.masked = hypothesis.ids[inside], hypothesis.masked[inside]
+            first = start - hypothesis.start
+            self.masked = hypothesis.masked[first : first + rows]
 
     @cached_property
     def tokens(self) -> Tensor:

@@ -94,7 +94,6 @@ class FullWindow:
         self.start = self.stop = self.age = 0
         # Slots before the block, and positions behind it in the slots after these.
         self._cached = (0, range(0))
-        sequence.reserve(canvas.length)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return _blocks(self.canvas, self.canvas.prompt_length, self.size)

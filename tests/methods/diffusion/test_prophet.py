@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from canvases import CONFIGS, FULL, PROMPTS, VOCABULARY, by_law, by_position, canvas_of, decode, oracle, run, visible
+from canvases import (
+    CONFIGS,
+    FULL,
+    MASK,
+    PROMPTS,
+    VOCABULARY,
+    by_law,
+    by_position,
+    canvas_of,
+    decode,
+    oracle,
+    run,
+    visible,
+)
 
 from hasten.engine import Engine, Request, SamplingParams
 from hasten.errors import UserError
@@ -126,6 +139,25 @@ def test_the_answer_is_behind_the_suffix() -> None:
         request = fill("full-same", law, spec, PROMPTS[3], max_tokens=10)
         assert request.statistics.steps == steps
         assert len(request.output) == 10
+
+
+@pytest.mark.parametrize(("cache", "steps"), [("none", 6), ("dual", 7)])
+def test_a_pass_fills_what_it_sees(cache: str, steps: int) -> None:
+    """Blocks from 5, 9 and 13 on; the suffix is at 9 and 10, the answer at 11 and 12, and sure once 11 is known.
+
+    The sixth pass sees that and fills the canvas; with a dual cache it fills the open block, and the pass that opens
+    the last one fills that.
+    """
+
+    def law(seen: list[tuple[int, int]], position: int) -> torch.Tensor:
+        known = dict(seen).get(11, MASK) != MASK
+        return by_position({}, {11: 4.0 if known else 0.2, 12: 4.0 if known else 0.1})(seen, position)
+
+    spec = f"prophet:suffix=12,offset=4,answer=2,early=2,middle=2,late=2,block=4,cache={cache}"
+    request = fill("full-same", law, spec, PROMPTS[3], max_tokens=12)
+    assert request.statistics.steps == steps
+    last = canvas_of(request).committed_at[11:].tolist()
+    assert last == [5, 6, *[steps] * 4]
 
 
 def test_a_suffix_that_does_not_fit_is_refused_at_once() -> None:

@@ -12,12 +12,14 @@ too, because the noise belongs to the position and not to the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-from hasten.engine import Canvas, Hypothesis, Passes, Request, View, register
+from torch import Tensor
+
+from hasten.engine import Canvas, Hypothesis, Passes, Request, Target, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
-from hasten.methods.diffusion.denoise import scores
+from hasten.methods.diffusion.denoise import DenoiseParameters, scores
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ class FreeDaveParameters(BlockParameters):
 class FreeDave(BlockDenoiser[FreeDaveParameters]):
     """See the module."""
 
+    def __init__(self, target: Target, parameters: FreeDaveParameters) -> None:
+        super().__init__(target, parameters)
+        shared = {field.name: field.default for field in fields(DenoiseParameters)}
+        chosen = {name: getattr(parameters, name, default) for name, default in shared.items()}
+        settings = ",".join(f"{name}={value}" for name, value in chosen.items() if value != shared[name])
+        self.reference = f"denoise:{settings}" if settings else "denoise"
+
     def decode(self, request: Request, canvas: Canvas) -> Passes:
         window = self.window(request, canvas)
         for start, stop in window.blocks():
@@ -61,8 +70,10 @@ class FreeDave(BlockDenoiser[FreeDaveParameters]):
                     continue
                 (view,) = yield from window.look(low, high)
                 state = Hypothesis(start, canvas.ids[start:stop].clone(), canvas.masked[start:stop].clone(), ())
+                ranked = self._ranked(view)
                 while left := canvas.masks(low, high):
-                    drafts = [self._next(state, view, count + 1) for count in range(min(self.parameters.drafts, left))]
+                    counts = range(1, 1 + min(self.parameters.drafts, left))
+                    drafts = [self._next(state, view, ranked[:count]) for count in counts]
                     # The first is what static decoding does; the others are guesses that go on from there.
                     drafts = [replace(draft, path=draft.path[1:]) for draft in drafts]
                     state = self._commit(canvas, state, drafts[0])
@@ -70,21 +81,26 @@ class FreeDave(BlockDenoiser[FreeDaveParameters]):
                         break
                     # What has no mask left needs no look.
                     views = yield from window.look(low, high, drafts[: left - 1])
-                    right = 0
+                    right, ranked = 0, self._ranked(views[0])
                     while right + 1 < len(drafts):
-                        target = self._next(drafts[right], views[right], 1)
+                        target = self._next(drafts[right], views[right], ranked[:1])
                         if not target.same(drafts[right + 1]):
                             break
                         right += 1
+                        if right < len(views):
+                            ranked = self._ranked(views[right])
                     request.statistics.proposed += len(drafts) - 1
                     request.statistics.accepted += right
                     if right < len(views):
                         view = views[right].decided()
                     state = self._commit(canvas, state, drafts[right])
 
-    def _next(self, state: Hypothesis, view: View, count: int) -> Hypothesis:
-        """A state with the best `count` tokens of a view of it."""
-        rows = view.ranking(scores(self.parameters.order, view))[:count]
+    def _ranked(self, view: View) -> Tensor:
+        """int64 [open rows]: in the order in which static decoding would commit them if it saw nothing new."""
+        return view.ranking(scores(self.parameters.order, view))
+
+    def _next(self, state: Hypothesis, view: View, rows: Tensor) -> Hypothesis:
+        """A state with these rows of a view of it committed."""
         inside, ids, masked = rows + view.start - state.start, state.ids.clone(), state.masked.clone()
         ids[inside], masked[inside] = view.tokens[rows], False
         return Hypothesis(state.start, ids, masked, (*state.path, *view.tokens[rows].tolist()))

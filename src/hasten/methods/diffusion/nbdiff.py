@@ -19,26 +19,13 @@ import torch
 from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Request, Target, View, register
-from hasten.errors import UserError, require
+from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
+from hasten.methods.diffusion.causal_context import require_causal_context
 from hasten.methods.diffusion.denoise import scores
 from hasten.model import Rows, Span
 
 RULES = ("confidence", "entropy", "margin")
-
-
-def _require_next_blocks(target: Target, name: str) -> None:
-    """The model must have causal context and predict the next position.
-
-    Raises:
-        UserError: another model.
-    """
-    diffusion = target.model.config.diffusion
-    if diffusion is None or diffusion.attention != "context-causal" or diffusion.alignment != "shifted":
-        raise UserError(
-            f"{name} needs a model that fills blocks behind a causal context: "
-            "`hasten train nbdiff --model MODEL --output FOLDER` makes one"
-        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,7 @@ class NBDiff(BlockDenoiser[NBDiffParameters]):
     """See the module."""
 
     def __init__(self, target: Target, parameters: NBDiffParameters) -> None:
-        _require_next_blocks(target, "nbdiff")
+        require_causal_context(target, "nbdiff", "shifted")
         super().__init__(target, parameters)
 
     def update(self, request: Request, view: View) -> None:
@@ -118,10 +105,9 @@ class NBDiffDraft(Drafter):
     """Stateless; drafts are the likeliest tokens, which verification matches whatever the temperature."""
 
     def __init__(self, target: Target, parameters: NBDiffDraftParameters) -> None:
-        _require_next_blocks(target, "nbdiff-draft")
+        diffusion = require_causal_context(target, "nbdiff-draft", "shifted")
         self.model, self.parameters = target.model, parameters
-        assert target.model.config.diffusion is not None
-        self.mask_id, self.block = target.model.config.diffusion.mask_id, target.model.config.diffusion.block or 1
+        self.mask_id, self.block = diffusion.mask_id, diffusion.block or 1
 
     def propose(self, request: Request, budget: int) -> Draft:
         return self.propose_all([request], [budget])[0]

@@ -8,8 +8,10 @@ units of raw logits, so that they depend on the model.
 The released rule needs to know where the answer is: behind a `suffix` that is written into the canvas beforehand.
 Without one, all masked positions before the first predicted end of text count, by a low quantile of their gaps: what is
 behind the end is certain from the first step on and would drown the rest. Until the answer has converged, one token is
-committed per pass. A pass that does not see the whole region (a dual cache) decides nothing. For models that finish one
-block before the next, the canvas is the open block. Exactness: lossy.
+committed per pass. With a dual cache most passes see the open block alone: one that does not see the whole region (the
+`answer` positions behind a suffix, or the canvas up to its end) decides nothing; one that does fills what it sees, and
+the pass that opens the next block fills the rest. For models that finish one block before the next, the canvas is the
+open block. Exactness: lossy.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from hasten.engine import Draft, Drafter, Observation, Probe, Request, Target, register
 from hasten.errors import UserError
+from hasten.methods.diffusion.causal_context import require_causal_context
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,26 @@ class Tidar(Drafter):
     alone = True
 
     def __init__(self, target: Target, parameters: TidarParameters) -> None:
-        diffusion = target.model.config.diffusion
-        if diffusion is None or diffusion.attention != "context-causal" or diffusion.alignment != "same":
-            raise UserError(
-                "tidar needs a model that also fills masks behind a causal context: "
-                "`hasten train tidar --model MODEL --output FOLDER` makes one"
-            )
+        diffusion = require_causal_context(target, "tidar", "same")
         self.block = parameters.block or diffusion.block or 1
         if diffusion.block is not None and self.block > diffusion.block:
             raise UserError(f"tidar: block must be at most {diffusion.block}, which the model was trained with")
-        self.masks = [diffusion.mask_id] * self.block
+        self.masks, self.context = [diffusion.mask_id] * self.block, target.model.config.max_positions
         self._next: dict[int, list[int]] = {}
 
     def propose(self, request: Request, budget: int) -> Draft:
         draft = Draft.chain(self._next.pop(request.id, [])[: min(budget, request.stopper.left - 1)])
-        draft.probes = [Probe(node, self.masks) for node in range(-1, len(draft))]
+        # The context ends so many positions behind the root; masks do, too.
+        room = self.context - len(request.tokens)
+        draft.probes = [Probe(node, self.masks[: room - node - 1]) for node in range(-1, len(draft))]
         return draft
 
     def observe(self, request: Request, seen: Observation) -> None:
         if not seen.draft.probes:
             return
-        first = len(seen.path) * self.block
-        logits = seen.probes[first + 1 : first + self.block]
+        sizes = [len(probe.tokens) for probe in seen.draft.probes]
+        first, size = sum(sizes[: len(seen.path)]), sizes[len(seen.path)]
+        logits = seen.probes[first + 1 : first + size]
         sampler, position = request.sampler, len(request.tokens)
         if sampler.grammar is not None or not len(logits):
             self._next[request.id] = logits.argmax(-1).tolist()
