@@ -21,8 +21,8 @@ from hasten.train.forward import hidden_states, logits
 CANVASES = (8, 8, 8, 8, 16, 16, 32, 64, 128, 256)
 """Rows are padded to a multiple of one of these, drawn per batch, so that the model learns to end on any canvas."""
 BLOCKS = (1, 2, 4, 8, 16, 32)
-"""Sizes of blocks that a decoder may use. In small ones little stands behind a position: what cannot be read off there must
-be worked out."""
+"""Sizes of blocks that a decoder may use. In small ones little stands behind a position: what cannot be read off there
+must be worked out."""
 
 
 @dataclass(frozen=True)
