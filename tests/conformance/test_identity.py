@@ -18,16 +18,17 @@ from helpers import Scripted, same
 PROPOSING = [spec for spec in SPECS if spec != "plain"]
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
 @pytest.mark.parametrize("spec", PROPOSING)
-def test_alone(llm, plain, spec, kind):
-    accepted = 0
+def test_alone(llm, plain, spec):
+    """Every prompt, in turns greedy and sampled."""
+    accepted = {"greedy": 0, "sampled": 0}
     for number, prompt in enumerate(PROMPTS):
+        kind = "sampled" if number % 2 else "greedy"
         got = llm.generate([prompt], params(number, kind), spec)[0].choices[0]
         same(got, plain(number, kind))
-        accepted += got.statistics.accepted
+        accepted[kind] += got.statistics.accepted
     # Where nothing is ever accepted, nothing is proved; such a method needs an entry in cases.VARIANTS.
-    assert accepted > 20
+    assert min(accepted.values()) > 10
 
 
 @pytest.mark.parametrize("spec", PROPOSING)
@@ -56,12 +57,17 @@ def test_mixed_batches_of_eight(llm, plain):
             same(generation.choices[0], plain(number, kind))
 
 
+@pytest.fixture(scope="module")
+def choices(llm):
+    """Four choices each of some prompts, by plain decoding."""
+    asked = {number: params(number, "sampled", n=4) for number in (3, 30, 59)}
+    return {number: (each, llm.generate([PROMPTS[number]], each, "plain")[0].choices) for number, each in asked.items()}
+
+
 @pytest.mark.parametrize("spec", PROPOSING)
-def test_choices(llm, plain, spec):
+def test_choices(llm, plain, choices, spec):
     """Each of n choices is plain decoding's choice of that number; the first is what n=1 gives."""
-    for number in (3, 30, 59):
-        asked = params(number, "sampled", n=4)
-        expected = llm.generate([PROMPTS[number]], asked, "plain")[0].choices
+    for number, (asked, expected) in choices.items():
         got = llm.generate([PROMPTS[number]], asked, spec)[0].choices
         for mine, theirs in zip(got, expected, strict=True):
             same(mine, theirs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from cases import INDEPENDENT, KINDS, MAX_TOKENS, PROMPTS, SPECS, params
 
@@ -23,11 +25,17 @@ def decode(llm, work, **changes):
     return [generation.choices[0] for generation in generations]
 
 
+@pytest.fixture(scope="module")
+def limited(tiny):
+    """An LLM with limits, loaded once."""
+    return cache(lambda **limits: LLM(tiny, dtype="float32", limits=Limits(**limits)))
+
+
 @pytest.mark.parametrize(
     "limits", [{"rows": 1}, {"rows": 7}, {"rows": 64}, {"sequences": 1}, {"sequences": 3, "rows": 5}]
 )
-def test_limits(tiny, plain, limits):
-    llm = LLM(tiny, dtype="float32", limits=Limits(**limits))
+def test_limits(limited, plain, limits):
+    llm = limited(**limits)
     for (number, kind, _), completion in zip(WORK, decode(llm, WORK), strict=True):
         same(completion, plain(number, kind))
     assert llm.engine.cache.used_bytes == 0
@@ -83,13 +91,18 @@ def test_closed_streams_free_their_memory(llm, spec):
         assert not llm.engine.busy
 
 
+@pytest.fixture(scope="module")
+def four(llm):
+    """Four choices of one prompt, by plain decoding."""
+    asked = params(22, "sampled", n=4)
+    return asked, llm.generate([PROMPTS[22]], asked, "plain")[0].choices
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("limits", [{}, {"sequences": 2, "rows": 4}])
-def test_aborted_choices_leave_their_siblings_alone(tiny, plain, limits, spec):
+def test_aborted_choices_leave_their_siblings_alone(limited, four, limits, spec):
     """The choice that reads the prompt for the others may be the one that goes, at any time."""
-    llm = LLM(tiny, dtype="float32", limits=Limits(**limits))
-    asked = params(22, "sampled", n=4)
-    expected = llm.generate([PROMPTS[22]], asked, "plain")[0].choices
+    llm, (asked, expected) = limited(**limits), four
     for steps in (0, 1, 2, 6):
         requests = llm.engine.add(PROMPTS[22], asked, spec)
         for _ in range(steps):
@@ -104,12 +117,11 @@ def test_aborted_choices_leave_their_siblings_alone(tiny, plain, limits, spec):
         assert llm.engine.cache.used_bytes == 0
 
 
-def test_more_choices_than_places(tiny):
-    roomy = LLM(tiny, dtype="float32")
-    tight = LLM(tiny, dtype="float32", limits=Limits(sequences=2, rows=8))
+def test_more_choices_than_places(llm, limited):
+    tight = limited(sequences=2, rows=8)
     asked = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, seed=5, n=7)
+    expected = llm.generate([PROMPTS[40], PROMPTS[41]], asked, "plain")
     for spec in SPECS:
-        expected = roomy.generate([PROMPTS[40], PROMPTS[41]], asked, "plain")
         got = tight.generate([PROMPTS[40], PROMPTS[41]], asked, spec)
         for mine, theirs in zip(got, expected, strict=True):
             for one, other in zip(mine.choices, theirs.choices, strict=True):

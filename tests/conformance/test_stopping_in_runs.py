@@ -56,25 +56,39 @@ def test_ignore_eos(llm, long):
     assert agree(llm, asked, expected, Replay(expected, 8)) > 16 * 60 * 0.8
 
 
+@pytest.fixture(scope="module")
+def short(llm, long):
+    """The first of them, with every budget of a few tokens."""
+    cut = {most: answers(llm, PROMPTS[:8], max_tokens=most) for most in range(1, 13)}
+    for most, (_, generations) in cut.items():
+        for whole, generation in zip(long[1], generations, strict=False):
+            assert generation.token_ids == whole.token_ids[:most]
+    return cut
+
+
 @pytest.mark.parametrize("spec", ["replay", "bushy", *SPECS])
-def test_every_token_budget(llm, long, spec):
-    for most in range(1, 13):
-        asked, expected = answers(llm, PROMPTS[:8], max_tokens=most)
-        known = long[1][:8]
+def test_every_token_budget(llm, long, short, spec):
+    known = long[1][:8]
+    for asked, expected in short.values():
         drafter = {"replay": Replay(known, 5, [3] * 9), "bushy": Bushy(known, 5, [3] * 9)}.get(spec, spec)
         agree(llm, asked, expected, drafter)
-        for whole, cut in zip(known, expected, strict=True):
-            assert cut.token_ids == whole.token_ids[:most]
 
 
-@pytest.mark.parametrize("spec", ["replay", "bushy", "over-long", *SPECS])
-def test_context_limit(llm, spec):
+@pytest.fixture(scope="module")
+def full(llm):
+    """Plain decoding up to the end of the context."""
     rooms = [1, 2, 3, 5, 9, 40]
     rng = random.Random(5)
     prompts = [[rng.randrange(2, VOCABULARY) for _ in range(CONTEXT - room)] for room in rooms]
     asked, expected = answers(llm, prompts, ignore_eos=True, max_tokens=None)
     for room, generation in zip(rooms, expected, strict=True):
         assert (len(generation.token_ids), generation.choices[0].finish_reason) == (room, "length")
+    return asked, expected
+
+
+@pytest.mark.parametrize("spec", ["replay", "bushy", "over-long", *SPECS])
+def test_context_limit(llm, full, spec):
+    asked, expected = full
     drafters = {
         "replay": Replay(expected, 64, [4] * 99),
         "bushy": Bushy(expected, 6, [4] * 9),

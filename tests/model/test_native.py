@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS, chosen
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.cache import Cache
@@ -18,7 +15,7 @@ from hasten.model import Decoder, Rows, Span, Taps, load_model
 from hasten.model.layers import RMSNorm
 from hasten.model.linear import DenseLinear
 from hasten.model.loading import read_config
-from hasten.model.native import refusal
+from hasten.model.native import library, refusal
 from hasten.model.native.library import LIBRARY
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
@@ -30,7 +27,6 @@ PRECISIONS = {
     "int8": {"dtype": "bfloat16", "weights": "int8"},
     "int4": {"dtype": "bfloat16", "weights": "int4"},
 }
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(params=PRECISIONS, scope="module")
@@ -161,85 +157,62 @@ def test_methods_give_plain_decodings_tokens(tiny, precision, method, temperatur
     assert llm.engine.cache.used_bytes == 0
 
 
-SCRIPT = """
-import json, sys, torch
-from hasten.cache import Cache
-from hasten.model import Rows, load_model
-from hasten.model.native import kernels
-torch.set_num_threads(2)
-found = {}
-for name, precision in json.loads(sys.argv[3]).items():
-    model = load_model(sys.argv[1], device="cpu", backend="native", **precision)
-    cache = Cache(model.config.layers, model.cache_dtype, model.device)
-    found[name] = model.forward(Rows.of(cache.sequence(), list(range(2, 40)), 0))
-    single = cache.sequence()
-    for row in range(38):
-        assert torch.equal(model.forward(Rows.of(single, [row + 2], row))[0], found[name][row]), (name, row)
-        single.commit(1)
-torch.save((kernels(), found), sys.argv[2])
-"""
-
-
-@pytest.fixture(scope="module")
-def by_instruction_set(
-    make_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Logits by instruction set (those that this machine has) and precision: a process for each set."""
-    found = {}
-    for kernels in INSTRUCTION_SETS:
-        out = tmp_path_factory.mktemp("logits") / f"{kernels}.pt"
-        arguments = [str(make_checkpoint("qwen3").folder), str(out), json.dumps(PRECISIONS)]
-        environment = os.environ | {"HASTEN_NATIVE": kernels}
-        subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=environment, check=True)
-        used, logits = torch.load(out)
-        if used == kernels:
-            found[kernels] = logits
-    return found
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_instruction_set_agrees_with_pytorch(make_checkpoint, by_instruction_set, precision):
-    # What the panels stand for, computed by PyTorch in float32.
+def test_every_instruction_set_agrees_with_pytorch(make_checkpoint, tmp_path):
+    """A row is the same bits beside others in each of them, and near what the panels stand for in PyTorch's float32."""
     folder = make_checkpoint("qwen3").folder
-    native = load_model(folder, device="cpu", backend="native", **PRECISIONS[precision])
-    twin = dense_twin(native, load_model(folder, "float32", "cpu", "torch"))
-    sequence = Cache(twin.config.layers, twin.cache_dtype, twin.device).sequence()
-    expected = twin.forward(Rows.of(sequence, list(range(2, 40)), 0))
-    assert "portable" in by_instruction_set
-    for kernels, logits in by_instruction_set.items():
-        error = ((logits[precision] - expected).norm() / expected.norm()).item()
-        assert error < {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.04, "int4": 0.04}[precision], kernels
+    text, known = list(range(2, 40)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    expected, sets = {}, []
+    try:
+        for name in INSTRUCTION_SETS:
+            with chosen(name, LIBRARY, tmp_path) as available:
+                if not available:
+                    continue
+                sets.append(name)
+                for precision, options in PRECISIONS.items():
+                    native = load_model(folder, device="cpu", backend="native", **options)
+                    cache = Cache(native.config.layers, native.cache_dtype, native.device)
+                    logits = native.forward(Rows.of(cache.sequence(), text, 0))
+                    single = cache.sequence()
+                    for row, token in enumerate(text):
+                        assert torch.equal(native.forward(Rows.of(single, [token], row))[0], logits[row])
+                        single.commit(1)
+                    if precision not in expected:
+                        twin = dense_twin(native, load_model(folder, "float32", "cpu", "torch"))
+                        sequence = Cache(twin.config.layers, twin.cache_dtype, twin.device).sequence()
+                        expected[precision] = twin.forward(Rows.of(sequence, text, 0))
+                    error = ((logits - expected[precision]).norm() / expected[precision].norm()).item()
+                    assert error < {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.04, "int4": 0.04}[precision], name
+    finally:
+        torch.set_num_threads(known)
+    assert "portable" in sets
 
 
-OWN_THREADS = """
-import sys, torch
-from hasten.model.native import library
-if sys.argv[2] == "own":
-    library._openmp = lambda: None
-from hasten.cache import Cache
-from hasten.model import Rows, load_model
-for dtype in ("float32", "bfloat16"):
-    torch.set_num_threads(1)
-    model = load_model(sys.argv[1], dtype=dtype, device="cpu", backend="native")
-    cache = Cache(model.config.layers, model.cache_dtype, model.device)
-    torch.set_num_threads(3)
-    for rows in (1, 60):
-        print(model.forward(Rows.of(cache.sequence(), list(range(2, 2 + rows)), 0)).sum().item())
-        # PyTorch's own kernels use the same registers of the same threads.
-        x = torch.randn(64, 256).bfloat16()
-        torch.testing.assert_close((x @ x.T).float(), x.float() @ x.float().T, atol=1.0, rtol=0.02)
-"""
+def test_threads_borrowed_or_our_own_give_the_same(make_checkpoint, tmp_path, monkeypatch):
+    folder = make_checkpoint("llama", num_hidden_layers=1).folder
 
+    def by_three_threads() -> list[torch.Tensor]:
+        logits = []
+        for dtype in ("float32", "bfloat16"):
+            model = load_model(folder, dtype=dtype, device="cpu", backend="native")
+            cache = Cache(model.config.layers, model.cache_dtype, model.device)
+            torch.set_num_threads(3)
+            try:
+                for rows in (1, 60):
+                    logits.append(model.forward(Rows.of(cache.sequence(), list(range(2, 2 + rows)), 0)))
+                    # PyTorch's own kernels use the same registers of the same threads.
+                    x = torch.randn(64, 256).bfloat16()
+                    torch.testing.assert_close((x @ x.T).float(), x.float() @ x.float().T, atol=1.0, rtol=0.02)
+            finally:
+                torch.set_num_threads(1)
+        return logits
 
-def test_threads_borrowed_or_our_own_give_the_same(make_checkpoint):
-    folder = str(make_checkpoint("llama", num_hidden_layers=1).folder)
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", OWN_THREADS, folder, kind], check=True, capture_output=True, text=True
-        ).stdout
-        for kind in ("borrowed", "own")
-    ]
-    assert runs[0] == runs[1] != ""
+    borrowed = by_three_threads()
+    # A library borrows when it is loaded: this is another one, in the same instruction set.
+    monkeypatch.setattr(library, "_openmp", lambda: None)
+    with chosen(str(library.kernels()), LIBRARY, tmp_path):
+        own = by_three_threads()
+    assert all(torch.equal(one, other) for one, other in zip(borrowed, own, strict=True))
 
 
 def test_tokens_that_are_not_there_are_refused(model):

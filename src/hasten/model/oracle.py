@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class OracleModel:
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """See `hasten.model.decoder.Model.forward`; there are no hidden states to tap."""
         chosen = range(len(rows.tokens)) if wanted is None else wanted
+        asked = set(chosen)
         laws: dict[int, Tensor] = {}
         positions = rows.positions.tolist()
         for span in rows.spans:
@@ -65,19 +67,16 @@ class OracleModel:
             mask = span.dense_mask(pending)
             visible = causal if mask is None else mask
             additive = torch.zeros(count, pending).masked_fill_(~visible, -torch.inf)
-            parts = span.sequence.parts(0, additive)
-            for row in range(count):
-                if span.start + row not in chosen:
-                    continue
-                seen: list[tuple[int, int]] = []
-                for part in parts:
-                    open_slots = slice(None)
-                    if isinstance(part.mask, Tensor):
-                        open_slots = part.mask[row] == 0  # type: ignore[assignment]
-                    tokens = part.keys[0, :, 0][open_slots].long().tolist()
-                    places = part.values[0, :, 0][open_slots].long().tolist()
-                    seen += zip(places, tokens, strict=True)
-                laws[span.start + row] = self.predict(tuple(sorted(seen)), positions[span.start + row])
+            slots: list[tuple[int, int]] = []
+            opened = []
+            for part in span.sequence.parts(0, additive):
+                tokens, places = (each[0, :, 0].long().tolist() for each in (part.keys, part.values))
+                slots += zip(places, tokens, strict=True)
+                everything = torch.ones(count, len(tokens), dtype=torch.bool)
+                opened.append(part.mask == 0 if isinstance(part.mask, Tensor) else everything)
+            for number, row in enumerate(torch.cat(opened, 1).tolist(), span.start):
+                if number in asked:
+                    laws[number] = self.predict(tuple(sorted(compress(slots, row))), positions[number])
         return torch.stack([laws[row] for row in chosen]).float() if laws else torch.empty(0, self.config.vocab_size)
 
     def predict(self, seen: tuple[tuple[int, int], ...], position: int) -> Tensor:
