@@ -160,7 +160,7 @@ def fit(
         accepted = (torch.sigmoid(network(confidences[test])) > REPORT_AT) & masked[test]
     good = accepted & right[test]
     return network, {
-        "loss": round(float(loss), 4),
+        "loss": round(loss.item(), 4),
         "precision": round(float(good.sum() / accepted.sum().clamp(min=1)), 4),
         "recall": round(float(good.sum() / (right[test] & masked[test]).sum().clamp(min=1)), 4),
     }
