@@ -231,6 +231,8 @@ def test_refusals(make_checkpoint):
     assert refusal(config, torch.float32, cpu) is None
     assert refusal(config, torch.bfloat16, cpu) is None
     assert "bfloat16 on CPU only" in str(refusal(config, torch.float16, cpu))
+    uneven = read_config(make_checkpoint("llama", intermediate_size=77).folder)
+    assert "multiple of 16 channels" in str(refusal(uneven, torch.float32, cpu))
     with pytest.raises(UserError, match="backend must be"):
         load_model(checkpoint.folder, backend="fast")
     with pytest.raises(UserError, match="weights must be"):
