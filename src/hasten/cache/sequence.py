@@ -40,7 +40,7 @@ class Snapshot:
 class Sequence:
     """Slots of one sequence, in order.
 
-    `length` slots are committed. A forward makes `pending` more rows visible to each other; `commit` keeps
+    `length` slots are committed (only read it). A forward makes `pending` more rows visible to each other; `commit` keeps
     some of them, and rows not committed vanish with the next `begin`. Made by `Cache.sequence`, not directly.
     """
 
@@ -48,16 +48,12 @@ class Sequence:
         self._cache = cache
         self._views: list[View] = []
         self._writer = False
+        self.length = 0
         self.pending = 0
         self._rows = 0
         self.states: dict[int, Tensor] = {}
         self._bands: dict[int, _Band] = {}
         self._released = False
-
-    @property
-    def length(self) -> int:
-        """Committed slots."""
-        return sum(view.length for view in self._views)
 
     def blocks(self) -> list[tuple[Block, int]]:
         """See `hasten.model.rows.SequenceState`."""
@@ -85,7 +81,7 @@ class Sequence:
         rows = positions.shape[0]
         tail = self._room(self.pending + rows)
         start = tail.length + self.pending
-        tail.block.positions[start : start + rows] = positions
+        tail.block.positions.narrow(0, start, rows).copy_(positions)
         self.pending += rows
         self._rows = rows
 
@@ -170,6 +166,7 @@ class Sequence:
             if rows[-1] != count - 1:
                 tail.block.gather(tail.length, rows)
             tail.length += count
+            self.length += count
         self.pending = 0
 
     def crop(self, length: int) -> None:
@@ -189,7 +186,7 @@ class Sequence:
 
     def _crop(self, length: int) -> None:
         self.pending = 0
-        excess = self.length - length
+        excess, self.length = self.length - length, length
         while excess:
             tail = self._views[-1]
             cut = min(excess, tail.length)
@@ -225,6 +222,7 @@ class Sequence:
         if kept:
             tail.block.gather(first, kept)
         tail.length = first + len(kept)
+        self.length -= len(slots)
 
     def fork(self) -> Sequence:
         """A second sequence with the same committed slots; blocks are shared, and copied by nobody.
@@ -236,6 +234,7 @@ class Sequence:
         if self.pending:
             self._refuse_rollback(f"fork before {self.pending} pending rows")
         child = Sequence(self._cache)
+        child.length = self.length
         for view in self._views:
             view.block.references += 1
             child._views.append(View(view.block, view.length))
@@ -249,7 +248,7 @@ class Sequence:
         """Give the slots back; the sequence is unusable afterwards. Releasing twice is harmless."""
         for view in self._views:
             self._cache.drop(view.block)
-        self._views, self.states, self.pending, self._released = [], {}, 0, True
+        self._views, self.states, self.length, self.pending, self._released = [], {}, 0, 0, True
         self._bands.clear()
 
     def snapshot(self) -> Snapshot:

@@ -22,7 +22,7 @@ from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
 from hasten.engine.request import Request, TokenKind, TokenLogprobs
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling import Sampler, likeliest
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
 from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.verification import Verdict
@@ -216,12 +216,12 @@ class Engine:
         passages = [self._passage(scheduled, draft) for scheduled, draft in zip(plan, drafts, strict=True)]
         rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
+        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
         logits = self.model.forward(rows, wanted, taps)
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
-        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
-        best = logits.argmax(-1).tolist() if chain else None
+        best = likeliest(logits) if chain else None
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
 
@@ -305,8 +305,8 @@ class Engine:
             wanted += [start + row for row in passage.wanted]
             mask = passage.mask.to(device) if isinstance(passage.mask, Tensor) else passage.mask
             spans.append(Span(scheduled.request.sequence, start, len(tokens), mask))
-        packed = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
-        return packed, wanted
+        numbers = torch.tensor([tokens, positions], device=device)
+        return Rows(numbers[0], numbers[1], spans), wanted
 
     def _taps(self, plan: Sequence[Scheduled]) -> Taps | None:
         """Taps for all sites any drafter of this step asks for."""

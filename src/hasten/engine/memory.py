@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hasten.errors import UserError
 
@@ -33,8 +32,7 @@ def parse_bytes(text: str, subject: str) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class Footprint:
+class Footprint(NamedTuple):
     """Bytes by purpose.
 
     Attributes:
@@ -51,7 +49,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        return self.kv + self.logits + self.masks + self.drafter
+        return sum(self)
 
 
 class Ledger:
@@ -63,14 +61,8 @@ class Ledger:
 
     def record(self, step: Footprint) -> None:
         """A step was computed."""
-        most = self.most
         self.last, self.peak = step, max(self.peak, step.total)
-        self.most = Footprint(
-            max(most.kv, step.kv),
-            max(most.logits, step.logits),
-            max(most.masks, step.masks),
-            max(most.drafter, step.drafter),
-        )
+        self.most = Footprint(*map(max, self.most, step))
 
 
 def table_growth(table: Mapping[Any, Any] | None, entries: int) -> int:

@@ -137,11 +137,11 @@ class NativeBackend:
         """See `hasten.model.decoder.Backend`."""
         return PanelLinear(weight, bias, self.head)
 
-    @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         count = rows.tokens.shape[0]
         # A range counts negative numbers from the end, and refuses those beyond it: native code would read on.
-        numbers = torch.tensor([range(count)[number] for number in wanted] if wanted is not None else range(count))
+        numbers = range(count) if wanted is None else [range(count)[number] for number in wanted]
+        row_wanted = (c_int64 * len(numbers))(*numbers)
         loaded = library()
         assert loaded is not None
         described = self._describe(model)
@@ -170,7 +170,7 @@ class NativeBackend:
         )
         batch = _Batch(
             *(count, tokens.data_ptr(), positions.data_ptr(), None if embedded is None else embedded.data_ptr()),
-            *(len(spans), ctypes.addressof(spans), len(numbers), numbers.data_ptr(), logits.data_ptr()),
+            *(len(spans), ctypes.addressof(spans), len(numbers), ctypes.addressof(row_wanted), logits.data_ptr()),
             *(len(states), ctypes.addressof(tapped)),
         )
         if loaded.hasten_forward(ctypes.addressof(described), Team.get(), ctypes.addressof(batch)):
