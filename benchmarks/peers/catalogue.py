@@ -20,7 +20,7 @@ class Peer:
         package: what its version is read from.
         installs: arguments of `pip install`, call by call; none for the interpreter that runs the comparison.
         precisions: it can hold weights in.
-        methods: of speculation; one named `draft-model` needs a smaller model.
+        methods: of speculation; one with `draft-model` in its name needs a smaller model.
         alone: whether its speculation is for one sequence only.
         apart: whether each of its ways to decode needs a process of its own.
         converts: whether it reads a format of its own.
@@ -61,7 +61,7 @@ PEERS = {
             package="hasten",
             installs=(),
             precisions=PRECISIONS,
-            methods=("auto", "ngram", "suffix", "token-recycling", "draft-model"),
+            methods=("auto", "ngram", "suffix", "token-recycling", "draft-model", "copyspec+draft-model"),
             batching="continuous",
         ),
         Peer(

@@ -57,7 +57,7 @@ class Plan:
         return [way for way in ways if precision in PEERS[way.peer].precisions]
 
     def _possible(self, peer: Peer, method: str) -> bool:
-        return method != "draft-model" or self.draft is not None
+        return "draft-model" not in method or self.draft is not None
 
     def groups(self, batch: int) -> list[list[list[int]]]:
         """The prompts in full batches, the first `batch_count` of them; what is left over is not used."""

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from hasten import SamplingParams, UserError
-from hasten.engine.sampling import Sampler, draw
+from hasten.engine.sampling import Sampler, draw, likeliest
 
 SIZE = 200
 PROMPT = [3, 5, 5, 7, 150]
@@ -121,6 +121,13 @@ def test_greedy_is_argmax():
     biased = sampler(temperature=0.0, logit_bias={6: 1000.0})
     assert not biased.is_argmax
     assert biased.choose(LOGITS, range(30), [[]] * 30) == [6] * 30
+
+
+def test_the_first_of_several_is_likeliest():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [-torch.inf, -torch.inf, -5.0], [1.0, 1.0, 1.0]])
+    assert likeliest(logits) == [1, 2, 0]
+    assert likeliest(LOGITS[:, ::2]) == LOGITS[:, ::2].argmax(-1).tolist()
+    assert likeliest(LOGITS[:0]) == []
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.05}], ids=str)

@@ -20,9 +20,7 @@ class Hasten(Worker):
         self.draft = settings.draft
 
     def _method(self, speculation: str | None) -> str:
-        if speculation == "draft-model":
-            return f"draft-model:model={self.draft}"
-        return speculation or "plain"
+        return (speculation or "plain").replace("draft-model", f"draft-model:model={self.draft}")
 
     def begin(self, speculation: str | None) -> None:
         self.engine = engine_for(self.llm)
