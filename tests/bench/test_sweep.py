@@ -113,6 +113,10 @@ def test_a_models_rows(diffusion_llm: Callable[..., LLM]):
     assert sum(done) == 1
 
 
+def words_of(svg: str) -> set[str | None]:
+    return {element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")}
+
+
 def test_the_picture_and_the_page(tmp_path: Path):
     prompts = parallelbench("parallelbench-words:copy,shuffle", 4)
     document = {
@@ -120,10 +124,11 @@ def test_the_picture_and_the_page(tmp_path: Path):
         **sweep(None, ["factor", "denoise:order=random"], prompts, SAMPLED), "ideal": ideal_points(prompts),
     }  # fmt: skip
     svg = plots.tradeoffs(document["rows"], document["ideal"])
-    words = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
-    assert {"copy", "shuffle", "overall", "factor", "denoise:order=random", "ideal, random order"} <= set(words)
+    assert {"copy", "shuffle", "overall", "factor", "denoise:order=random", "ideal, random order"} <= words_of(svg)
     report.write_sweep(document, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert svg in page and "hasten sweep --a &#x27;b&#x27;" in page and "ideal model" in page
     assert page.count("<td>denoise:order=random,per_step=2</td>") == 3
     assert "ideal model" not in report.render_sweep(document | {"ideal": []})
+    alike = [row | {"decoder": f"{row['decoder'].partition(':')[0]}:block=8,part=4"} for row in document["rows"]]
+    assert {"factor", "denoise"} <= words_of(plots.tradeoffs(alike))

@@ -250,8 +250,15 @@ def step_costs(document: Mapping[str, Any]) -> str:
 
 
 def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
-    """Of `hasten sweep`: accuracy by tokens per step, a panel per category, a curve per decoder; the theory in grey."""
+    """Of `hasten sweep`: accuracy by tokens per step, a panel per category, a curve per decoder; the theory in grey.
+
+    What all decoders are told alike is left out of their names, and of the scale what no decoder comes near.
+    """
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))
+    names = _apart(decoders)
+    reached = [row["accuracy"] for row in (*rows, *ideal) if row["accuracy"] is not None]
+    bottom = max(-0.04, math.floor(10 * min(reached, default=0) - 1) / 10)
+    top = min(1.06, math.ceil(10 * max(reached, default=1) + 1) / 10)
     categories = list(dict.fromkeys(row["category"] for row in rows if row["accuracy"] is not None))
     if len(categories) == 2:
         categories.pop()  # the whole is the one category
@@ -269,10 +276,10 @@ def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
             for number, decoder in enumerate(decoders):
                 own = [row for row in rows if row["decoder"] == decoder and row["category"] == category]
                 x, y = [row["tokens_per_step"] for row in own], [row["accuracy"] for row in own]
-                axes.plot(x, y, "o-", color=_colour(number), markersize=4, linewidth=1.4, label=decoder)
+                axes.plot(x, y, "o-", color=_colour(number), markersize=4, linewidth=1.4, label=names[decoder])
             axes.set_title(category, fontsize=9.5, loc="left")
             axes.yaxis.set_major_formatter(_percent)
-            axes.set_ylim(-0.04, 1.06)
+            axes.set_ylim(bottom, top)
         figure.supxlabel("tokens per step", fontsize=9.5)
         figure.supylabel("right", fontsize=9.5)
         named: dict[str, Artist] = {}
@@ -281,7 +288,18 @@ def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
             named |= dict(zip(labels, handles, strict=True))
         figure.legend(named.values(), list(named), loc="outside upper left", ncols=min(len(named), 4) or 1)
 
-    return _svg("tradeoffs", 0.8 + 2.1 * down + 0.25 * (len(decoders) // 4), draw)
+    return _svg("tradeoffs", 0.8 + 2.4 * down + 0.25 * (len(decoders) // 4), draw)
+
+
+def _apart(specifications: Sequence[str]) -> dict[str, str]:
+    """Methods by what tells them apart: without the parameters that all but plain decoding share."""
+    given = {spec: [item for item in spec.partition(":")[2].split(",") if item] for spec in specifications}
+    shared = set.intersection(*[set(items) for spec, items in given.items() if spec != "plain"] or [set()])
+    named = {
+        spec: ":".join(filter(None, (spec.partition(":")[0], ",".join(item for item in items if item not in shared))))
+        for spec, items in given.items()
+    }
+    return named if len(set(named.values())) == len(named) else {spec: spec for spec in specifications}
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

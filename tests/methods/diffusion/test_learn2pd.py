@@ -68,8 +68,12 @@ def test_what_is_no_filter(tmp_path: Path, nothing: Path) -> None:
     with pytest.raises(UserError, match="needs a trained filter, and there is none at"):
         load_filter(tmp_path / "absent")
     with pytest.raises(UserError, match="for blocks of 4, not of 32"):
-        Engine(oracle("full-same")).drafter(f"learn2pd:filter={nothing}")
-    assert Engine(oracle("block-causal-same")).drafter(f"learn2pd:filter={nothing}")[1].width == 4  # type: ignore[attr-defined]
+        Engine(oracle("full-same")).drafter(f"learn2pd:block=32,filter={nothing}")
+    with pytest.raises(UserError, match="block must be at least 0"):
+        Engine(oracle("full-same")).drafter(f"learn2pd:block=-1,filter={nothing}")
+    for name in ("full-same", "block-causal-same"):
+        method: Any = Engine(oracle(name)).drafter(f"learn2pd:filter={nothing}")[1]
+        assert method.width == method.parameters.block == 4
 
 
 def test_the_filter_sees_the_whole_block(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from hasten.engine import BlockWindow, Canvas, Denoiser, FullWindow, Passes, Request, Target, View, Window
 from hasten.errors import require
@@ -26,6 +26,8 @@ class BlockParameters:
         UserError: out of range.
     """
 
+    least_block: ClassVar[int] = 1
+
     block: int = 32
     cache: str = "none"
     refresh: int = 0
@@ -35,7 +37,7 @@ class BlockParameters:
     def __post_init__(self) -> None:
         require(
             (
-                (self.block >= 1, "block must be at least 1"),
+                (self.block >= self.least_block, f"block must be at least {self.least_block}"),
                 (self.cache in ("none", "prefix", "dual"), f"cache must be none, prefix or dual, not {self.cache!r}"),
                 (self.refresh >= 0 and self.part >= 0, "refresh and part must not be negative"),
                 (self.canvas >= 1, "canvas must be at least 1"),

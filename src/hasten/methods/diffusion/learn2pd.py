@@ -13,8 +13,9 @@ included, since what was behind it was seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,12 +31,16 @@ FILE = "learn2pd.safetensors"
 
 @dataclass(frozen=True)
 class Learn2PDParameters(BlockParameters):
-    """`accept` is compared with the filter's sigmoid; `filter` is its file, by default the checkpoint's own.
+    """`accept` is compared with the filter's sigmoid; `filter` is its file, by default the checkpoint's own. `block` 0 is
+    what the filter was trained for, the only other value that it takes.
 
     Raises:
         UserError: out of range.
     """
 
+    least_block: ClassVar[int] = 0
+
+    block: int = 0
     accept: float = 0.96
     end: bool = True
     floor: float = 0.5
@@ -101,9 +106,11 @@ class Learn2PD(BlockDenoiser[Learn2PDParameters]):
             raise UserError("learn2pd: say where its filter is (learn2pd:filter=FILE)")
         self.network = load_filter(Path(parameters.filter or Path(target.folder or "") / FILE))
         self.width: int = self.network[0].in_features  # type: ignore[assignment]
-        size = parameters.block if self.config is None or self.config.block is None else self.config.block
+        own = None if self.config is None else self.config.block
+        size = own or parameters.block or self.width
         if size != self.width:
             raise UserError(f"learn2pd: the filter is for blocks of {self.width}, not of {size}")
+        self.parameters = replace(parameters, block=size)
 
     def update(self, request: Request, view: View) -> None:
         accepted = view.open & (self.judge(view) > self.parameters.accept)
