@@ -40,8 +40,8 @@ class Snapshot:
 class Sequence:
     """Slots of one sequence, in order.
 
-    `length` slots are committed (only read it). A forward makes `pending` more rows visible to each other; `commit` keeps
-    some of them, and rows not committed vanish with the next `begin`. Made by `Cache.sequence`, not directly.
+    `length` slots are committed; only to be read. A forward makes `pending` more rows visible to each other; `commit`
+    keeps some of them, and rows not committed vanish with the next `begin`. Made by `Cache.sequence`, not directly.
     """
 
     def __init__(self, cache: Cache) -> None:

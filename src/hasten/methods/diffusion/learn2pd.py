@@ -31,8 +31,8 @@ FILE = "learn2pd.safetensors"
 
 @dataclass(frozen=True)
 class Learn2PDParameters(BlockParameters):
-    """`accept` is compared with the filter's sigmoid; `filter` is its file, by default the checkpoint's own. `block` 0 is
-    what the filter was trained for, the only other value that it takes.
+    """`accept` is compared with the filter's sigmoid; `filter` is its file, by default the checkpoint's own. `block` is
+    what the filter was trained for; 0 leaves that to the filter.
 
     Raises:
         UserError: out of range.
