@@ -133,7 +133,14 @@ def test_peers_that_share_an_environment_install_the_same():
 
 def test_hasten_runs_where_the_comparison_runs_and_offers_methods_that_exist():
     assert environments.interpreter(PEERS[HASTEN]) == Path(sys.executable)
-    assert set(PEERS[HASTEN].methods) <= set(registry.methods())
+    assert {part for method in PEERS[HASTEN].methods for part in method.split("+")} <= set(registry.methods())
+
+
+@pytest.mark.parametrize("draft", [None, Path("small")])
+def test_whatever_drafts_with_a_smaller_model_needs_one(tmp_path: Path, draft: Path | None):
+    asked = plan(tmp_path, peers=[HASTEN], draft=draft)
+    drafting = {way.method for way in asked.ways("float32", 1) if "draft-model" in way.method}
+    assert drafting == (set() if draft is None else {"draft-model", "copyspec+draft-model"})
 
 
 def test_everything_that_is_installed_is_pinned():
