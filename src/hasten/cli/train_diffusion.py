@@ -159,7 +159,7 @@ def dparallel(
     batch_tokens: BatchTokens = 2048,
     context: Context = 512,
     answers: Answers = 128,
-    lr: Rate = 3e-4,
+    lr: Rate = 5e-5,
     seed: Seed = 0,
     precision: Precision = "bf16",
     resume: Resume = True,

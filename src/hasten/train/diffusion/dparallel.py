@@ -57,7 +57,7 @@ class Distillation(Adaptation):
 
     parent: str = "tiny-block"
     tokens: int = 1_000_000
-    lr: float = 3e-4
+    lr: float = 5e-5
     block: int = 32
     prompts: int = 3_000
     beta: float = 2.0
