@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.train.data import Batch
+from hasten.train.trainer import Trainer
 
 CONTEXT = 256
 VOCABULARY = 150
@@ -23,6 +29,21 @@ CHAT_TEMPLATE = (
     "{{ message.role }}: {{ message.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+
+@contextmanager
+def interrupted_at(number: int) -> Iterator[None]:
+    """Ctrl-C arrives in a training's step of this number, and ends what stands inside."""
+    step, numbers = Trainer.step, count(1)
+
+    def counted(self: Trainer, batch: Batch) -> None:
+        if next(numbers) == number:
+            signal.raise_signal(signal.SIGINT)
+        step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", counted)
+        yield
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

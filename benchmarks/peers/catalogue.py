@@ -20,7 +20,7 @@ class Peer:
         package: what its version is read from.
         installs: arguments of `pip install`, call by call; none for the interpreter that runs the comparison.
         precisions: it can hold weights in.
-        methods: of speculation; one with `draft-model` in its name needs a smaller model.
+        methods: of speculation; some need a smaller model (`needs_draft`).
         alone: whether its speculation is for one sequence only.
         apart: whether each of its ways to decode needs a process of its own.
         converts: whether it reads a format of its own.
@@ -48,6 +48,11 @@ class Peer:
     @property
     def folder(self) -> str:
         return self.home or self.name
+
+
+def needs_draft(method: str) -> bool:
+    """Whether a method of speculation, or a part of it, is a smaller model's."""
+    return "draft-model" in method
 
 
 TRANSFORMERS = ((TORCH,), ("transformers==5.23.0",))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from catalogue import PEERS, Peer
+from catalogue import PEERS, Peer, needs_draft
 from environments import Unavailable, converted, install, version
 from process import Process
 from results import PLAIN, Results, Visit, Way, agreement
@@ -57,7 +57,7 @@ class Plan:
         return [way for way in ways if precision in PEERS[way.peer].precisions]
 
     def _possible(self, peer: Peer, method: str) -> bool:
-        return "draft-model" not in method or self.draft is not None
+        return not needs_draft(method) or self.draft is not None
 
     def groups(self, batch: int) -> list[list[list[int]]]:
         """The prompts in full batches, the first `batch_count` of them; what is left over is not used."""
@@ -221,11 +221,13 @@ class _Precision:
 
     def _draft(self, peer: Peer, log: Path) -> Path | None:
         """The smaller model as the peer reads it; where that fails, the peer goes without."""
-        if self.plan.draft is None or "draft-model" not in peer.methods:
+        drafting = [method for method in peer.methods if needs_draft(method)]
+        if self.plan.draft is None or not drafting:
             return None
         try:
             return converted(peer, self.plan.draft, self.precision, log, self.plan.timeout, self.say)
         except Unavailable as error:
             for batch in self.plan.batches:
-                self.results.unavailable[Way(peer.name, self.precision, batch, "draft-model")] = str(error)
+                for method in drafting:
+                    self.results.unavailable[Way(peer.name, self.precision, batch, method)] = str(error)
             return None

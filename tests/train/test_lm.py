@@ -18,6 +18,7 @@ from hasten.train.data import IGNORE, Mixture
 from hasten.train.lm import Pretraining
 from hasten.train.recipe import SHORT
 from hasten.train.trainer import CHECKPOINT, Trainer, train
+from helpers import interrupted_at
 
 CONFIG = Pretraining(
     hidden=32, layers=1, heads=2, kv_heads=1, ffn=48, vocabulary=400, context=256,
@@ -47,21 +48,9 @@ def test_exports_a_hugging_face_folder(finished: Path):
     assert not (finished / CHECKPOINT).exists()
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    steps = 0
-    step = Trainer.step
-
-    def interrupted(self, batch):
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            signal.raise_signal(signal.SIGINT)
-        step(self, batch)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_run_ends_in_the_same_weights(finished: Path, tmp_path: Path):
+    with interrupted_at(5):
         train(CONFIG, tmp_path)
-    monkeypatch.undo()
     assert (tmp_path / CHECKPOINT).exists()
     summary = train(CONFIG, tmp_path)
     whole, resumed = weights(finished), weights(tmp_path)

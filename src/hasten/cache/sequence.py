@@ -81,7 +81,7 @@ class Sequence:
         rows = positions.shape[0]
         tail = self._room(self.pending + rows)
         start = tail.length + self.pending
-        tail.block.positions.narrow(0, start, rows).copy_(positions)
+        tail.block.positions[start : start + rows] = positions
         self.pending += rows
         self._rows = rows
 

@@ -146,8 +146,6 @@ class Draft:
         Nodes are dropped with everything below them. Sampled siblings are cut only at the end of their draw order:
         dropping one in the middle would change the distribution that the rule assumes.
         """
-        if not self.tokens and not self.parents:
-            return self
         depths: list[int] = []
         number: dict[int, int] = {ROOT: ROOT}
         closed: set[int] = set()

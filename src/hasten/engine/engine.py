@@ -216,11 +216,11 @@ class Engine:
         passages = [self._passage(scheduled, draft) for scheduled, draft in zip(plan, drafts, strict=True)]
         rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
-        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
         logits = self.model.forward(rows, wanted, taps)
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
+        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
         best = likeliest(logits) if chain else None
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)

@@ -174,8 +174,8 @@ class Sampler:
 def likeliest(logits: Tensor) -> list[int]:
     """The token of each row of logits [rows, vocabulary] that has the most, the first of several."""
     # NumPy searches with vector instructions; PyTorch takes seven times as long on the CPU.
-    found = logits.argmax(-1) if logits.device.type != "cpu" else logits.numpy().argmax(-1)
-    return [int(token) for token in found.tolist()]
+    tokens: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    return tokens
 
 
 def draw(probabilities: Tensor, coin: float) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +29,8 @@ from hasten.train.diffusion.mdm import MaskedDiffusion
 from hasten.train.diffusion.nbdiff import NextBlock
 from hasten.train.diffusion.tidar import DraftAndVerify
 from hasten.train.tokenizer import load_tokenizer
-from hasten.train.trainer import Trainer, train
+from hasten.train.trainer import train
+from helpers import interrupted_at
 
 SMALL: dict[str, Any] = {"batch_tokens": 512, "context": 128, "answers": 96, "precision": "fp32"}
 MASK = 2048
@@ -142,25 +142,13 @@ def test_without_entropy_the_loss_is_masked_cross_entropy(parent: str, batch: Ba
     assert certainty_loss(recipe, model, text, blocks, 2.0, 0.5, torch.Generator().manual_seed(5)) >= loss
 
 
-def test_a_run_resumes_to_the_same_weights_in_the_teachers_layout(
-    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_resumes_to_the_same_weights_in_the_teachers_layout(teacher: str, tmp_path: Path):
     recipe = Distillation(parent=teacher, prompts=30, block=4, tokens=2_000, **SMALL)
     ask(recipe, tmp_path / "whole")
     train(recipe, tmp_path / "whole")
-    step, steps = Trainer.step, []
-
-    def interrupted(self: Trainer, batch: Batch) -> None:
-        steps.append(batch)
-        if len(steps) == 2:
-            signal.raise_signal(signal.SIGINT)
-        step(self, batch)
-
     ask(recipe, tmp_path / "resumed")
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(2):
         train(recipe, tmp_path / "resumed")
-    monkeypatch.undo()
     train(recipe, tmp_path / "resumed")
     whole, resumed, before = (
         load(folder).state_dict() for folder in (tmp_path / "whole", tmp_path / "resumed", Path(teacher))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,8 @@ from hasten.train.diffusion.mdm import MaskedDiffusion
 from hasten.train.diffusion.nbdiff import NextBlock
 from hasten.train.diffusion.tidar import DraftAndVerify
 from hasten.train.forward import logits
-from hasten.train.trainer import Trainer, train
+from hasten.train.trainer import train
+from helpers import interrupted_at
 
 SMALL = {"tokens": 6_000, "batch_tokens": 512, "context": 128, "answers": 96, "precision": "fp32"}
 MASK = 2048
@@ -154,23 +154,11 @@ def test_masked_diffusion_counts_every_token_of_an_answer_once(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_an_interrupted_run_ends_in_the_same_weights(
-    recipe: type[Adaptation], parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_run_ends_in_the_same_weights(recipe: type[Adaptation], parent: str, tmp_path: Path):
     run = recipe(parent=parent, **SMALL)
     train(run, tmp_path / "whole")
-    step, steps = Trainer.step, []
-
-    def interrupted(self: Trainer, batch: Batch) -> None:
-        steps.append(batch)
-        if len(steps) == 4:
-            signal.raise_signal(signal.SIGINT)
-        step(self, batch)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(4):
         train(run, tmp_path / "resumed")
-    monkeypatch.undo()
     train(run, tmp_path / "resumed")
     whole, resumed = (load(tmp_path / name).state_dict() for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

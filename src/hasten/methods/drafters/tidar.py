@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hasten.engine import Draft, Drafter, Observation, Probe, Request, Target, register
+from hasten.engine.sampling import likeliest
 from hasten.errors import UserError
 from hasten.methods.diffusion.causal_context import require_causal_context
 
@@ -73,7 +74,7 @@ class Tidar(Drafter):
         logits = seen.probes[first + 1 : first + size]
         sampler, position = request.sampler, len(request.tokens)
         if sampler.grammar is not None or not len(logits):
-            self._next[request.id] = logits.argmax(-1).tolist()
+            self._next[request.id] = likeliest(logits)
         else:
             positions = range(position, position + len(logits))
             self._next[request.id] = sampler.choose(logits, list(positions), [()] * len(logits))

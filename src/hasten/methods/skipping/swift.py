@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drafter, Drawn, Observation, Request, Target, register
-from hasten.engine.sampling import draw
+from hasten.engine.sampling import draw, likeliest
 from hasten.errors import UserError, require
 from hasten.model import Decoder, Rows, Span
 
@@ -408,7 +408,7 @@ class Swift(Drafter):
         try:
             scratch.crop(start)
             rows = Rows.of(scratch, request.tokens[start:-1], start, self.model.device)
-            predicted = forward(self.model, rows, skipped).argmax(-1).tolist()
+            predicted = likeliest(forward(self.model, rows, skipped))
         finally:
             scratch.release()
         return sum(map(int.__eq__, predicted, request.tokens[start + 1 :])) / window
