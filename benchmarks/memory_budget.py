@@ -66,6 +66,9 @@ class Way:
                 self.held = max(self.held, self.drafter.memory_bytes)
                 self.peak = max(self.peak, self.engine.ledger.last.total + self.drafter.memory_bytes)
         self.seconds.append(time.perf_counter() - started)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
         self.tokens += sum(len(request.output) for request in requests)
         self.steps += sum(request.statistics.steps for request in requests)
         self.outputs += [request.output for request in requests]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from hasten.engine import Drafter, Engine, Limits, Progress, Request, SamplingParams, Statistics, TokenLogprobs
+from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.text import decode
+from hasten.engine.turn import Driver
 from hasten.errors import UserError
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
@@ -79,6 +80,8 @@ class Chunk:
 class LLM:
     """A model ready to decode.
 
+    Many threads may use one: all their requests run in one batch, and each gets the tokens that it would get alone.
+
     Args:
         model: a checkpoint folder, a hub id, or the name of a model that ships (`tiny`).
         method: default method specification, such as `ngram` or `draft-model:length=4`.
@@ -114,7 +117,9 @@ class LLM:
         self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder))
         self.method = method
         self.engine.drafter(method)
-        self._inboxes: dict[int, deque[Progress]] = {}
+        self._driver = Driver(self.engine.step)
+        # A tokenizer may be set up by one call, and does not bear another one meanwhile.
+        self._encoding = Lock()
 
     def _end_ids(self) -> set[int]:
         """End-of-text ids: the generation config's, else the model's, else the tokenizer's; and the architecture's."""
@@ -142,7 +147,8 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are."""
         if isinstance(prompt, str):
-            ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
+            with self._encoding:
+                ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
             return ids
         return list(prompt)
 
@@ -183,12 +189,13 @@ class LLM:
         try:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
                 groups.append(self.engine.add(self.encode(prompt), own_params, own_method))
-            while any(request.finish_reason is None for group in groups for request in group):
-                self._step()
+            requests = [request for group in groups for request in group]
+            self._driver.until(lambda: all(request.finish_reason for request in requests))
         finally:
             # Anything unfinished (bad input, Ctrl-C) gives its memory back.
             for request in (request for group in groups for request in group):
                 self.engine.abort(request)
+        _check(requests)
         return [
             Generation(group[0].tokens[: group[0].prompt_length], [self._completion(request) for request in group])
             for group in groups
@@ -204,15 +211,17 @@ class LLM:
             method if method is not None else self.method,
             read=True,
         )
-        inbox: deque[Progress] = deque()
-        self._inboxes |= {request.id: inbox for request in requests}
+        unread = requests[0].unread
+        assert unread is not None
         try:
-            while inbox or any(request.finish_reason is None for request in requests):
-                if not inbox:
-                    self._step()
-                    continue
-                progress = inbox.popleft()
+            while True:
+                self._driver.until(lambda: bool(unread) or all(request.finish_reason for request in requests))
+                if not unread:
+                    break
+                progress = unread.popleft()
                 request = progress.request
+                if request.error is not None:
+                    raise request.error
                 yield Chunk(
                     request.choice,
                     progress.text,
@@ -224,13 +233,7 @@ class LLM:
         finally:
             for request in requests:
                 self.engine.abort(request)
-                del self._inboxes[request.id]
-
-    def _step(self) -> None:
-        """One step of everything in the engine; what belongs to an open stream waits there until it is read."""
-        for progress in self.engine.step():
-            if progress.request.id in self._inboxes:
-                self._inboxes[progress.request.id].append(progress)
+        _check(requests)
 
     def chat(
         self,
@@ -252,6 +255,19 @@ class LLM:
             statistics=request.statistics,
             logprobs=request.logprobs,
         )
+
+
+def _check(requests: Sequence[Request]) -> None:
+    """Raise what a request failed with.
+
+    Raises:
+        UserError: another thread was interrupted in the middle of a request's step.
+    """
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+        if request.finish_reason == "abort":
+            raise UserError("decoding was interrupted in the middle of a step that another thread took")
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

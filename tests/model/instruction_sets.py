@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hasten.errors import UserError
 from hasten.model.native import library
+from hasten.model.native.library import INSTRUCTION_SETS
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+__all__ = ["INSTRUCTION_SETS", "chosen"]
 
 
 @contextmanager
@@ -28,19 +30,20 @@ def chosen(name: str, built: Path, folder: Path) -> Iterator[bool]:
     shutil.copy(built, copy)
     try:
         _use(copy, name)
-        yield library.kernels() == name
+        yield _available()
     finally:
         _use(*before)
 
 
+def _available() -> bool:
+    try:
+        return library.library() is not None
+    except UserError:
+        return False
+
+
 def _use(path: Path, name: str | None) -> None:
-    """Load another library; the threads of the last one go home."""
-    team = library.Team
-    if team.handle:
-        loaded = library.library()
-        assert loaded is not None
-        loaded.hasten_disband(team.handle)
-    team.count = team.handle = 0
+    """Load another library."""
     library.LIBRARY = path
     library.library.cache_clear()
     os.environ.pop("HASTEN_NATIVE", None)

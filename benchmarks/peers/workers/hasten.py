@@ -35,6 +35,9 @@ class Hasten(Worker):
             self.engine.step()
             if prefill is None and all(request.started for request in requests):
                 prefill = clock()
+        for request in requests:
+            if request.error is not None:
+                raise request.error
         tokens = [request.output for request in requests]
         return Answer(tokens, clock(), prefill)
 

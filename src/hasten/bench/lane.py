@@ -89,7 +89,11 @@ class Lane:
         return self.request.finish_reason is not None
 
     def step(self) -> list[Progress]:
-        """One step of the lane, on its clock."""
+        """One step of the lane, on its clock.
+
+        Raises:
+            whatever the request failed with.
+        """
         if len(self._step_seconds) % MEMORY_EVERY == 1:
             self._look_at_memory()
         numbers = self.request.statistics
@@ -104,6 +108,8 @@ class Lane:
             self._until_first = (
                 self.seconds, numbers.draft_seconds, numbers.forward_seconds, numbers.verify_seconds, numbers.rows
             )  # fmt: skip
+        if self.request.error is not None:
+            raise self.request.error
         if self.done:
             self._look_at_memory()
         return progress

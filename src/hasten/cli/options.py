@@ -47,19 +47,31 @@ def load(
     """The model, with threads set.
 
     Raises:
-        UserError: from loading, or a negative thread count.
+        UserError: from loading, or a thread count that cannot be.
     """
-    import torch
     from transformers.utils import logging
 
     from hasten.llm import LLM
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if threads < 0:
-        raise UserError("threads must be 0 (all cores) or positive")
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     return LLM(model, dtype=dtype, device=device, backend=backend, weights=weights, numerics=numerics)
+
+
+def set_threads(count: int) -> None:
+    """PyTorch computes on so many threads from now on; 0 leaves it at all cores.
+
+    Raises:
+        UserError: below 0, or more than there are cores: they would only wait for each other.
+    """
+    import torch
+
+    from hasten.model.threads import cores
+
+    if not 0 <= count <= cores():
+        raise UserError(f"threads must be between 0 (all cores) and {cores()}, the cores that there are, not {count}")
+    if count:
+        torch.set_num_threads(count)
 
 
 def constraint(json_schema: str | None, regex: str | None, grammar: str | None) -> Constraint | None:

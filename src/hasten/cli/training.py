@@ -35,13 +35,10 @@ def run(
         decodings: how often the card has all tasks decoded.
         data: what the summary says of the data.
     """
-    import torch
-
     from hasten.tasks import TASKS
     from hasten.train.trainer import train
 
-    if threads > 0:
-        torch.set_num_threads(threads)
+    options.set_threads(threads)
     summary = {**train(recipe, output, resume), **data}
     command = shlex.join(["hasten", *sys.argv[1:]])
     with options.progress("scoring", decodings * len(TASKS), quiet=json) as advance:

@@ -4,11 +4,11 @@ from hasten.engine.canvas import Canvas
 from hasten.engine.denoiser import Denoiser
 from hasten.engine.draft import ROOT, Draft, Drawn, Probe
 from hasten.engine.drafter import Drafter, Observation
-from hasten.engine.engine import Engine, Progress
+from hasten.engine.engine import Engine
 from hasten.engine.grammar import Constraint
 from hasten.engine.params import SamplingParams
 from hasten.engine.registry import Method, Target, methods, register
-from hasten.engine.request import Request, Statistics, TokenLogprobs
+from hasten.engine.request import Progress, Request, Statistics, TokenLogprobs
 from hasten.engine.scheduler import Limits
 from hasten.engine.view import Hypothesis, View
 from hasten.engine.window import BlockWindow, FullWindow, Passes, Window

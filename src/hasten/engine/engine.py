@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,28 +22,21 @@ from hasten.engine.grammar import Grammars, GrammarState
 from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
-from hasten.engine.request import Request, TokenKind, TokenLogprobs
+from hasten.engine.request import Progress, Request, TokenKind, TokenLogprobs
 from hasten.engine.sampling import Sampler, likeliest
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
 from hasten.engine.stopping import FinishReason, Stopper
+from hasten.engine.turn import Turn
 from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one step gave one request; `finish_reason` as of that step."""
-
-    request: Request
-    tokens: list[int]
-    kinds: list[TokenKind]
-    text: str
-    finish_reason: FinishReason | None
+from hasten.model.threads import refuse_fork
 
 
 class Engine:
     """Decodes requests of unequal length and method together.
+
+    Any thread may add and abort requests and take steps: they get their turns one after the other.
 
     Args:
         model: a decoder or an oracle.
@@ -70,6 +64,7 @@ class Engine:
         self._drafters: dict[str, Drafter] = {}
         self._grammars: Grammars | None = None
         self._next_id = 0
+        self._turn = Turn()
 
     # Requests
 
@@ -113,12 +108,17 @@ class Engine:
             prompt: token ids, at least one.
             params: sampling, stopping, reporting.
             method: specification or drafter, for this prompt only.
-            read: keep `Progress.text` up to date (streaming).
+            read: keep `Progress.text` up to date, and all progress in `Request.unread` (streaming).
 
         Raises:
             UserError: an empty prompt, ids outside the vocabulary (of prompt or logit_bias), no room left in the
-                context, unknown method, a constraint that cannot be used.
+                context, unknown method, a constraint that cannot be used; a forked process.
         """
+        refuse_fork()
+        with self._turn:
+            return self._add(prompt, params, method, read)
+
+    def _add(self, prompt: Sequence[int], params: SamplingParams, method: str | Drafter, read: bool) -> list[Request]:
         config = self.model.config
         room = config.max_positions - len(prompt)
         if not prompt:
@@ -136,6 +136,7 @@ class Engine:
             params = replace(params, seed=random.getrandbits(63))
         name, drafter = self.drafter(method)
         requests: list[Request] = []
+        unread: deque[Progress] | None = deque() if read else None
         for choice in range(params.n):
             stopper = Stopper(params, self.end_ids, self.tokenizer, room, read)
             sequence = self.cache.sequence()
@@ -151,6 +152,7 @@ class Engine:
                 sampler=Sampler(params, choice, prompt, config.vocab_size, self._grammar(params)),
                 stopper=stopper,
                 leader=requests[0] if requests else None,
+                unread=unread,
             )
             self._next_id += 1
             requests.append(request)
@@ -162,7 +164,7 @@ class Engine:
                 drafter.begin(request)
         except BaseException:
             for request in requests:
-                self.abort(request)
+                self._end(request, "abort")
             raise
         return requests
 
@@ -183,9 +185,13 @@ class Engine:
         return Filling(canvas, denoiser.decode(request, canvas))
 
     def abort(self, request: Request) -> None:
-        """End a request now; harmless if it has ended."""
+        """End a request, at the latest after the step that another thread is taking; harmless if it has ended."""
+        self._turn.later(lambda: self._end(request, "abort"))
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """End a request before its time."""
         if request.finish_reason is None:
-            request.finish_reason = "abort"
+            request.finish_reason = reason
             self._bequeath(request)
             self._finish(request)
 
@@ -195,9 +201,16 @@ class Engine:
         return len(self.scheduler) > 0
 
     def run(self) -> Iterator[Progress]:
-        """Steps until nothing is left to do."""
+        """Steps until nothing is left to do.
+
+        Raises:
+            whatever a request failed with.
+        """
         while self.busy:
-            yield from self.step()
+            for progress in self.step():
+                if progress.request.error is not None:
+                    raise progress.request.error
+                yield progress
 
     # One step
 
@@ -205,15 +218,22 @@ class Engine:
     def step(self) -> list[Progress]:
         """One pass of the loop over everything that is scheduled.
 
+        A request whose drafter, grammar or canvas fails is over, with `Request.error`; the others go on.
+
         Raises:
             UserError: the KV cache is full. No request has changed: the step may be tried again when there is room.
         """
+        with self._turn:
+            return self._step()
+
+    def _step(self) -> list[Progress]:
         plan = self.scheduler.plan()
+        drafts, progress = self._propose(plan)
+        plan = [scheduled for scheduled in plan if scheduled.request.finish_reason is None]
         if not plan:
-            return []
-        drafts = self._propose(plan)
+            return progress
         started = time.perf_counter()
-        passages = [self._passage(scheduled, draft) for scheduled, draft in zip(plan, drafts, strict=True)]
+        passages = [self._passage(scheduled, drafts.get(scheduled.request.id, Draft())) for scheduled in plan]
         rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
         logits = self.model.forward(rows, wanted, taps)
@@ -225,24 +245,44 @@ class Engine:
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
 
-        progress, stop = [], 0
-        for scheduled, passage, span, draft in zip(plan, passages, rows.spans, drafts, strict=True):
+        stop = 0
+        for scheduled, passage, span in zip(plan, passages, rows.spans, strict=True):
             request = scheduled.request
             request.statistics.forward_seconds += forward_seconds
             offset, stop = stop, stop + len(passage.wanted)
             if request.filling is not None:
-                progress += self._fill(request, request.filling, passage, logits[offset:stop])
+                progress += self._alone(request, self._fill, request.filling, passage, logits[offset:stop])
                 continue
-            if not scheduled.decodes:
-                self._commit_prompt(scheduled, span, taps)
+            decodes, starts = scheduled.decodes, not request.started
+            if starts:
+                progress += self._alone(request, self._commit_prompt, scheduled, span, taps)
+            if not decodes or request.finish_reason is not None:
                 continue
             own = None if best is None else best[offset:stop]
-            if request.started:
-                progress.append(self._decode(request, draft, logits[offset:stop], own, taps, span.start))
-            else:
-                self._commit_prompt(scheduled, span, taps)
-                choices = [request, *self._fork_prompt(request)]
-                progress += [self._decode(each, draft, logits[offset:stop], own, None, 0) for each in choices]
+            draft = drafts.get(request.id, Draft())
+            for each in [request, *self._fork_prompt(request)] if starts else [request]:
+                seen = None if starts else taps
+                progress += self._alone(each, self._decode, draft, logits[offset:stop], own, seen, span.start)
+        return progress
+
+    def _alone(self, request: Request, work: Callable[..., list[Progress]], *arguments: Any) -> list[Progress]:
+        """Do a request's part of a step; what goes wrong there ends that request only."""
+        try:
+            return work(request, *arguments)
+        except Exception as error:
+            request.error = error
+            self._end(request, "error")
+            return [self._progress(request, [], [])]
+        except BaseException:
+            # Half of the step has been taken.
+            self._end(request, "abort")
+            raise
+
+    def _progress(self, request: Request, tokens: list[int], kinds: list[TokenKind]) -> Progress:
+        """Report what a step gave, to the stepping thread and to who reads along."""
+        progress = Progress(request, tokens, kinds, request.stopper.fresh(), request.finish_reason)
+        if request.unread is not None:
+            request.unread.append(progress)
         return progress
 
     def _record(self, plan: Sequence[Scheduled], rows: Rows, logits: Tensor) -> None:
@@ -250,26 +290,44 @@ class Engine:
         masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
 
-    def _propose(self, plan: Sequence[Scheduled]) -> list[Draft]:
-        """A clamped draft per scheduled request; none while a prompt is being read."""
-        drafts = [Draft() for _ in plan]
-        groups: dict[int, list[int]] = {}
-        for index, scheduled in enumerate(plan):
+    def _propose(self, plan: Sequence[Scheduled]) -> tuple[dict[int, Draft], list[Progress]]:
+        """Drafts by the requests' ids, none while a prompt is being read; and what became of those that failed."""
+        groups: dict[int, list[Request]] = {}
+        drafts: dict[int, Draft] = {}
+        failed: list[Progress] = []
+
+        def ask(*requests: Request) -> list[Progress]:
+            drafts.update(self._draft(requests))
+            return []
+
+        for scheduled in plan:
             request = scheduled.request
-            if request.started and request.stopper.left > 1:
-                groups.setdefault(id(request.drafter), []).append(index)
-        for indices in groups.values():
-            requests = [plan[index].request for index in indices]
-            started = time.perf_counter()
-            # The target adds a token of its own, so a draft is never longer than what may come, less one.
-            depths = [min(request.stopper.left - 1, MAX_DRAFT) for request in requests]
-            proposed = requests[0].drafter.propose_all(requests, [MAX_DRAFT] * len(requests))
-            seconds = (time.perf_counter() - started) / len(requests)
-            for index, request, draft, depth in zip(indices, requests, proposed, depths, strict=True):
-                drafts[index] = draft.clamped(MAX_DRAFT, depth, self.model.config.vocab_size)
-                if request.sampler.grammar is not None:
-                    drafts[index] = request.sampler.grammar.fit(drafts[index])
-                request.statistics.draft_seconds += seconds
+            if request.filling is not None:
+                failed += self._alone(request, _look, request.filling)
+            elif request.started and request.stopper.left > 1:
+                groups.setdefault(id(request.drafter), []).append(request)
+        for requests in groups.values():
+            try:
+                ask(*requests)
+            except Exception:
+                # One by one, to know which of them it was.
+                for request in requests:
+                    failed += self._alone(request, ask)
+        return drafts, failed
+
+    def _draft(self, requests: Sequence[Request]) -> dict[int, Draft]:
+        """Clamped drafts of requests with one drafter, by their ids."""
+        started = time.perf_counter()
+        # The target adds a token of its own, so a draft is never longer than what may come, less one.
+        depths = [min(request.stopper.left - 1, MAX_DRAFT) for request in requests]
+        proposed = requests[0].drafter.propose_all(requests, [MAX_DRAFT] * len(requests))
+        seconds = (time.perf_counter() - started) / len(requests)
+        drafts = {}
+        for request, draft, depth in zip(requests, proposed, depths, strict=True):
+            drafts[request.id] = draft.clamped(MAX_DRAFT, depth, self.model.config.vocab_size)
+            if request.sampler.grammar is not None:
+                drafts[request.id] = request.sampler.grammar.fit(drafts[request.id])
+            request.statistics.draft_seconds += seconds
         return drafts
 
     def _passage(self, scheduled: Scheduled, draft: Draft) -> Passage:
@@ -313,15 +371,15 @@ class Engine:
         sites = {site for scheduled in plan for site in scheduled.request.drafter.taps}
         return Taps(sites) if sites else None
 
-    def _commit_prompt(self, scheduled: Scheduled, span: Span, taps: Taps | None) -> None:
+    def _commit_prompt(self, request: Request, scheduled: Scheduled, span: Span, taps: Taps | None) -> list[Progress]:
         """Keep a prompt chunk's rows and show them to the drafter, for each choice that will fork them."""
-        request = scheduled.request
         start = request.sequence.length
         request.sequence.commit(scheduled.rows)
         request.statistics.prompt_rows += scheduled.rows
         hidden = _rows_of(taps, request.drafter, span.start, span.stop)
         for each in (request, *self.scheduler.followers(request)):
             each.drafter.observe_prompt(each, start, hidden)
+        return []
 
     def _fork_prompt(self, leader: Request) -> list[Request]:
         """Give the sibling choices that wait for this prompt its cache, by reference.
@@ -352,7 +410,7 @@ class Engine:
         best: list[int] | None,
         taps: Taps | None,
         row: int,
-    ) -> Progress:
+    ) -> list[Progress]:
         """Verify a draft, commit what is accepted, apply stopping, report."""
         started = time.perf_counter()
         logits, probes = logits[: len(draft) + 1], logits[len(draft) + 1 :]
@@ -392,10 +450,10 @@ class Engine:
             observed = time.perf_counter()
             request.drafter.observe(request, observation)
             statistics.draft_seconds += time.perf_counter() - observed
-        text = request.stopper.fresh()
+        progress = self._progress(request, tokens, kinds)
         if request.finish_reason is not None:
             self._finish(request)
-        return Progress(request, tokens, kinds, text, request.finish_reason)
+        return [progress]
 
     def _fill(self, request: Request, filling: Filling, passage: Passage, logits: Tensor) -> list[Progress]:
         """Hand a canvas its logits; what became final goes through the stopping rules, and is reported."""
@@ -425,10 +483,10 @@ class Engine:
             return []
         if request.first_token_at is None and tokens:
             request.first_token_at = time.perf_counter()
-        text = request.stopper.fresh()
+        progress = self._progress(request, tokens, kinds)
         if request.finish_reason is not None:
             self._finish(request)
-        return [Progress(request, tokens, kinds, text, request.finish_reason)]
+        return [progress]
 
     def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int] | None) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
@@ -460,6 +518,12 @@ class Engine:
             request.filling.close()
         request.drafter.end(request)
         request.sequence.release()
+
+
+def _look(request: Request, filling: Filling) -> list[Progress]:
+    """Have a canvas's first passage made."""
+    _ = filling.passage
+    return []
 
 
 def _kind_of(single: bool) -> TokenKind:

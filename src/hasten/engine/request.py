@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +51,17 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What one step gave one request; `finish_reason` as of that step."""
+
+    request: Request
+    tokens: list[int]
+    kinds: list[TokenKind]
+    text: str
+    finish_reason: FinishReason | None
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence being decoded.
@@ -63,6 +75,8 @@ class Request:
         method: the drafter's specification, for reports.
         leader: the sibling choice whose prompt cache this one forks, until it has.
         filling: the canvas, where a denoiser fills one.
+        unread: what steps gave it and its sibling choices and nobody has taken yet; None where nobody reads along.
+        error: what ended it, if its finish reason is `error`.
     """
 
     id: int
@@ -77,6 +91,8 @@ class Request:
     stopper: Stopper
     leader: Request | None = None
     filling: Filling | None = None
+    unread: deque[Progress] | None = None
+    error: Exception | None = None
     statistics: Statistics = field(default_factory=Statistics)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)

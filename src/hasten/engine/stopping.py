@@ -8,7 +8,9 @@ from typing import Any, Literal
 from hasten.engine.params import SamplingParams
 from hasten.engine.text import Detokenizer
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""`stop`: end of text, a stop string, or the end of a constraint; `length`: of budget or context; `abort`: given up;
+`error`: its drafter, grammar or canvas failed (`Request.error`)."""
 
 
 class Stopper:

@@ -13,6 +13,7 @@ from hasten.model.checkpoint import Tensors, one_line, read_json, resolve
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend
+from hasten.model.threads import settle
 
 DTYPES = {
     "float32": torch.float32,
@@ -107,6 +108,7 @@ def load_model(
     Raises:
         UserError: anything wrong with the checkpoint or the arguments, in one sentence.
     """
+    settle()
     folder = resolve(model)
     config = read_config(folder)
     target = choose_device(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hasten.model.decoder import Decoder
 from hasten.model.linear import Linear
-from hasten.model.native.library import Team, library
+from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
 from hasten.model.rows import Rows, SequenceState
 from hasten.model.taps import Site, Taps
@@ -173,7 +173,7 @@ class NativeBackend:
             *(len(spans), ctypes.addressof(spans), len(numbers), ctypes.addressof(row_wanted), logits.data_ptr()),
             *(len(states), ctypes.addressof(tapped)),
         )
-        if loaded.hasten_forward(ctypes.addressof(described), Team.get(), ctypes.addressof(batch)):
+        if loaded.hasten_forward(ctypes.addressof(described), team(), ctypes.addressof(batch)):
             raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
         if taps is not None:
             for (site, layer), state in states.items():
@@ -213,7 +213,7 @@ class NativeBackend:
         span = _Span(0, 1, 1, None, len(views), ctypes.addressof(views))
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
-            *(ctypes.addressof(self._describe(model)), Team.get(), ctypes.addressof(span), token, position, vocabulary),
+            *(ctypes.addressof(self._describe(model)), team(), ctypes.addressof(span), token, position, vocabulary),
             *(most, confidence, ctypes.addressof(tokens), ctypes.addressof(probabilities)),
         )
         if count < 0:

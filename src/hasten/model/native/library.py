@@ -1,21 +1,38 @@
-"""Loads the native library and keeps its team of threads."""
+"""Loads the native library and keeps teams of threads."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from hasten.errors import UserError
+
 LIBRARY = Path(__file__).with_name("_step.so")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+"""The names that `HASTEN_NATIVE` may have; without it the last of them that the processor has is chosen."""
+
+
+_loading = threading.Lock()
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library; None where it was not built or cannot be loaded."""
+    """The library; None where it was not built or cannot be loaded.
+
+    Raises:
+        UserError: `HASTEN_NATIVE` asks for an instruction set that there is not.
+    """
+    with _loading:
+        return _load()
+
+
+def _load() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError:
@@ -35,6 +52,11 @@ def library() -> ctypes.CDLL | None:
     runtime = _openmp()
     if runtime is not None:
         loaded.hasten_borrow(os.fsencode(runtime))
+    wanted, chosen = os.environ.get("HASTEN_NATIVE"), loaded.hasten_kernels().decode()
+    if wanted and wanted != chosen:
+        raise UserError(
+            f"HASTEN_NATIVE is {wanted!r}, which is none of {', '.join(INSTRUCTION_SETS)}, or not in this processor"
+        )
     return loaded
 
 
@@ -49,25 +71,40 @@ def _openmp() -> str | None:
 
 
 def kernels() -> str | None:
-    """The chosen instruction set: `amx`, `avx512bf16`, `avx512`, `avx2` or `portable`; None without the library."""
+    """The chosen one of `INSTRUCTION_SETS`; None without the library."""
     loaded = library()
     return None if loaded is None else str(loaded.hasten_kernels().decode())
 
 
 class Team:
-    """The threads that all native work shares: PyTorch's own where they can be borrowed, and as many as it has."""
+    """Threads that run a step together with the one that asks for it.
 
-    count = 0
-    handle = 0
+    Each thread has a team of its own, so that none ever waits for another's step, or ends a team that is at work.
 
-    @classmethod
-    def get(cls) -> int:
-        """The team's handle. A team of another size takes the place of the last one."""
-        count = torch.get_num_threads()
-        if count != cls.count:
-            loaded = library()
-            assert loaded is not None
-            if cls.handle:
-                loaded.hasten_disband(cls.handle)
-            cls.count, cls.handle = count, loaded.hasten_team(count)
-        return cls.handle
+    Args:
+        loaded: the library.
+        count: threads, the asking one included.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, count: int) -> None:
+        self.loaded, self.count = loaded, count
+        self._process = os.getpid()
+        self.handle = int(loaded.hasten_team(count))
+
+    def __del__(self) -> None:
+        # In a forked process its threads are not there to go home.
+        if self._process == os.getpid():
+            self.loaded.hasten_disband(self.handle)
+
+
+_own = threading.local()
+
+
+def team() -> int:
+    """The handle of the calling thread's team, as large as PyTorch's is in this thread."""
+    loaded, count = library(), torch.get_num_threads()
+    assert loaded is not None
+    mine: Team | None = getattr(_own, "team", None)
+    if mine is None or mine.count != count or mine.loaded is not loaded:
+        mine = _own.team = Team(loaded, count)
+    return mine.handle

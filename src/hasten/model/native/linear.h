@@ -48,6 +48,13 @@ class Inputs {
         for (int64_t word = first / per_word_; word < last;) {
             const int64_t chunk = word / WIDTH, skip = word % WIDTH, some = std::min(WIDTH - skip, last - word);
             const float *floats = from + chunk * WIDTH * per_word_;
+            float own[2 * WIDTH];
+            if (some < WIDTH) {
+                // The rest belongs to another head: another thread may be writing it.
+                std::memset(own, 0, sizeof own);
+                std::memcpy(own + skip * per_word_, floats + skip * per_word_, some * per_word_ * sizeof(float));
+                floats = own;
+            }
             const Words bits = format_ == FLOAT32 ? as<Words>(load(floats)) : narrow_pairs(floats);
             uint32_t *place = to + chunk * WIDTH * size(row);
             if (some == WIDTH)

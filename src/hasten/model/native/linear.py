@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.model.native.library import Team, library
+from hasten.model.native.library import library, team
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")
@@ -83,7 +83,7 @@ class PanelLinear:
         added = None if residual is None else residual.float().contiguous()
         out = torch.empty(x.shape[0], self.out_features)
         loaded.hasten_linear(
-            *(ctypes.addressof(self.struct), Team.get(), x.shape[0], x.data_ptr()),
+            *(ctypes.addressof(self.struct), team(), x.shape[0], x.data_ptr()),
             *(None if added is None else added.data_ptr(), out.data_ptr()),
         )
         return out.to(rows.dtype)

@@ -19,7 +19,7 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PORTABLE)
 #define HAS_TARGETS 1
 #include <immintrin.h>
 #if defined(__linux__) && __GNUC__ >= 11
@@ -41,7 +41,7 @@ struct OpenMP {
 } openmp;
 
 // Threads that run the same task side by side. They spin between the stages of a step; those of our own sleep between
-// steps.
+// steps. A team works for one thread at a time.
 class Team {
   public:
     explicit Team(int count) : most_(count), borrowed_(openmp.parallel != nullptr) {
@@ -61,9 +61,8 @@ class Team {
     // Inside a task: of the threads that run it. OpenMP may give fewer than were asked for.
     int count() const { return count_.load(std::memory_order_relaxed); }
 
-    // Every thread calls `task(number)`; returns when all are done. Callers take turns.
+    // Every thread calls `task(number)`; returns when all are done.
     void run(const std::function<void(int)> &task) {
-        std::lock_guard<std::mutex> turn(turn_);
         task_ = &task;
         if (most_ == 1) {
             count_ = 1;
@@ -130,7 +129,7 @@ class Team {
     const bool borrowed_;
     std::atomic<int> count_{1};
     std::vector<std::thread> threads_;
-    std::mutex mutex_, turn_;
+    std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0}, arrived_{0}, phase_{0};
@@ -284,7 +283,7 @@ Kernels choose() {
 #ifdef HAS_TARGETS
     __builtin_cpu_init();
     const char *wanted = std::getenv("HASTEN_NATIVE");
-    auto may = [&](const char *name) { return wanted == nullptr || !std::strcmp(wanted, name); };
+    auto may = [&](const char *name) { return wanted == nullptr || !*wanted || !std::strcmp(wanted, name); };
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
@@ -315,6 +314,8 @@ const char *hasten_kernels() { return kernels().name; }
 // Borrow the threads of an OpenMP runtime that the process has loaded from `path`; whether that can be done.
 int hasten_borrow(const char *path) {
 #if defined(__linux__)
+    // Once: another thread may be computing with it.
+    if (openmp.parallel != nullptr) return 1;
     void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr) return 0;
     OpenMP found;

@@ -1,0 +1,35 @@
+"""Threads that take native steps at the same time, under the sanitizers: no race, no stray access, the same bits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hasten.model.native.library import LIBRARY
+
+COMPILER = shutil.which("g++")
+FLAGS = ("-std=c++17", "-g", "-pthread", "-Wno-psabi", "-DPORTABLE")
+PROGRAM = Path(__file__).with_name("native_threads.cpp")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("sanitizers, level", [("thread", "-O1"), ("address,undefined", "-O0")])
+def test_threads_with_teams_of_their_own(tmp_path: Path, sanitizers: str, level: str) -> None:
+    assert COMPILER is not None
+    target, step = tmp_path / "threads", LIBRARY.with_name("step.cpp")
+    options = (f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", level, f'-DSTEP="{step}"')
+    built = subprocess.run(
+        [COMPILER, *FLAGS, *options, str(PROGRAM), "-ldl", "-o", str(target)], capture_output=True, text=True
+    )
+    if built.returncode and "cannot find" in built.stderr:
+        pytest.skip(f"the compiler has no sanitizer for {sanitizers}")
+    assert built.returncode == 0, built.stderr[-2000:]
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    ran = subprocess.run([str(target)], env=environment, capture_output=True, text=True, timeout=300)
+    if "unexpected memory mapping" in ran.stderr:
+        pytest.skip("the thread sanitizer cannot run on this kernel")
+    assert ran.returncode == 0, ran.stderr[-3000:] + ran.stdout
