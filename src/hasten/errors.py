@@ -1,4 +1,4 @@
-"""The one exception a user sees, and the check that raises it."""
+"""The one exception a user sees, the check that raises it, and the warning for what is no error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input, told in one clear sentence: the command line prints it and exits with status 2."""
+
+
+class Notice(UserWarning):
+    """What a user should know and need not act on, in one clear sentence: the command line prints it."""
 
 
 def require(checks: Iterable[tuple[bool, str]], subject: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.text import decode
 from hasten.engine.turn import Driver
-from hasten.errors import UserError
+from hasten.errors import Notice, UserError
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
-from hasten.model.tokenizer import load_tokenizer
+from hasten.model.tokenizer import load_tokenizer, render_chat
 
 Prompt = str | Sequence[int]
 
@@ -122,12 +123,28 @@ class LLM:
         self._encoding = Lock()
 
     def _end_ids(self) -> set[int]:
-        """End-of-text ids: the generation config's, else the model's, else the tokenizer's; and the architecture's."""
+        """End-of-text ids: the generation config's, the model's, the tokenizer's and the architecture's.
+
+        Text that is a token of the tokenizer stands for its id.
+
+        Raises:
+            UserError: what is named is nothing that the vocabulary has, so that no text would ever end.
+        """
         config = self.model.config
-        named = (self._generation_config.get("eos_token_id"), config.source.get("eos_token_id"))
-        ids = next((ids for ids in named if ids is not None), self.tokenizer.eos_token_id)
-        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        return {*listed, *config.end_ids}
+        named: list[Any] = []
+        for ids in (self._generation_config.get("eos_token_id"), config.source.get("eos_token_id")):
+            named += ids if isinstance(ids, list) else [ids]
+        named = [end for end in (*named, self.tokenizer.eos_token_id, *config.end_ids) if end is not None]
+        known = self.tokenizer.get_vocab()
+        ids = [known.get(end) if isinstance(end, str) else end for end in named]
+        usable = [type(end) is int and 0 <= end < config.vocab_size for end in ids]
+        strange = list(dict.fromkeys(repr(end) for end, good in zip(named, usable, strict=True) if not good))
+        if strange:
+            what = f"{self.folder} names {', '.join(strange)} as end of text, which the vocabulary does not have"
+            if not any(usable):
+                raise UserError(f"{what}: no text would ever end")
+            warnings.warn(what, Notice, stacklevel=3)
+        return {end for end, good in zip(ids, usable, strict=True) if good}
 
     @property
     def default_params(self) -> SamplingParams:
@@ -156,20 +173,14 @@ class LLM:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
-            UserError: the checkpoint has no chat template, or the template refuses the messages.
+            UserError: the checkpoint has no chat template, or the template refuses the messages or comes to no end.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except Exception as error:  # jinja raises whatever the template raises
-            raise UserError(f"the chat template refuses the messages: {error}") from error
-        return list(ids)
+        text = render_chat(self.tokenizer, [dict(message) for message in messages])
+        with self._encoding:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def generate(
         self,

@@ -84,6 +84,21 @@ def test_missing_tokenizer(hasten, broken: Path):
     assert_refused(hasten("generate", "hi", "--model", str(broken)), "tokenizer")
 
 
+def test_end_of_text_that_is_not_in_the_vocabulary(hasten, broken: Path):
+    def name(**ends: object) -> None:
+        for file in ("config.json", "generation_config.json"):
+            raw = json.loads((broken / file).read_text()) if (broken / file).exists() else {}
+            (broken / file).write_text(json.dumps(raw | ends))
+
+    name(eos_token_id=99_999)
+    ran = hasten("generate", "hi", "--model", str(broken), "--max-tokens", "1", "--json")
+    assert (ran.status, ran.json()["finish_reason"]) == (0, "length")
+    assert ran.err == f"hasten: {broken} names 99999 as end of text, which the vocabulary does not have\n"
+    raw = json.loads((broken / "tokenizer_config.json").read_text())
+    (broken / "tokenizer_config.json").write_text(json.dumps({**raw, "eos_token": None}))
+    assert_refused(hasten("generate", "hi", "--model", str(broken)), "no text would ever end")
+
+
 def test_unsupported_architecture_lists_the_supported(hasten, broken: Path):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
@@ -114,6 +129,7 @@ def test_drafter_that_is_not_there(hasten, broken: Path):
         ("--dtype", "float8", "dtype must be"),
         ("--device", "warp", "'warp' is not available"),
         ("--threads", "-2", "threads"),
+        ("--threads", "100000", "threads must be between 0 (all cores) and"),
         ("--top-k", "x", "top-k"),
     ],
 )

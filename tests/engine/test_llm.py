@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.engine import Draft
-from helpers import END, VOCABULARY, Scripted, same
+from hasten.errors import Notice
+from hasten.model import tokenizer
+from helpers import END, START, VOCABULARY, Scripted, same
 
 SHORT = SamplingParams(max_tokens=6)
 TEXT = "the cat and"
@@ -121,6 +125,26 @@ def test_chat_refused(llm, copy):
         LLM(copy).chat([{"role": "user", "content": "hm"}])
 
 
+LOOPS = (
+    "{% for one in range(99999) %}{% for two in range(99999) %}{% set three = one %}{% endfor %}{% endfor %}",
+    "{% macro again(depth) %}{% for one in range(9) %}{{ again(depth - 1) if depth }}{% endfor %}{% endmacro %}"
+    "{{ again(40) }}",
+)
+
+
+@pytest.mark.parametrize("template", LOOPS)
+def test_a_chat_template_that_comes_to_no_end(copy, monkeypatch, template):
+    endless = LLM(copy)
+    endless.tokenizer.chat_template = template
+    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 0.3)
+    before = threading.active_count()
+    with pytest.raises(UserError, match=r"did not come to an end within 0\.3 seconds"):
+        endless.chat([{"role": "user", "content": "hm"}])
+    for thread in threading.enumerate()[before:]:
+        thread.join(20)
+    assert threading.active_count() == before
+
+
 # The checkpoint's generation config
 
 
@@ -153,16 +177,29 @@ def test_default_params_without_a_generation_config(copy):
 @pytest.mark.parametrize(
     "generation, model, expected",
     [
-        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {5, 6}),
-        ({"eos_token_id": 5}, {"eos_token_id": 7}, {5}),
-        ({}, {"eos_token_id": [7, 8]}, {7, 8}),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {5, 6, 7, END}),
+        ({"eos_token_id": 5}, {"eos_token_id": 7}, {5, 7, END}),
+        ({}, {"eos_token_id": [7, None, 8]}, {7, 8, END}),
         ({"eos_token_id": None}, {"eos_token_id": None}, {END}),
+        ({"eos_token_id": "<s>"}, {"eos_token_id": ["</s>"]}, {START, END}),
     ],
 )
 def test_end_of_text_ids(copy, generation, model, expected):
     (copy / "generation_config.json").write_text(json.dumps(generation))
     rewrite(copy / "config.json", **model)
     assert LLM(copy).engine.end_ids == expected
+
+
+@pytest.mark.parametrize("strange", [VOCABULARY, -1, "<|never|>", 2.0, True, {"id": 2}])
+def test_end_ids_that_are_none(copy, strange):
+    rewrite(copy / "generation_config.json", eos_token_id=[END, strange])
+    with pytest.warns(Notice, match=f"names {re.escape(repr(strange))} as end of text, which the vocabulary does not"):
+        assert LLM(copy).engine.end_ids == {END}
+    for file in ("generation_config.json", "config.json"):
+        rewrite(copy / file, eos_token_id=strange)
+    rewrite(copy / "tokenizer_config.json", eos_token="absent")
+    with pytest.raises(UserError, match="no text would ever end"):
+        LLM(copy)
 
 
 def test_any_end_id_ends_the_text(copy):

@@ -12,6 +12,7 @@ import torch
 
 from hasten import LLM, UserError
 from hasten.cli import options
+from hasten.errors import Notice
 from hasten.model import load_model, threads
 
 FORKED = """
@@ -64,7 +65,7 @@ def test_more_threads_than_cores(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.set_num_threads(2)
     monkeypatch.setattr(threads, "cores", lambda: 1)
     try:
-        with pytest.warns(UserWarning, match="PyTorch is set to 2 threads; hasten sets it to 1"):
+        with pytest.warns(Notice, match="PyTorch is set to 2 threads; hasten sets it to 1"):
             load_model(tiny)
         assert torch.get_num_threads() == 1
     finally:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, TextIO
 
 import typer
 
 from hasten import __version__
 from hasten.cli import bench, doctor, generate, methods, race, sweep, train, tune, verify
-from hasten.errors import UserError
+from hasten.errors import Notice, UserError
 
 # Typer brings its own copy of Click; its usage errors are known by what a public one inherits from.
 ClickException = typer.BadParameter.__mro__[2]
@@ -47,6 +48,7 @@ def version(
 
 def main() -> None:
     """Run; exit 0 if all went well, 2 on bad input (one sentence on stderr), 130 on Ctrl-C."""
+    warnings.showwarning = _notice
     try:
         status = app(standalone_mode=False)
     except UserError as error:
@@ -61,6 +63,24 @@ def main() -> None:
             raise
         sys.exit(_say(" ".join(error.format_message().split()), 2))  # type: ignore[attr-defined]
     sys.exit(status if isinstance(status, int) else 0)
+
+
+_show_warning = warnings.showwarning
+
+
+def _notice(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A notice of hasten's own is a sentence; other warnings are shown as ever."""
+    if issubclass(category, Notice):
+        _say(str(message), 0)
+    else:
+        _show_warning(message, category, filename, lineno, file, line)
 
 
 def _say(sentence: str, status: int) -> int:

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from hasten.errors import UserError
+from hasten.errors import Notice, UserError
 
 _home: int | None = None
 """The process that has loaded a model."""
@@ -36,6 +36,7 @@ def settle() -> None:
         warnings.warn(
             f"PyTorch is set to {torch.get_num_threads()} threads; hasten sets it to {cores()}, the cores that this "
             "process has",
+            Notice,
             stacklevel=3,
         )
         torch.set_num_threads(cores())

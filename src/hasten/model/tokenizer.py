@@ -1,8 +1,11 @@
-"""Tokenizers of checkpoints, by transformers."""
+"""Tokenizers of checkpoints, by transformers, and their chat templates."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from hasten.errors import UserError
@@ -58,3 +61,39 @@ def _reader(folder: Path) -> Any:
 def same_vocabulary(one: Any, other: Any) -> bool:
     """Whether two tokenizers give the same ids to the same tokens."""
     return bool(one.get_vocab() == other.get_vocab())
+
+
+TEMPLATE_SECONDS = 10.0
+"""After which a chat template is taken to loop for ever."""
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a conversation, ready for the assistant's turn, by the tokenizer's chat template.
+
+    A template is a program that a checkpoint brings: it runs in a thread of its own, which can be ended.
+
+    Raises:
+        UserError: the template refuses the messages, or takes more than `TEMPLATE_SECONDS`.
+    """
+    outcome: list[str | BaseException] = []
+
+    def render() -> None:
+        try:
+            outcome.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except BaseException as error:  # jinja raises whatever the template raises
+            outcome.append(error)
+
+    thread = Thread(target=render, daemon=True)
+    thread.start()
+    try:
+        thread.join(TEMPLATE_SECONDS)
+    finally:
+        if thread.is_alive():
+            assert thread.ident is not None
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    if not outcome:
+        raise UserError(f"the chat template did not come to an end within {TEMPLATE_SECONDS:g} seconds")
+    text = outcome[0]
+    if isinstance(text, BaseException):
+        raise UserError(f"the chat template refuses the messages: {text}") from text
+    return text
