@@ -20,13 +20,11 @@ class Waiter:
     left: int
     leader: Waiter | None = None
     started: bool = False
-    filling: None = None
-    sequence: SimpleNamespace = field(default_factory=SimpleNamespace)
     drafter: Drafter = field(default_factory=Drafter)
 
     @property
-    def waiting_rows(self) -> int:
-        return 1 if self.started else self.left
+    def decoding(self) -> SimpleNamespace:
+        return SimpleNamespace(backlog=lambda request: 0 if request.started else request.left)
 
 
 def scheduler(*requests: Waiter, **limits: int) -> Scheduler:
@@ -37,15 +35,16 @@ def scheduler(*requests: Waiter, **limits: int) -> Scheduler:
 
 
 def advance(made: Scheduler) -> list[tuple[Waiter, int]]:
-    """One step: what was planned, carried out."""
-    plan = [(each.request, each.rows, each.decodes) for each in made.plan()]
-    for request, rows, decodes in plan:
-        assert 1 <= rows <= request.waiting_rows
-        assert decodes == (rows == request.waiting_rows)
-        if not request.started:
-            request.left -= rows
+    """One step: what was planned, carried out; the rows of each, one where it decodes."""
+    plan = [(each.request, each.piece) for each in made.plan()]
+    for request, piece in plan:
+        if request.started:
+            assert piece == 0
+        else:
+            assert 1 <= piece <= request.left
+            request.left -= piece
             request.started = request.left == 0
-    return [(request, rows) for request, rows, _ in plan]
+    return [(request, piece or 1) for request, piece in plan]
 
 
 def test_nothing_to_do():

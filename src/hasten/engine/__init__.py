@@ -8,7 +8,8 @@ from hasten.engine.engine import Engine
 from hasten.engine.grammar import Constraint
 from hasten.engine.params import SamplingParams
 from hasten.engine.registry import Method, Target, methods, register
-from hasten.engine.request import Progress, Request, Statistics, TokenLogprobs
+from hasten.engine.report import Statistics, TokenLogprobs
+from hasten.engine.request import Progress, Request
 from hasten.engine.scheduler import Limits
 from hasten.engine.view import Hypothesis, View
 from hasten.engine.window import BlockWindow, FullWindow, Passes, Window

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from hasten.engine.canvas import Canvas
 from hasten.engine.draft import Draft
 from hasten.engine.drafter import Drafter
-from hasten.engine.passage import Passage
 from hasten.engine.window import Passes
 
 if TYPE_CHECKING:
@@ -38,34 +35,3 @@ class Denoiser(Drafter):
     def propose(self, request: Request, budget: int) -> Draft:
         """Nothing: a canvas is not drafted token by token."""
         return Draft()
-
-
-class Filling:
-    """A canvas being filled: the denoiser's generator and the passage that it waits for."""
-
-    def __init__(self, canvas: Canvas, passes: Passes) -> None:
-        self.canvas, self._passes = canvas, passes
-        self._passage: Passage | None = None
-        self._begun = False
-
-    @property
-    def passage(self) -> Passage | None:
-        """The next one; None when the canvas is full. The first is made when it is asked for."""
-        if not self._begun:
-            self._begun, self._passage = True, next(self._passes, None)
-        return self._passage
-
-    def receive(self, logits: Tensor) -> None:
-        """The passage was computed: logits float32 [wanted rows, vocabulary]."""
-        passage = self.passage
-        assert passage is not None
-        if passage.wanted or not passage.prompt:
-            self.canvas.steps += 1
-        try:
-            self._passage = self._passes.send(logits)
-        except StopIteration:
-            self._passage = None
-
-    def close(self) -> None:
-        """The request is over."""
-        self._passes.close()

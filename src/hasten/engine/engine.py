@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from hasten.cache import Cache
-from hasten.engine import registry, verification
-from hasten.engine.canvas import Canvas
-from hasten.engine.denoiser import Denoiser, Filling
-from hasten.engine.draft import MAX_DRAFT, ROOT, Draft
-from hasten.engine.drafter import Drafter, Observation
+from hasten.engine import registry
+from hasten.engine.decoding import Answer, TokenKind
+from hasten.engine.denoiser import Denoiser
+from hasten.engine.draft import MAX_DRAFT
+from hasten.engine.drafter import Drafter
+from hasten.engine.filling import Filling
 from hasten.engine.grammar import Grammars, GrammarState
 from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
-from hasten.engine.request import Progress, Request, TokenKind, TokenLogprobs
+from hasten.engine.request import Progress, Request
 from hasten.engine.sampling import Sampler, likeliest
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
+from hasten.engine.speculation import Speculation
 from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.turn import Turn
-from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
 from hasten.model.threads import refuse_fork
@@ -157,7 +158,7 @@ class Engine:
             self._next_id += 1
             requests.append(request)
             if isinstance(drafter, Denoiser):
-                request.leader, request.filling = None, self._filling(request, drafter)
+                request.leader, request.decoding = None, Filling(request, drafter, config, self.end_ids)
             self.scheduler.add(request)
         try:
             for request in requests:
@@ -167,22 +168,6 @@ class Engine:
                 self._end(request, "abort")
             raise
         return requests
-
-    def _filling(self, request: Request, denoiser: Denoiser) -> Filling:
-        """A fresh canvas for a request.
-
-        Raises:
-            UserError: parameters that a canvas cannot serve.
-        """
-        config, params = self.model.config, request.params
-        assert config.diffusion is not None
-        if params.constraint is not None or params.logprobs is not None:
-            what = "a constraint" if params.constraint is not None else "logprobs"
-            raise UserError(f"{what} cannot be had from a model that fills masked positions in any order")
-        length = denoiser.canvas_length(request, config)
-        ends = () if params.ignore_eos else self.end_ids
-        canvas = Canvas(request.tokens, length, config.diffusion.mask_id, request.sampler, ends)
-        return Filling(canvas, denoiser.decode(request, canvas))
 
     def abort(self, request: Request) -> None:
         """End a request, at the latest after the step that another thread is taking; harmless if it has ended."""
@@ -228,19 +213,19 @@ class Engine:
 
     def _step(self) -> list[Progress]:
         plan = self.scheduler.plan()
-        drafts, progress = self._propose(plan)
+        progress = self._propose([scheduled.request for scheduled in plan if not scheduled.piece])
         plan = [scheduled for scheduled in plan if scheduled.request.finish_reason is None]
         if not plan:
             return progress
         started = time.perf_counter()
-        passages = [self._passage(scheduled, drafts.get(scheduled.request.id, Draft())) for scheduled in plan]
+        passages = [each.request.decoding.passage(each.request, each.piece) for each in plan]
         rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
         logits = self.model.forward(rows, wanted, taps)
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
-        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
+        chain = any(passage.wanted and _by_argmax(each.request) for each, passage in zip(plan, passages, strict=True))
         best = likeliest(logits) if chain else None
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
@@ -250,19 +235,16 @@ class Engine:
             request = scheduled.request
             request.statistics.forward_seconds += forward_seconds
             offset, stop = stop, stop + len(passage.wanted)
-            if request.filling is not None:
-                progress += self._alone(request, self._fill, request.filling, passage, logits[offset:stop])
-                continue
-            decodes, starts = scheduled.decodes, not request.started
-            if starts:
-                progress += self._alone(request, self._commit_prompt, scheduled, span, taps)
-            if not decodes or request.finish_reason is not None:
-                continue
             own = None if best is None else best[offset:stop]
-            draft = drafts.get(request.id, Draft())
-            for each in [request, *self._fork_prompt(request)] if starts else [request]:
-                seen = None if starts else taps
-                progress += self._alone(each, self._decode, draft, logits[offset:stop], own, seen, span.start)
+            if not scheduled.piece:
+                answer = Answer(logits[offset:stop], own, _rows_of(taps, request.drafter, span.start, span.stop))
+                progress += self._alone(request, self._decode, answer)
+                continue
+            progress += self._alone(request, self._read, span, taps)
+            if passage.wanted and request.finish_reason is None:
+                answer = Answer(logits[offset:stop], own, _rows_of(taps, request.drafter, span.stop - 1, span.stop))
+                for choice in (request, *self._fork(request)):
+                    progress += self._alone(choice, self._decode, answer)
         return progress
 
     def _alone(self, request: Request, work: Callable[..., list[Progress]], *arguments: Any) -> list[Progress]:
@@ -290,64 +272,43 @@ class Engine:
         masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
 
-    def _propose(self, plan: Sequence[Scheduled]) -> tuple[dict[int, Draft], list[Progress]]:
-        """Drafts by the requests' ids, none while a prompt is being read; and what became of those that failed."""
+    def _propose(self, requests: Sequence[Request]) -> list[Progress]:
+        """Have drafts made, and canvases' first passages; what became of the requests where that failed."""
         groups: dict[int, list[Request]] = {}
-        drafts: dict[int, Draft] = {}
         failed: list[Progress] = []
-
-        def ask(*requests: Request) -> list[Progress]:
-            drafts.update(self._draft(requests))
-            return []
-
-        for scheduled in plan:
-            request = scheduled.request
-            if request.filling is not None:
-                failed += self._alone(request, _look, request.filling)
-            elif request.started and request.stopper.left > 1:
+        for request in requests:
+            if isinstance(request.decoding, Filling):
+                failed += self._alone(request, self._look)
+            elif request.stopper.left > 1:
                 groups.setdefault(id(request.drafter), []).append(request)
-        for requests in groups.values():
+        for group in groups.values():
             try:
-                ask(*requests)
+                self._draft(*group)
             except Exception:
                 # One by one, to know which of them it was.
-                for request in requests:
-                    failed += self._alone(request, ask)
-        return drafts, failed
+                for request in group:
+                    failed += self._alone(request, self._draft)
+        return failed
 
-    def _draft(self, requests: Sequence[Request]) -> dict[int, Draft]:
-        """Clamped drafts of requests with one drafter, by their ids."""
+    def _look(self, request: Request) -> list[Progress]:
+        request.decoding.passage(request, 0)
+        return []
+
+    def _draft(self, *requests: Request) -> list[Progress]:
+        """Clamped drafts for requests with one drafter."""
         started = time.perf_counter()
         # The target adds a token of its own, so a draft is never longer than what may come, less one.
         depths = [min(request.stopper.left - 1, MAX_DRAFT) for request in requests]
         proposed = requests[0].drafter.propose_all(requests, [MAX_DRAFT] * len(requests))
         seconds = (time.perf_counter() - started) / len(requests)
-        drafts = {}
         for request, draft, depth in zip(requests, proposed, depths, strict=True):
-            drafts[request.id] = draft.clamped(MAX_DRAFT, depth, self.model.config.vocab_size)
+            draft = draft.clamped(MAX_DRAFT, depth, self.model.config.vocab_size)
             if request.sampler.grammar is not None:
-                drafts[request.id] = request.sampler.grammar.fit(drafts[request.id])
+                draft = request.sampler.grammar.fit(draft)
+            assert isinstance(request.decoding, Speculation)
+            request.decoding.draft = draft
             request.statistics.draft_seconds += seconds
-        return drafts
-
-    def _passage(self, scheduled: Scheduled, draft: Draft) -> Passage:
-        """What a request computes in this step: its next uncached tokens and its draft, or a look at its canvas."""
-        request = scheduled.request
-        if request.filling is not None:
-            assert request.filling.passage is not None
-            return request.filling.passage
-        cached, count = request.sequence.length, scheduled.rows
-        if cached in (0, request.prompt_length):
-            # Before the prompt's first chunk; and before a forked choice's own first row.
-            request.sequence.reserve(len(request.tokens) - cached + request.drafter.headroom(request))
-        tokens, positions = request.tokens[cached : cached + count], list(range(cached, cached + count))
-        if not scheduled.decodes:
-            return Passage(tokens, positions, [])
-        root = positions[-1]
-        probes, offsets = draft.probed()
-        tokens = tokens + draft.tokens + probes
-        positions += [root + offset for offset in draft.depths() + offsets]
-        return Passage(tokens, positions, range(count - 1, len(tokens)), draft.mask())
+        return []
 
     def _pack(self, plan: Sequence[Scheduled], passages: Sequence[Passage]) -> tuple[Rows, list[int]]:
         """All rows of the step, and the numbers of those whose logits are wanted."""
@@ -371,25 +332,25 @@ class Engine:
         sites = {site for scheduled in plan for site in scheduled.request.drafter.taps}
         return Taps(sites) if sites else None
 
-    def _commit_prompt(self, request: Request, scheduled: Scheduled, span: Span, taps: Taps | None) -> list[Progress]:
-        """Keep a prompt chunk's rows and show them to the drafter, for each choice that will fork them."""
-        start = request.sequence.length
-        request.sequence.commit(scheduled.rows)
-        request.statistics.prompt_rows += scheduled.rows
+    def _read(self, request: Request, span: Span, taps: Taps | None) -> list[Progress]:
+        """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
+        start, count = request.read, span.stop - span.start
+        request.sequence.commit(count)
+        request.read += count
+        request.statistics.prompt_rows += count
         hidden = _rows_of(taps, request.drafter, span.start, span.stop)
         for each in (request, *self.scheduler.followers(request)):
             each.drafter.observe_prompt(each, start, hidden)
         return []
 
-    def _fork_prompt(self, leader: Request) -> list[Request]:
+    def _fork(self, leader: Request) -> list[Request]:
         """Give the sibling choices that wait for this prompt its cache, by reference.
 
         All get their first token with it, those that still queue for a place in the batch, too.
         """
         followers = self.scheduler.followers(leader)
         for follower in followers:
-            follower.sequence = leader.sequence.fork()
-            follower.leader = None
+            follower.sequence, follower.read, follower.leader = leader.sequence.fork(), leader.read, None
         return followers
 
     def _bequeath(self, leader: Request) -> None:
@@ -398,137 +359,49 @@ class Engine:
         if not followers:
             return
         heir = followers[0]
-        heir.sequence, leader.sequence, heir.leader = leader.sequence, heir.sequence, None
+        heir.sequence, leader.sequence = leader.sequence, heir.sequence
+        heir.read, heir.leader = leader.read, None
         for follower in followers[1:]:
             follower.leader = heir
 
-    def _decode(
-        self,
-        request: Request,
-        draft: Draft,
-        logits: Tensor,
-        best: list[int] | None,
-        taps: Taps | None,
-        row: int,
-    ) -> list[Progress]:
-        """Verify a draft, commit what is accepted, apply stopping, report."""
+    def _decode(self, request: Request, answer: Answer) -> list[Progress]:
+        """What a pass gave a request goes through the stopping rules, and is kept and reported."""
         started = time.perf_counter()
-        logits, probes = logits[: len(draft) + 1], logits[len(draft) + 1 :]
-        verdict = self._verify(request, draft, logits, best)
-        accepted = [draft.tokens[node] for node in verdict.path]
-        emitted = [*accepted, verdict.token]
-        grammar = request.sampler.grammar
+        decoding, statistics, grammar = request.decoding, request.statistics, request.sampler.grammar
+        emitted = decoding.receive(request, answer)
         kept = request.stopper.accept(emitted, None if grammar is None else grammar.length(emitted))
-        tokens = emitted[:kept]
-        kinds: list[TokenKind] = ["accepted"] * min(kept, len(accepted))
-        if kept > len(accepted):
-            kinds.append("correction" if draft else "plain")
-        if request.sequence.pending:
-            request.sequence.commit([0, *(node + 1 for node in verdict.path)])
-        if request.params.logprobs is not None:
-            request.logprobs += _logprobs(
-                logits, [0, *(node + 1 for node in verdict.path)], tokens, request.params.logprobs
-            )
+        tokens = list(emitted[:kept])
+        kinds = decoding.keep(request, tokens)
         request.tokens += tokens
         request.kinds += kinds
-        request.sampler.committed(tokens)
-        statistics = request.statistics
-        statistics.steps += 1
         statistics.tokens += len(tokens)
-        statistics.rows += logits.shape[0] + probes.shape[0]
-        statistics.proposed += len(draft)
-        statistics.accepted += min(kept, len(accepted))
-        statistics.accepted_per_step.append(min(kept, len(accepted)))
         statistics.verify_seconds += time.perf_counter() - started
-        if request.first_token_at is None:
-            request.first_token_at = time.perf_counter()
         request.finish_reason = request.stopper.reason
-        if request.finish_reason is None:
-            hidden = _rows_of(taps, request.drafter, row, row + len(draft) + 1)
-            states = hidden.states if hidden else {}
-            observation = Observation(draft, verdict.path, tokens, logits, states, probes)
-            observed = time.perf_counter()
-            request.drafter.observe(request, observation)
-            statistics.draft_seconds += time.perf_counter() - observed
-        progress = self._progress(request, tokens, kinds)
-        if request.finish_reason is not None:
-            self._finish(request)
-        return [progress]
-
-    def _fill(self, request: Request, filling: Filling, passage: Passage, logits: Tensor) -> list[Progress]:
-        """Hand a canvas its logits; what became final goes through the stopping rules, and is reported."""
-        started = time.perf_counter()
-        canvas, statistics = filling.canvas, request.statistics
-        if passage.prompt:
-            statistics.prompt_rows += len(passage.tokens)
-        else:
-            statistics.rows += len(passage.tokens)
-        before, accepted = canvas.steps, statistics.accepted
-        filling.receive(logits)
-        if canvas.steps > before:
-            statistics.steps += 1
-            statistics.accepted_per_step.append(statistics.accepted - accepted)
-        statistics.verify_seconds += time.perf_counter() - started
-        fresh = canvas.fresh()
-        tokens = fresh[: request.stopper.accept(fresh)]
-        steps = canvas.committed_at[len(request.tokens) : len(request.tokens) + len(tokens)]
-        alone = torch.bincount(canvas.committed_at)[steps] == 1 if tokens else steps
-        request.kinds += (kinds := [_kind_of(single) for single in alone.tolist()])
-        request.tokens += tokens
-        statistics.tokens += len(tokens)
-        request.finish_reason = request.stopper.reason
-        if request.finish_reason is None and (filling.passage is None or canvas.finished):
+        if request.finish_reason is None and decoding.exhausted:
             request.finish_reason = "length"
         if not tokens and request.finish_reason is None:
             return []
-        if request.first_token_at is None and tokens:
+        if tokens and request.first_token_at is None:
             request.first_token_at = time.perf_counter()
         progress = self._progress(request, tokens, kinds)
-        if request.finish_reason is not None:
+        if request.finish_reason is None:
+            decoding.observe(request, tokens)
+        else:
             self._finish(request)
         return [progress]
-
-    def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int] | None) -> Verdict:
-        """The acceptance rule that the request's parameters ask for."""
-        sampler, params = request.sampler, request.params
-        if best is not None and sampler.is_argmax:
-            return verification.match(draft, best)
-        nodes = [ROOT, *range(len(draft))]
-        paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
-        position = len(request.tokens)
-        # Without sampled nodes, `max` and `match` accept as often: then the text need not depend on the draft.
-        if params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not draft.drawn):
-            positions = [position + len(path) for path in paths]
-            return verification.match(draft, sampler.choose(logits, positions, paths))
-
-        def target(node: int) -> Tensor:
-            row = node + 1
-            return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
-
-        coins = sampler.coins(position)
-        if params.acceptance == "max":
-            return verification.reject(draft, target, coins)
-        return verification.typical(draft, target, coins, params)
 
     def _finish(self, request: Request) -> None:
         """Release everything a request holds."""
         request.finished_at = time.perf_counter()
         self.scheduler.remove(request)
-        if request.filling is not None:
-            request.filling.close()
+        request.decoding.close()
         request.drafter.end(request)
         request.sequence.release()
 
 
-def _look(request: Request, filling: Filling) -> list[Progress]:
-    """Have a canvas's first passage made."""
-    _ = filling.passage
-    return []
-
-
-def _kind_of(single: bool) -> TokenKind:
-    """A token of a canvas came alone or with others."""
-    return "plain" if single else "accepted"
+def _by_argmax(request: Request) -> bool:
+    """Whether a request chooses by nothing but the argmax of its logits."""
+    return isinstance(request.decoding, Speculation) and request.sampler.is_argmax
 
 
 def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps | None:
@@ -538,17 +411,3 @@ def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps
     own = Taps(drafter.taps)
     own.states = {site: taps.states[site][start:stop] for site in drafter.taps}
     return own
-
-
-def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of emitted tokens: token i was chosen from row `rows[i]`."""
-    table = logits[torch.tensor(rows[: len(tokens)], device=logits.device)].log_softmax(-1)
-    values, ids = table.topk(min(max(top, 1), table.shape[1]), -1)
-    return [
-        TokenLogprobs(
-            token,
-            float(table[i, token]),
-            tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True))[:top],
-        )
-        for i, token in enumerate(tokens)
-    ]

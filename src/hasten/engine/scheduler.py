@@ -30,17 +30,12 @@ class Limits:
             raise UserError("limits: sequences and rows must be at least 1")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scheduled:
-    """A request's share of a step: its next `rows` uncached tokens."""
+    """A request's share of a step: so many tokens of its prompt; 0 where the prompt is read."""
 
     request: Request
-    rows: int
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the step reaches the request's last token, and so yields new ones."""
-        return self.rows == self.request.waiting_rows
+    piece: int
 
 
 class Scheduler:
@@ -73,17 +68,14 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
         ready = [request for request in self.running if request.leader is None]
-        decoding = [Scheduled(request, 1) for request in ready if request.started and request.filling is None]
+        backlogs = [(request, request.decoding.backlog(request)) for request in ready]
+        decoding = [Scheduled(request, 0) for request, backlog in backlogs if not backlog]
         left = max(self.limits.rows - len(decoding), 1)
         prompts = []
-        for request in ready:
-            if request.filling is not None:
-                # A canvas says itself what its passes compute.
-                decoding.append(Scheduled(request, 0))
-            elif not request.started and left > 0:
-                rows = min(request.waiting_rows, left)
-                prompts.append(Scheduled(request, rows))
-                left -= rows
+        for request, backlog in backlogs:
+            if backlog and left:
+                prompts.append(Scheduled(request, min(backlog, left)))
+                left -= prompts[-1].piece
         return decoding + prompts
 
     def __len__(self) -> int:

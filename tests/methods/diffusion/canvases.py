@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine import Canvas, Engine, Request, SamplingParams, View
+from hasten.engine.filling import Filling
 from hasten.engine.sampling import Sampler
 from hasten.model import CanvasOracle, DiffusionConfig, Model, Rows
 from hasten.tasks.parallelbench.operations import ListProblem
@@ -112,8 +113,8 @@ def decode(model: Model, method: Any, prompt: list[int], end_ids: Collection[int
 
 
 def canvas_of(request: Request) -> Canvas:
-    assert request.filling is not None
-    return request.filling.canvas
+    assert isinstance(request.decoding, Filling)
+    return request.decoding.canvas
 
 
 def by_law(name: str, law: Any = everything_counts) -> Logits:

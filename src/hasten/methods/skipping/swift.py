@@ -359,9 +359,7 @@ class Swift(Drafter):
         level = 0
         while active:
             tokens = torch.tensor([chain.latest for chain in active], device=self.model.device)
-            positions = torch.tensor(
-                [chain.request.sequence.length + level for chain in active], device=self.model.device
-            )
+            positions = torch.tensor([chain.request.read + level for chain in active], device=self.model.device)
             spans = [Span(chain.request.sequence, row, row + 1, extend=level > 0) for row, chain in enumerate(active)]
             logits = forward(self.model, Rows(tokens, positions, spans), skipped)
             for row, chain in enumerate(active):

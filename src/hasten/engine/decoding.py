@@ -1,0 +1,71 @@
+"""A request's way to its tokens: what it asks of a step, and what it makes of the answer.
+
+There are two: `Speculation` of the next tokens, and `Filling` of a canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor
+
+from hasten.engine.passage import Passage
+from hasten.model import Taps
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Request
+
+TokenKind = Literal["plain", "accepted", "correction"]
+"""How a token came: without a draft, from a draft (or with others in one look at a canvas), or as the target's own one
+at the end of a draft."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a forward pass made of a passage.
+
+    Attributes:
+        logits: float32 [wanted rows, vocabulary].
+        best: the argmax of each of these rows, where some request of the step chooses by it.
+        taps: the hidden states of all rows of the passage that the request's drafter asked for; None where it asked
+            for none.
+    """
+
+    logits: Tensor
+    best: list[int] | None
+    taps: Taps | None
+
+
+class Decoding(Protocol):
+    """How a request comes to its tokens. The engine applies the stopping rules, and reports.
+
+    In each step: `passage`, a forward pass, `receive`, the stopping rules, `keep`; and `observe`, if it goes on.
+    """
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing more can come, whatever the stopping rules say."""
+
+    def backlog(self, request: Request) -> int:
+        """Tokens of the prompt that are still to be read, in pieces of any size; 0 where the passages say it all."""
+
+    def passage(self, request: Request, piece: int) -> Passage:
+        """The rows of the next pass.
+
+        Args:
+            piece: tokens of the backlog that it reads.
+        """
+
+    def receive(self, request: Request, answer: Answer) -> Sequence[int]:
+        """What the passage gave: new tokens in order, before stopping rules; perhaps none."""
+
+    def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:
+        """These of the new tokens belong to the output, and how they came; they are not in `request.tokens` yet."""
+
+    def observe(self, request: Request, tokens: Sequence[int]) -> None:
+        """They are now, and the request goes on."""
+
+    def close(self) -> None:
+        """The request is over."""

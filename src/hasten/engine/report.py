@@ -1,0 +1,38 @@
+"""What a request reports beside its tokens: what it cost, and how likely its tokens were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Statistics:
+    """What a request cost. Rows and forwards of the prompt are counted apart from those of decoding.
+
+    `steps` are forwards that gave tokens, or worked on a canvas; `tokens` counts them up to end of text. Seconds of a
+    batch's shared forward are counted in full for each of its requests.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    prompt_rows: int = 0
+    rows: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    accepted_per_step: list[int] = field(default_factory=list)
+    draft_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability (natural) of the chosen token, and of the likeliest ones, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]

@@ -1,0 +1,140 @@
+"""Speculation: a draft, the target's look at all of it in one pass, and what of it the target agrees with.
+
+Plain decoding is the empty draft on the same path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hasten.engine import verification
+from hasten.engine.decoding import Answer, TokenKind
+from hasten.engine.draft import ROOT, Draft
+from hasten.engine.drafter import Observation
+from hasten.engine.passage import Passage
+from hasten.engine.report import TokenLogprobs
+from hasten.engine.verification import Verdict
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Request
+
+
+class Speculation:
+    """Reads the prompt in pieces, then verifies a draft per step.
+
+    Attributes:
+        draft: what the next pass verifies; the engine has it proposed.
+    """
+
+    def __init__(self) -> None:
+        self.draft = Draft()
+        self._verdict = Verdict([], -1)
+        self._answer: Answer | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        return False
+
+    def backlog(self, request: Request) -> int:
+        return 0 if request.started else len(request.tokens) - request.read
+
+    def passage(self, request: Request, piece: int) -> Passage:
+        """A piece of the prompt, whose last row is wanted if it is the prompt's, too; or the root and its draft."""
+        read = request.read
+        if read in (0, request.prompt_length):
+            # Before the prompt's first piece; and before a forked choice's own first row.
+            request.sequence.reserve(len(request.tokens) - read + request.drafter.headroom(request))
+        if piece:
+            stop = read + piece
+            wanted = [piece - 1] if stop == len(request.tokens) else []
+            return Passage(request.tokens[read:stop], range(read, stop), wanted)
+        draft = self.draft
+        probes, offsets = draft.probed()
+        tokens = [request.tokens[read], *draft.tokens, *probes]
+        positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
+        return Passage(tokens, positions, range(len(tokens)), draft.mask())
+
+    def receive(self, request: Request, answer: Answer) -> Sequence[int]:
+        """The accepted path and the target's own token."""
+        self._answer, self._verdict = answer, self._verify(request, answer)
+        return [*(self.draft.tokens[node] for node in self._verdict.path), self._verdict.token]
+
+    def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:
+        """Commits the accepted rows to the cache."""
+        answer, draft, path, statistics = self._answer, self.draft, self._verdict.path, request.statistics
+        assert answer is not None
+        rows = [0, *(node + 1 for node in path)]
+        if request.started:
+            request.sequence.commit(rows)
+            request.read += len(rows)
+        if request.params.logprobs is not None:
+            request.logprobs += _logprobs(answer.logits, rows, tokens, request.params.logprobs)
+        request.sampler.committed(tokens)
+        accepted = min(len(tokens), len(path))
+        statistics.steps += 1
+        statistics.rows += len(answer.logits)
+        statistics.proposed += len(draft)
+        statistics.accepted += accepted
+        statistics.accepted_per_step.append(accepted)
+        kinds: list[TokenKind] = ["accepted"] * accepted
+        if len(tokens) > accepted:
+            kinds.append("correction" if draft else "plain")
+        return kinds
+
+    def observe(self, request: Request, tokens: Sequence[int]) -> None:
+        """Shows the drafter all verified rows, rejected ones included."""
+        answer, count = self._answer, len(self.draft) + 1
+        assert answer is not None
+        started = time.perf_counter()
+        states = {} if answer.taps is None else {key: rows[:count] for key, rows in answer.taps.states.items()}
+        seen = Observation(
+            self.draft, self._verdict.path, list(tokens), answer.logits[:count], states, answer.logits[count:]
+        )
+        request.drafter.observe(request, seen)
+        request.statistics.draft_seconds += time.perf_counter() - started
+        self.draft, self._answer = Draft(), None
+
+    def close(self) -> None:
+        """Nothing: what it holds goes with the request."""
+
+    def _verify(self, request: Request, answer: Answer) -> Verdict:
+        """The acceptance rule that the request's parameters ask for."""
+        sampler, params, draft = request.sampler, request.params, self.draft
+        if answer.best is not None and sampler.is_argmax:
+            return verification.match(draft, answer.best)
+        logits = answer.logits[: len(draft) + 1]
+        nodes = [ROOT, *range(len(draft))]
+        paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
+        position = len(request.tokens)
+        # Without sampled nodes, `max` and `match` accept as often: then the text need not depend on the draft.
+        if params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not draft.drawn):
+            positions = [position + len(path) for path in paths]
+            return verification.match(draft, sampler.choose(logits, positions, paths))
+
+        def target(node: int) -> Tensor:
+            row = node + 1
+            return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
+
+        coins = sampler.coins(position)
+        if params.acceptance == "max":
+            return verification.reject(draft, target, coins)
+        return verification.typical(draft, target, coins, params)
+
+
+def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of emitted tokens: token i was chosen from row `rows[i]`."""
+    table = logits[torch.tensor(rows[: len(tokens)], device=logits.device)].log_softmax(-1)
+    values, ids = table.topk(min(max(top, 1), table.shape[1]), -1)
+    return [
+        TokenLogprobs(
+            token,
+            float(table[i, token]),
+            tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True))[:top],
+        )
+        for i, token in enumerate(tokens)
+    ]
