@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from hasten.cache.block import Block
 from hasten.model.attention import Part
-
-if TYPE_CHECKING:
-    from hasten.cache.cache import Cache
+from hasten.model.config import LayerConfig
 
 
 class RollbackError(RuntimeError):
     """A layer was asked to forget rows that it cannot forget."""
+
+
+class Blocks(Protocol):
+    """Where a sequence's blocks come from, and go: `Cache`."""
+
+    layers: tuple[LayerConfig, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def block(self, capacity: int, ideal: int = 0) -> Block: ...
+
+    def drop(self, block: Block) -> None: ...
 
 
 @dataclass
@@ -44,7 +54,7 @@ class Sequence:
     keeps some of them, and rows not committed vanish with the next `begin`. Made by `Cache.sequence`, not directly.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Blocks) -> None:
         self._cache = cache
         self._views: list[View] = []
         self._writer = False
