@@ -38,7 +38,7 @@ def test_settings_turn_the_knob_that_is_free():
     assert [each.method for each in settings("plain")] == ["plain"]
     assert settings("prophet")[0].method == "prophet:early=30,middle=20,late=10"
     for slug in KNOBS:
-        assert methods()[slug].family == "diffusion" and len(settings(slug)) == len(KNOBS[slug].values)
+        assert methods()[slug].role == "denoiser" and len(settings(slug)) == len(KNOBS[slug].values)
     with pytest.raises(UserError, match="no parameter 'heat'"):
         settings("factor:heat=1")
 

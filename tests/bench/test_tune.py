@@ -15,7 +15,7 @@ from hasten import LLM, SamplingParams, UserError
 from hasten.bench import tune as tuning
 from hasten.bench.prompts import BenchPrompt
 from hasten.bench.tune import TuneResult, default_candidates, settings, tune
-from hasten.engine import Draft, Drafter, methods
+from hasten.engine import Draft, Drafter, decoders
 from hasten.engine.registry import Method, parse
 from hasten.model import DiffusionConfig, ModelConfig, OracleModel
 
@@ -185,7 +185,7 @@ def test_default_candidates_come_from_the_registry():
         method, _ = parse(name)
         assert method.exactness == "lossless" and not method.needs_training
     slugs = {name.partition(":")[0] for name in chosen}
-    assert slugs | skipped.keys() == methods().keys() - {"plain"}
+    assert slugs | skipped.keys() == decoders().keys() - {"plain"}
     assert {"ngram", "ngram:length=5", "ngram:length=20"} <= set(chosen)
     assert all(len(list(group)) <= 3 for _, group in itertools.groupby(chosen, lambda name: name.partition(":")[0]))
 
@@ -212,7 +212,10 @@ def test_settings_stay_within_a_methods_range():
                 raise UserError("nodes must be at most 4")
 
     def register(parameters: type[Any]) -> Method:
-        return Method("narrow", "drafters", "lossless", "", "", False, parameters, lambda target, chosen: Silent())
+        return Method(
+            *("narrow", "drafter", (), "drafters", "lossless", "", "", False, ""),
+            *(parameters, lambda target, chosen: Silent()),
+        )
 
     from hasten.engine import registry
 

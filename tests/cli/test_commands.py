@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hasten import LLM
 from hasten.model.checkpoint import resolve
 from hasten.model.native.library import LIBRARY
 
@@ -95,9 +96,43 @@ def test_methods(hasten):
     listed = hasten("methods", "--json").json()
     assert {"plain", "ngram", "draft-model"} <= {entry["slug"] for entry in listed}
     for entry in listed:
-        assert entry.keys() >= {"slug", "family", "exactness", "paper", "title", "needs_training"}
+        assert entry.keys() >= {
+            *("slug", "aliases", "role", "family", "exactness", "paper", "title", "needs_training", "command")
+        }
     table = hasten("methods").out
-    assert "draft-model" in table and "lossless" in table
+    for role in ("drafters", "denoisers", "kernels", "recipes", "evaluations"):
+        assert f"\n{role}" in f"\n{table}"
+    for entry in listed:
+        assert table.count(f"\n  {entry['slug']} ") == 1
+    assert max(map(len, table.splitlines())) <= 80 and "…" not in table
+
+
+def test_one_method(hasten):
+    (entry,) = hasten("methods", "suffix-decoding", "--json").json()
+    assert (entry["slug"], entry["aliases"], entry["role"]) == ("suffix", ["suffix-decoding"], "drafter")
+    shown = hasten("methods", "suffix-decoding").out
+    for words in ("suffix, suffix-decoding", "lossless", "arXiv 2411.04975", "hasten bench --methods suffix"):
+        assert words in shown
+    for name, default in entry["parameters"].items():
+        assert f"  {name}={default}\n" in shown
+    assert "hasten train scylla" in hasten("methods", "scylla").out
+    refused = hasten("methods", "scyla")
+    assert (refused.status, refused.out) == (2, "")
+    assert "unknown method 'scyla'; did you mean scylla" in refused.err
+
+
+def test_every_command_of_the_list_names_a_model_that_its_method_is_for(hasten):
+    """Made for the model, which is all that a method checks; the commands' own tests run them."""
+    targets = {}
+    for entry in hasten("methods", "--json").json():
+        words = entry["command"].split()
+        if "--methods" not in words:
+            continue
+        name = words[words.index("--model") + 1] if "--model" in words else "tiny"
+        if name not in targets:
+            targets[name] = LLM(name)
+        assert words[words.index("--methods") + 1] == entry["slug"]
+        targets[name].engine.drafter(entry["slug"])
 
 
 def test_verify(hasten):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from hasten import SamplingParams, methods
+from hasten import SamplingParams
+from hasten.engine import decoders
 from helpers import VOCABULARY
 
 VARIANTS = {
@@ -46,7 +47,7 @@ VARIANTS = {
 """Specifications to run per method; a method without an entry runs with its defaults."""
 
 SPECS = [
-    spec for slug, method in methods().items() if method.exactness == "lossless" for spec in VARIANTS.get(slug, [slug])
+    spec for slug, method in decoders().items() if method.exactness == "lossless" for spec in VARIANTS.get(slug, [slug])
 ]
 
 LEARNING = ("auto", "suffix", "token-recycling", "aded", "stand", "swift")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hasten import UserError, methods
+from hasten import SamplingParams, UserError, methods
 from hasten.engine import Draft, Drafter, Target, register, registry
+from hasten.engine.specification import split_methods
 from hasten.model import OracleModel
 
 
@@ -53,10 +54,29 @@ def test_what_comes_with_hasten():
     assert list(known) == sorted(known)
     for slug, each in known.items():
         assert each.slug == slug
-        assert each.family and each.title
+        assert each.family and each.title and each.command.startswith("hasten ")
+        for alias in each.aliases:
+            assert registry.find(alias) is each
+        if each.create is None:
+            with pytest.raises(UserError, match=f"{slug} is an? {each.role}, not a way of decoding; .* by: hasten"):
+                registry.parse(slug)
+            continue
         assert each.exactness in ("lossless", "lossy")
         each.parameters()  # every parameter has a default
         assert registry.parse(slug) == (each, each.parameters())
+    assert registry.decoders().keys() == {slug for slug, each in known.items() if each.create is not None}
+
+
+PUBLISHED = (
+    "aded copyspec dparallel dyspec fast-dllm-v2 flashdecoding-pp freedave learn2pd localleap nbdiff parallelbench "
+    "prophet scylla specmemo stand suffix-decoding swift tidar token-recycling vocabtrim"
+)
+"""The published systems that work here, under the names by which they are known."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED.split())
+def test_published_systems(name):
+    assert registry.find(name).paper
 
 
 def test_the_listing_and_the_package_share_a_name():
@@ -79,6 +99,18 @@ def test_values_have_their_types(method):
     assert registry.parse("a-test-method:")[1] == Parameters()
     assert registry.parse(" a-test-method :eager=No")[1] == Parameters()
     assert registry.parse("ngram:length=4,minimum=1")[1].length == 4
+    assert registry.parse("a-test-method:name=[a,b=[c+d]],count=7")[1] == Parameters(7, name="a,b=[c+d]")
+
+
+def test_brackets_hold_specifications_within_specifications(llm):
+    inner = "suffix:length=4,depth=8/ngram:length=3,minimum=1"
+    spec = f"auto:candidates=[{inner}]"
+    assert registry.parse(spec)[1].candidates == inner
+    assert registry.split(f"{spec}+copyspec") == [spec, "copyspec"]
+    assert split_methods(f"ngram:length=6,maximum=3,{spec},plain") == ["ngram:length=6,maximum=3", spec, "plain"]
+    asked = SamplingParams(max_tokens=12, ignore_eos=True)
+    for outer in (spec, f"specmemo:drafter=[{inner}],nodes=5"):
+        assert llm.generate("the cat and", asked, outer)[0].token_ids == llm.generate("the cat and", asked)[0].token_ids
 
 
 @pytest.mark.parametrize(
@@ -100,6 +132,10 @@ def test_values_have_their_types(method):
         ("ngram:minimum=5", r"ngram: 1 <= minimum <= maximum <= 16 must hold"),
         ("draft-model:width=9", r"draft-model: width must be between 1 and 8"),
         ("draft-model:confidence=nan", r"draft-model: confidence must be between 0 and 1"),
+        ("auto:candidates=[ngram", r"more opening brackets than closing"),
+        ("auto:candidates=ngram]", r"fewer opening brackets than closing"),
+        ("auto:candidates=[ngram:length=0]", r"ngram: length must be between 1 and 64"),
+        ("auto:candidates=[ngarm]", r"unknown method 'ngarm'"),
     ],
 )
 def test_bad_specifications(method, spec, message):

@@ -19,7 +19,7 @@ from hasten.bench.compare import warm_engines
 from hasten.bench.lane import Lane, interleave
 from hasten.bench.prompts import BenchPrompt, encode
 from hasten.bench.race import default_method
-from hasten.engine import Engine, SamplingParams, methods
+from hasten.engine import Engine, SamplingParams, decoders
 from hasten.engine.registry import Method, is_lossless, parse
 from hasten.errors import UserError
 from hasten.llm import LLM
@@ -98,10 +98,10 @@ def default_candidates(config: ModelConfig) -> tuple[list[str], dict[str, str]]:
     are left out."""
     chosen: list[str] = []
     skipped: dict[str, str] = {}
-    for slug, method in methods().items():
+    for slug, method in decoders().items():
         if slug == "plain":
             continue
-        if (method.family == "diffusion") != config.fills_canvas:
+        if (method.role == "denoiser") != config.fills_canvas:
             skipped[slug] = "not for this model's kind of plain decoding"
         elif method.exactness != "lossless":
             skipped[slug] = "lossy: it would change the text"

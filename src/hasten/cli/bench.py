@@ -58,6 +58,7 @@ def bench(
     from hasten.bench.race import default_method
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
+    from hasten.engine.specification import split_methods
 
     names = [default_method(llm.model.config)] if methods is None else split_methods(methods)
     prompts = load_suite(suite, per_task, llm.tokenizer)
@@ -72,20 +73,6 @@ def bench(
         options.emit(document)
     else:
         _print(document["rows"], CANVAS_COLUMNS if llm.model.config.fills_canvas else COLUMNS)
-
-
-def split_methods(text: str) -> list[str]:
-    """`a,b:x=1,y=2` to `["a", "b:x=1,y=2"]`: a comma starts a new method unless `key=value` follows it."""
-    names: list[str] = []
-    for piece in filter(None, (part.strip() for part in text.split(","))):
-        key = piece.partition("=")[0]
-        if names and "=" in piece and ":" not in key:
-            names[-1] += f",{piece}"
-        else:
-            names.append(piece)
-    if not names:
-        raise UserError("give at least one method")
-    return names
 
 
 COLUMNS = {

@@ -3,36 +3,87 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from hasten.cli import options
 
+if TYPE_CHECKING:
+    from hasten.engine import Method
 
-def methods(json: options.Json = False) -> None:
-    """List every method with its family, exactness, source and parameters."""
-    from rich.console import Console
-    from rich.table import Table
 
+def methods(
+    method: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show this one in full.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List every published system that works here by its role, or show one with its parameters."""
     import hasten.methods  # noqa: F401  (a source tree that is not installed has no entry points)
     from hasten.engine import methods as registered
+    from hasten.engine.registry import find
 
-    known = registered().values()
+    chosen = list(registered().values()) if method is None else [find(method)]
     if json:
-        keys = ("slug", "family", "exactness", "paper", "title", "needs_training")
-        options.emit(
-            [
-                {key: getattr(method, key) for key in keys} | {"parameters": _defaults(method.parameters)}
-                for method in known
-            ]
-        )
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("method", "family", "exactness", "source", "what it does", "parameters"):
-        table.add_column(column)
-    for method in known:
-        defaults = " ".join(f"{key}={value}" for key, value in _defaults(method.parameters).items())
-        table.add_row(method.slug, method.family, method.exactness, method.paper, method.title, defaults)
-    Console().print(table)
+        options.emit([_entry(each) for each in chosen])
+    elif method is None:
+        _list(chosen)
+    else:
+        _show(chosen[0])
 
 
-def _defaults(parameters: type) -> dict[str, object]:
-    return {field.name: field.default for field in dataclasses.fields(parameters)}
+KEYS = ("slug", "aliases", "role", "family", "exactness", "paper", "title", "needs_training", "command")
+
+
+def _entry(method: Method) -> dict[str, Any]:
+    """As JSON."""
+    entry = {key: getattr(method, key) for key in KEYS}
+    return entry | {"aliases": list(method.aliases), "parameters": _defaults(method)}
+
+
+def _list(chosen: list[Method]) -> None:
+    """A block per role, a line per method."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(method.slug) for method in chosen)
+    for role in sorted({method.role for method in chosen}, key=_order):
+        console.print(role.removesuffix("y") + ("ies" if role.endswith("y") else "s"), style="bold")
+        for method in (each for each in chosen if each.role == role):
+            loss = "lossy" if method.exactness == "lossy" else ""
+            console.print(f"  {method.slug:<{width}} {loss:<5} {method.title}")
+    console.print("hasten methods METHOD shows one in full.", style="dim")
+
+
+def _order(role: str) -> int:
+    from typing import get_args
+
+    from hasten.engine.registry import Role
+
+    return get_args(Role).index(role)
+
+
+def _show(method: Method) -> None:
+    """All that the registry knows of one."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(method.title, style="bold")
+    facts = {
+        "name": ", ".join((method.slug, *method.aliases)),
+        "role": method.role,
+        "exactness": method.exactness or "-",
+        "source": f"arXiv {method.paper}" if method.paper else "-",
+        "training": "needs weights trained for the model" if method.needs_training else "none",
+        "at work": method.command,
+    }
+    for name, fact in facts.items():
+        console.print(f"  {name:<10} {fact}")
+    defaults = _defaults(method)
+    if defaults:
+        console.print("parameters, with their defaults", style="bold")
+        for name, default in defaults.items():
+            console.print(f"  {name}={default}")
+
+
+def _defaults(method: Method) -> dict[str, object]:
+    return {field.name: field.default for field in dataclasses.fields(method.parameters)}

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
-from hasten.cli.bench import split_methods
 from hasten.errors import UserError
 
 ORACLE = "oracle"
@@ -63,6 +62,7 @@ def sweep(
     from hasten.bench.suite import load_suite
     from hasten.bench.sweep import sweep as measure
     from hasten.engine import SamplingParams
+    from hasten.engine.specification import split_methods
 
     if llm is not None and llm.model.config.diffusion is None:
         raise UserError(

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
-from hasten.cli.bench import split_methods
 from hasten.errors import UserError
 
 
@@ -37,6 +36,8 @@ def tune(
     """
     if not seconds > 0:
         raise UserError("seconds must be positive")
+    from hasten.engine.specification import split_methods
+
     names = None if candidates is None else split_methods(candidates)
     llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 

@@ -7,7 +7,7 @@ from hasten.engine.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
 from hasten.engine.grammar import Constraint
 from hasten.engine.params import SamplingParams
-from hasten.engine.registry import Method, Target, methods, register
+from hasten.engine.registry import Method, Target, decoders, methods, register
 from hasten.engine.report import Statistics, TokenLogprobs
 from hasten.engine.request import Progress, Request
 from hasten.engine.scheduler import Limits
@@ -39,6 +39,7 @@ __all__ = [
     "TokenLogprobs",
     "View",
     "Window",
+    "decoders",
     "methods",
     "register",
 ]

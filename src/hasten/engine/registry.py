@@ -12,12 +12,29 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from hasten.engine.composition import FirstOf
 from hasten.engine.drafter import Drafter
+from hasten.engine.specification import bare, pieces
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
     from hasten.model.decoder import Model
 
 Exactness = Literal["lossless", "lossy"]
+Role = Literal[
+    "drafter",
+    "denoiser",
+    "cache policy",
+    "prompt reducer",
+    "weight format",
+    "batching",
+    "search",
+    "architecture",
+    "kernel",
+    "recipe",
+    "evaluation",
+    "simulator",
+]
+"""What a published system is. A drafter proposes next tokens and a denoiser fills canvases: requests choose among these
+two, the decoders; the others are chosen at load, or are commands of their own."""
 ENTRY_POINTS = "hasten.methods"
 
 
@@ -39,23 +56,34 @@ class Method:
 
     Attributes:
         slug: its name on the command line and in reports.
-        family: the group it belongs to, such as "drafters".
-        exactness: `lossless` gives plain decoding's tokens; `lossy` does not.
+        role: what it is.
+        aliases: other names that find it.
+        family: the folder it belongs to, such as "drafters".
+        exactness: `lossless` gives plain decoding's tokens; `lossy` does not; None where that is no question.
         paper: identifier of the source, such as an arXiv number; empty where there is none.
         title: one line.
         needs_training: whether it needs weights that have to be trained for the target.
+        command: shows it at work.
         parameters: a dataclass with defaults; its fields are what `slug:key=value` sets.
-        create: (target, parameters) to a drafter.
+        create: (target, parameters) to a drafter; None where it is no decoder.
     """
 
     slug: str
+    role: Role
+    aliases: tuple[str, ...]
     family: str
-    exactness: Exactness
+    exactness: Exactness | None
     paper: str
     title: str
     needs_training: bool
+    command: str
     parameters: type[Any]
-    create: Callable[[Target, Any], Drafter]
+    create: Callable[[Target, Any], Drafter] | None
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """Of a system that no specification names."""
 
 
 _METHODS: dict[str, Method] = {}
@@ -70,15 +98,42 @@ def register(
     paper: str,
     title: str,
     parameters: type[Any],
+    role: Literal["drafter", "denoiser"] = "drafter",
+    aliases: tuple[str, ...] = (),
     needs_training: bool = False,
+    command: str = "",
 ) -> Callable[[D], D]:
-    """Decorator of a class, or of a function, that makes the drafter from (target, parameters)."""
+    """Decorator of a class, or of a function, that makes the drafter from (target, parameters).
+
+    Without a command of its own, a method is shown at work beside plain decoding, on a model that ships.
+    """
+    model = " --model tiny-block" if role == "denoiser" else ""
 
     def decorate(create: D) -> D:
-        _METHODS[slug] = Method(slug, family, exactness, paper, title, needs_training, parameters, create)
+        _METHODS[slug] = Method(
+            slug, role, aliases, family, exactness, paper, title, needs_training,
+            command or f"hasten bench{model} --methods {slug}", parameters, create,
+        )  # fmt: skip
         return create
 
     return decorate
+
+
+def register_system(
+    slug: str,
+    *,
+    role: Role,
+    family: str,
+    paper: str,
+    title: str,
+    command: str,
+    exactness: Exactness | None = None,
+    aliases: tuple[str, ...] = (),
+) -> None:
+    """List a published system that is no decoder: a kernel, a recipe, an evaluation."""
+    _METHODS[slug] = Method(
+        slug, role, aliases, family, exactness, paper, title, False, command, NoParameters, None
+    )  # fmt: skip
 
 
 @cache
@@ -89,42 +144,53 @@ def _load_entry_points() -> None:
 
 
 def methods() -> Mapping[str, Method]:
-    """All registered methods by slug."""
+    """All that is registered, by slug."""
     _load_entry_points()
     return dict(sorted(_METHODS.items()))
 
 
+def decoders() -> Mapping[str, Method]:
+    """What a request can choose, by slug: drafters and denoisers."""
+    return {slug: method for slug, method in methods().items() if method.create is not None}
+
+
 def find(slug: str) -> Method:
-    """A method by slug.
+    """A method by slug or alias.
 
     Raises:
         UserError: unknown, with the nearest names.
     """
     known = methods()
-    if slug not in known:
-        near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4) or list(known)
+    names = {name: method for method in known.values() for name in (method.slug, *method.aliases)}
+    if slug not in names:
+        near = difflib.get_close_matches(slug, names, n=3, cutoff=0.4) or list(known)
         raise UserError(f"unknown method {slug!r}; did you mean {', '.join(near)}?")
-    return known[slug]
+    return names[slug]
 
 
 def parse(spec: str) -> tuple[Method, Any]:
-    """`slug` or `slug:key=value,key=value` to a method and its parameters.
+    """`slug` or `slug:key=value,key=value` to a decoder and its parameters.
+
+    A value that has separators of its own stands in brackets: `auto:candidates=[suffix:length=4,depth=8]`.
 
     Raises:
-        UserError: unknown method or key, a value of the wrong type or out of range.
+        UserError: unknown method or key, a value of the wrong type or out of range, a system that is no decoder.
     """
     slug, _, rest = spec.partition(":")
     method = find(slug.strip())
+    if method.create is None:
+        what = f"{'an' if method.role[0] in 'ae' else 'a'} {method.role}"
+        raise UserError(f"{slug.strip()} is {what}, not a way of decoding; it is run by: {method.command}")
     types = get_type_hints(method.parameters)
     fields = {field.name: types[field.name] for field in dataclasses.fields(method.parameters)}
     values: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    for item in filter(None, pieces(rest, ",")):
         key, equals, text = item.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or key not in fields:
             names = ", ".join(fields) or "none"
             raise UserError(f"{slug} has no parameter {key!r}; its parameters are: {names}")
-        values[key] = _convert(slug, key, text.strip(), fields[key])
+        values[key] = _convert(slug, key, bare(text), fields[key])
     return method, method.parameters(**values)
 
 
@@ -148,9 +214,10 @@ def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
 def split(spec: str, separator: str = "+") -> list[str]:
     """The parts of a composition `a+b:key=value`; a separator inside a value (a file name) separates nothing."""
     parts: list[str] = []
-    for piece in spec.split(separator):
+    names = {name for method in methods().values() for name in (method.slug, *method.aliases)}
+    for piece in pieces(spec, separator):
         slug = piece.partition(":")[0].strip()
-        if parts and ":" in parts[-1] and slug not in methods():
+        if parts and ":" in parts[-1] and slug not in names:
             parts[-1] += separator + piece
         else:
             parts.append(piece)
@@ -165,7 +232,9 @@ def create(spec: str, target: Target) -> Drafter:
     Raises:
         UserError: unknown method or key, a value of the wrong type or out of range.
     """
-    drafters = [method.create(target, parameters) for method, parameters in map(parse, split(spec))]
+    drafters = [
+        method.create(target, parameters) for method, parameters in map(parse, split(spec)) if method.create is not None
+    ]
     if len(drafters) == 1:
         return drafters[0]
     for part, drafter in zip(split(spec), drafters, strict=True):

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from hasten.engine import registry
-from hasten.methods import diffusion, drafters, skipping
+from hasten.methods import diffusion, drafters, skipping, systems
 
-__all__ = ["diffusion", "drafters", "skipping"]
+__all__ = ["diffusion", "drafters", "skipping", "systems"]
 
 
 class _Methods(ModuleType):

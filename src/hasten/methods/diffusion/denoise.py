@@ -44,10 +44,11 @@ class DenoiseParameters(BlockParameters):
 
 @register(
     "denoise",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2502.09992",
-    title="Denoising: so many tokens per forward pass, the surest first",
+    title="Denoising: so many tokens per pass, the surest first",
     parameters=DenoiseParameters,
 )
 class Denoise(BlockDenoiser[DenoiseParameters]):

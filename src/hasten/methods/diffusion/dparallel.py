@@ -24,10 +24,11 @@ class DParallelParameters(BlockParameters):
 
 @register(
     "dparallel",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2509.26488",
-    title="dParallel: all tokens below an entropy at once, for models distilled to be certain",
+    title="dParallel: all tokens below an entropy at once",
     parameters=DParallelParameters,
 )
 class DParallel(BlockDenoiser[DParallelParameters]):

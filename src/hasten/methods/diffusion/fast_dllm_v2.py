@@ -37,10 +37,11 @@ class FastDllmV2Parameters(BlockParameters):
 
 @register(
     "fast-dllm-v2",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2509.26328",
-    title="Fast-dLLM v2: parts of blocks by confidence, with a cache of blocks and of the open one",
+    title="Fast-dLLM v2: parts of blocks, with two levels of cache",
     parameters=FastDllmV2Parameters,
 )
 class FastDllmV2(BlockDenoiser[FastDllmV2Parameters]):

@@ -45,10 +45,11 @@ class FreeDaveParameters(BlockParameters):
 
 @register(
     "freedave",
+    role="denoiser",
     family="diffusion",
     exactness="lossless",
     paper="2510.00294",
-    title="FreeDave: guesses the next steps of one-token denoising and checks them in one pass",
+    title="FreeDave: guesses denoising's next steps, checks them",
     parameters=FreeDaveParameters,
 )
 class FreeDave(BlockDenoiser[FreeDaveParameters]):

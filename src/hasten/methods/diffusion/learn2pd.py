@@ -88,10 +88,11 @@ def load_filter(file: Path) -> nn.Sequential:
 
 @register(
     "learn2pd",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2509.25188",
-    title="Learn2PD: a learned filter of confidences, and no canvas behind the end of the text",
+    title="Learn2PD: a learned filter says what is final",
     parameters=Learn2PDParameters,
     needs_training=True,
 )

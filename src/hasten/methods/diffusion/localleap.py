@@ -41,10 +41,11 @@ class LocalLeapParameters(BlockParameters):
 
 @register(
     "localleap",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2510.07081",
-    title="LocalLeap: a lower threshold near positions that are nearly certain",
+    title="LocalLeap: a lower threshold near certain positions",
     parameters=LocalLeapParameters,
 )
 class LocalLeap(BlockDenoiser[LocalLeapParameters]):

@@ -50,6 +50,7 @@ class NBDiffParameters(BlockParameters):
 
 @register(
     "nbdiff",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2512.06776",
@@ -94,6 +95,7 @@ class NBDiffDraftParameters:
 
 @register(
     "nbdiff-draft",
+    command="hasten bench --model tiny-block --methods nbdiff-draft",
     family="drafters",
     exactness="lossless",
     paper="2512.06776",

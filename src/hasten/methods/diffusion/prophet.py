@@ -62,10 +62,11 @@ class ProphetParameters(BlockParameters):
 
 @register(
     "prophet",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2508.19982",
-    title="Prophet: fills everything at once when the answer has converged",
+    title="Prophet: fills all at once when the answer has settled",
     parameters=ProphetParameters,
 )
 class Prophet(BlockDenoiser[ProphetParameters]):

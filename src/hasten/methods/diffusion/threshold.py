@@ -34,6 +34,7 @@ class ThresholdParameters(BlockParameters):
 
 @register(
     "threshold",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2505.22618",
@@ -69,10 +70,11 @@ ROUNDING = 1e-6
 
 @register(
     "factor",
+    role="denoiser",
     family="diffusion",
     exactness="lossy",
     paper="2505.22618",
-    title="Fast-dLLM: as many tokens at once as their confidences allow together",
+    title="Fast-dLLM: as many tokens as are likely all together",
     parameters=FactorParameters,
 )
 class Factor(BlockDenoiser[FactorParameters]):

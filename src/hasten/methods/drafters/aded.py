@@ -268,7 +268,7 @@ class _Node:
     family="drafters",
     exactness="lossless",
     paper="2407.12021",
-    title="Adaptive tri-gram table, its likeliest continuations as a tree",
+    title="ADED: an adaptive tri-gram table, searched as a tree",
     parameters=AdedParameters,
 )
 class Aded(Drafter):

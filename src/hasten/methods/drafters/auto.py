@@ -81,7 +81,7 @@ class _Choice:
     family="drafters",
     exactness="lossless",
     paper="",
-    title="The best of several drafters at every step, and only as much of it as pays",
+    title="The best of several drafters, as far as it pays",
     parameters=AutoParameters,
 )
 class Auto(Drafter):

@@ -108,7 +108,7 @@ class _Memory:
     family="drafters",
     exactness="lossless",
     paper="2502.08923",
-    title="Copy what followed the last few tokens where they occurred before",
+    title="CopySpec: copy what followed the last tokens before",
     parameters=CopySpecParameters,
 )
 class CopySpec(Drafter):

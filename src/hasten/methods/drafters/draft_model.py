@@ -64,7 +64,7 @@ class DraftModelParameters:
     family="drafters",
     exactness="lossless",
     paper="2211.17192",
-    title="Speculative decoding with a smaller model, chain or tree",
+    title="Speculation with a smaller model, chain or tree",
     parameters=DraftModelParameters,
 )
 class DraftModel(SmallModelDrafter):

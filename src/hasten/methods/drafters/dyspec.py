@@ -81,7 +81,7 @@ class DySpecParameters:
     family="drafters",
     exactness="lossless",
     paper="2410.11744",
-    title="A draft tree grown by the sample that is likeliest to be reached",
+    title="DySpec: a tree grown where the small model is sure",
     parameters=DySpecParameters,
 )
 class DySpec(SmallModelDrafter):

@@ -48,7 +48,7 @@ class _Index:
     family="drafters",
     exactness="lossless",
     paper="2304.04487",
-    title="Prompt lookup: continue as the last occurrence of the same n-gram did",
+    title="Prompt lookup: go on as the same n-gram did before",
     parameters=NgramParameters,
 )
 class Ngram(Drafter):

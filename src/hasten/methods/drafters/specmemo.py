@@ -93,7 +93,7 @@ class _Inner:
     family="drafters",
     exactness="lossless",
     paper="2506.01986",
-    title="Any drafter within a budget of bytes: exact reservation, drafts as large as still fit",
+    title="SpecMemo: any drafter within a budget of bytes",
     parameters=SpecMemoParameters,
 )
 class SpecMemo(Drafter):

@@ -149,7 +149,7 @@ class Entry:
     family="drafters",
     exactness="lossless",
     paper="2506.04708",
-    title="Stored probabilities of n-grams, sampled as a static tree",
+    title="STAND: n-grams' stored probabilities, drawn as a tree",
     parameters=StandParameters,
 )
 class Stand(Drafter):

@@ -232,10 +232,11 @@ class _Running:
 
 @register(
     "suffix",
+    aliases=("suffix-decoding",),
     family="drafters",
     exactness="lossless",
     paper="2411.04975",
-    title="SuffixDecoding: continue as the request and earlier responses did, as far as the counts carry",
+    title="SuffixDecoding: go on as this and earlier texts did",
     parameters=SuffixParameters,
 )
 class Suffix(Drafter):

@@ -38,10 +38,11 @@ class TidarParameters:
 
 @register(
     "tidar",
+    command="hasten bench --model tiny-tidar --methods tidar",
     family="drafters",
     exactness="lossless",
     paper="2511.08923",
-    title="TiDAR: masks behind each drafted token draft the next block in the pass that verifies this one",
+    title="TiDAR: masks draft the next block as this is verified",
     parameters=TidarParameters,
     needs_training=True,
 )

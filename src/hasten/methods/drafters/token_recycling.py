@@ -168,7 +168,7 @@ class _Proposal:
     family="drafters",
     exactness="lossless",
     paper="2408.08696",
-    title="Recycle the target's runners-up: each token's last likeliest successors, as a tree",
+    title="Token Recycling: the target's runners-up, as a tree",
     parameters=TokenRecyclingParameters,
 )
 class TokenRecycling(Drafter):

@@ -77,7 +77,7 @@ class VocabTrimParameters(DraftModelParameters):
     family="drafters",
     exactness="lossless",
     paper="2506.22694",
-    title="A small model that drafts with the frequent rows of its head",
+    title="VocabTrim: a small model whose head has frequent words",
     parameters=VocabTrimParameters,
 )
 class VocabTrim(DraftModel):

@@ -276,7 +276,7 @@ class Search:
     family="skipping",
     exactness="lossless",
     paper="2410.06916",
-    title="The target drafts for itself with sublayers skipped; which ones is searched while decoding",
+    title="SWIFT: the target drafts, with sublayers skipped",
     parameters=SwiftParameters,
 )
 class Swift(Drafter):
