@@ -1,4 +1,4 @@
-"""The one exception a user sees, and the check that raises it."""
+"""What ends a command with one sentence: bad input, with the check that finds it, and an interruption."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input, told in one clear sentence: the command line prints it and exits with status 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to end: the command line tells what became of the work, and exits as a shell expects.
+
+    Args:
+        sentence: for the user.
+        number: the signal's; the exit status is 128 and this.
+    """
+
+    def __init__(self, sentence: str, number: int) -> None:
+        super().__init__(sentence)
+        self.number = number
 
 
 def require(checks: Iterable[tuple[bool, str]], subject: str = "") -> None:
