@@ -57,8 +57,9 @@ def test_what_cannot_be_distilled(hasten, tmp_path: Path, options: tuple[str, ..
 
 def test_an_output_that_is_no_folder(hasten, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    for command in ("dparallel", "mdm"):
-        ran = hasten("train", command, "-o", str(tmp_path / "file"))
+    filter_file = str(tmp_path / "file" / "filter.safetensors")
+    for command, output in (("dparallel", "file"), ("mdm", "file"), ("learn2pd", filter_file)):
+        ran = hasten("train", command, "-o", str(tmp_path / output), *(("-m", "tiny-block") if "." in output else ()))
         assert ran.status == 2 and "cannot make the folder" in ran.err and ran.err.count("\n") == 1
 
 
@@ -86,6 +87,10 @@ def test_a_command_that_was_stopped_at_its_card_goes_on_there(
     assert ran.json() == {"output": str(tmp_path), "card": str(tmp_path / "README.md"), **summary}
     assert summary["data_sha256"][:16] in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "card.json").read_text()).items() >= summary.items()
+    written = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md.new").mkdir()
+    refused = hasten(*command)
+    assert refused.status == 2 and "cannot write" in refused.err and (tmp_path / "README.md").read_text() == written
     refused = hasten(*command, "--seed", "1")
     assert refused.status == 2 and refused.err.endswith("was made with another seed\n")
 

@@ -130,7 +130,9 @@ def test_other_files_are_refused(file: Path, tmp_path: Path):
     with pytest.raises(UserError, match="with another seed"):
         read_answers(file, {**ORIGIN, "seed": 1})
     bad = tmp_path / "bad.jsonl"
-    for content in ("nonsense\n", "[1]\n", json.dumps(ORIGIN) + '\n{"right": true}\n'):
+    half, wrong = '{"right": true}', '{"right": true, "prompt_token_ids": "12", "token_ids": null}'
+    nested = "[" * 100_000
+    for content in ("nonsense\n", "[1]\n", *(f"{json.dumps(ORIGIN)}\n{line}\n" for line in (half, wrong, nested))):
         bad.write_text(content)
         with pytest.raises(UserError, match="cannot read"):
             read_answers(bad, ORIGIN)

@@ -18,7 +18,7 @@ from hasten.train.data import Document
 from hasten.train.trainer import differences, make_folder
 
 FILE = "answers.jsonl"
-NEEDED = {"right", "prompt_token_ids", "token_ids"}
+NEEDED = {"right": bool, "prompt_token_ids": list, "token_ids": list}
 """Of each answer, for training."""
 TOGETHER = 64
 """Questions that are asked in one batch, and written down together: what stands beside a question can turn the last bit
@@ -95,9 +95,9 @@ def read_answers(file: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         given, *answers = [dict(json.loads(line)) for line in whole.splitlines()] or [dict(origin)]
-        if not all(answer.keys() >= NEEDED for answer in answers):
+        if not all(isinstance(answer.get(name), kind) for answer in answers for name, kind in NEEDED.items()):
             raise ValueError("something is missing")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {file}: it is damaged, or no file of answers") from error
     if changed := differences(given, origin):
         raise UserError(f"the answers in {file} were given with another {changed}")
