@@ -28,7 +28,7 @@ from hasten.train import data, trainer
 from hasten.train.data import Batch
 from hasten.train.lm import Pretraining
 from hasten.train.trainer import CHECKPOINT, SUMMARY, Trainer, train
-from helpers import interrupted_at, make_tokenizer
+from helpers import Killed, interrupted_at, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ LAST = 5
 """Step of the first pool."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["hasten.train.lm", "hasten.train.trainer"])
-
-
-class Killed(BaseException):
-    """Ends a run in this process without anything being tidied up, between the calls that it is raised between."""
 
 
 @pytest.fixture(autouse=True)
@@ -200,9 +196,7 @@ def terminated(folder: Path) -> None:
 
     def twice(*arguments: Any) -> None:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            # Python's own handler runs between two instructions.
-            signal.sigtimedwait([], 0)
+            signal.raise_signal(signal.SIGTERM)
 
     Trainer.step = before(3, Trainer.step, twice)  # type: ignore[method-assign]
     from hasten.train import lm
