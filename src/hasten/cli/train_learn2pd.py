@@ -31,7 +31,10 @@ def learn2pd(
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
-    """Train Learn2PD's filter of confidences for a diffusion model (2509.25188); a card stands beside it."""
+    """Train Learn2PD's filter of confidences for a diffusion model (2509.25188); a card stands beside it.
+
+    It takes minutes, and begins anew if it is interrupted; a filter that is there stays until the new one is whole.
+    """
     llm = options.load(model, "auto", "auto", threads, backend)
 
     from hasten.train.learn2pd import FilterConfig, train_filter
