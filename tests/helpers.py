@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,37 @@ CHAT_TEMPLATE = (
 )
 
 
+class Killed(BaseException):
+    """What a kill between two calls leaves behind, in this process: nothing is saved or tidied up."""
+
+
 @contextmanager
-def interrupted_at(number: int) -> Iterator[None]:
-    """Ctrl-C arrives in a training's step of this number, and ends what stands inside."""
+def stopped_at(number: int, stop: Callable[[], None], error: type[BaseException]) -> Iterator[None]:
+    """Before a training's step of this number `stop` is called; what stands inside ends with the error."""
     step, numbers = Trainer.step, count(1)
 
     def counted(self: Trainer, batch: Batch) -> None:
         if next(numbers) == number:
-            signal.raise_signal(signal.SIGINT)
+            stop()
         step(self, batch)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
         patch.setattr(Trainer, "step", counted)
         yield
+
+
+def interrupted_at(number: int) -> AbstractContextManager[None]:
+    """Ctrl-C arrives in a training's step of this number, and ends what stands inside."""
+    return stopped_at(number, lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)
+
+
+def killed_at(number: int) -> AbstractContextManager[None]:
+    """A kill ends what stands inside, in a training's step of this number."""
+
+    def kill() -> None:
+        raise Killed
+
+    return stopped_at(number, kill, Killed)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

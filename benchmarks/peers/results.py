@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from catalogue import HASTEN
 
 from hasten.errors import UserError
+from hasten.files import write_text
 
 PLAIN = "plain"
 
@@ -118,12 +118,14 @@ class Results:
         return number in self.visits.get(way, {})
 
     def save(self) -> None:
-        """Write everything, whole or not at all."""
+        """Write everything, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self.file is None:
             return
-        scratch = self.file.with_suffix(".part")
-        scratch.write_text(json.dumps(self.document(), indent=1))
-        os.replace(scratch, self.file)
+        write_text(self.file, json.dumps(self.document(), indent=1))
 
     def document(self) -> dict[str, Any]:
         """As JSON."""

@@ -1,4 +1,4 @@
-"""The one exception a user sees, the check that raises it, and the warning for what is no error."""
+"""What is told in one sentence: bad input, with the check that finds it, an interruption, and a notice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ class UserError(Exception):
 
 class Notice(UserWarning):
     """What a user should know and need not act on, in one clear sentence: the command line prints it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to end: the command line tells what became of the work, and exits as a shell expects.
+
+    Args:
+        sentence: for the user.
+        number: the signal's; the exit status is 128 and this.
+    """
+
+    def __init__(self, sentence: str, number: int) -> None:
+        super().__init__(sentence)
+        self.number = number
 
 
 def require(checks: Iterable[tuple[bool, str]], subject: str = "") -> None:

@@ -1,4 +1,4 @@
-"""`hasten train dparallel` from questions to card, and what it refuses."""
+"""`hasten train` from questions to card, what it refuses, and that the same command finishes what was killed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from hasten.bench import scylla
 from hasten.tasks import TASKS
+from hasten.train import card
 from hasten.train.answers import FILE
+from hasten.train.data import Batch
+from hasten.train.lm import Pretraining
+from hasten.train.trainer import CHECKPOINT, SUMMARY, Trainer
 
 
 @pytest.fixture
@@ -52,6 +57,69 @@ def test_what_cannot_be_distilled(hasten, tmp_path: Path, options: tuple[str, ..
 
 def test_an_output_that_is_no_folder(hasten, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    for command in ("dparallel", "mdm"):
-        ran = hasten("train", command, "-o", str(tmp_path / "file"))
+    filter_file = str(tmp_path / "file" / "filter.safetensors")
+    for command, output in (("dparallel", "file"), ("mdm", "file"), ("learn2pd", filter_file)):
+        ran = hasten("train", command, "-o", str(tmp_path / output), *(("-m", "tiny-block") if "." in output else ()))
         assert ran.status == 2 and "cannot make the folder" in ran.err and ran.err.count("\n") == 1
+
+
+def test_a_command_that_was_stopped_at_its_card_goes_on_there(
+    hasten, lists: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = ["train", "lm", "-o", str(tmp_path), "--tokenizer", "tiny", "--per-task", "1", "--threads", "1", "--json"]
+    for name, value in {"hidden": 16, "layers": 1, "ffn": 16, "context": 128, "tokens": 500}.items():
+        command += [f"--{name}", str(value)]
+    command += ["--batch-tokens", "256", "--heads", "2", "--kv-heads", "1"]
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pretraining, "weights", {"copy": 1.0}, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(card, "task_scores", stopped)
+        ran = hasten(*command)
+    assert (ran.status, ran.out) == (130, "") and ran.err.endswith("hasten: interrupted\n")
+    assert (tmp_path / SUMMARY).exists() and not (tmp_path / "README.md").exists()
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
+    ran = hasten(*command)
+    assert ran.status == 0 and "is not trained again" in ran.err
+    summary = json.loads((tmp_path / SUMMARY).read_text())
+    assert ran.json() == {"output": str(tmp_path), "card": str(tmp_path / "README.md"), **summary}
+    assert summary["data_sha256"][:16] in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "card.json").read_text()).items() >= summary.items()
+    written = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md.new").mkdir()
+    refused = hasten(*command)
+    assert refused.status == 2 and "cannot write" in refused.err and (tmp_path / "README.md").read_text() == written
+    refused = hasten(*command, "--seed", "1")
+    assert refused.status == 2 and refused.err.endswith("was made with another seed\n")
+
+
+def test_a_family_is_finished_member_by_member(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained, step = [], Trainer.step
+
+    def counted(self: Trainer, batch: Batch) -> None:
+        trained.append(self.folder.name)
+        step(self, batch)
+
+    def stopped(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(Pretraining, "weights", {"copy": 1.0}, raising=False)
+    monkeypatch.setattr(scylla, "scylla", stopped)
+    command = ["train", "scylla", "-o", str(tmp_path), "--tokens", "1,2,3,4", "--layers", "1,2,3,4", "--hidden", "8"]
+    first, *others = [f"tokens-{n}-layers-2" for n in (1, 2, 3, 4)] + [f"tokens-3-layers-{n}" for n in (1, 3, 4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stopped)
+        assert hasten(*command, "--threads", "1").status == 130
+    assert trained == [first] and (tmp_path / first / SUMMARY).exists() and (tmp_path / first / CHECKPOINT).exists()
+    trained.clear()
+    for expected in (others, []):
+        assert hasten(*command, "--threads", "1").status == 130
+        assert trained == expected
+        for name in (first, *others):
+            assert (tmp_path / name / SUMMARY).exists() and not (tmp_path / name / CHECKPOINT).exists()
+        trained.clear()
+    refused = hasten(*command, "--seed", "1")
+    assert refused.status == 2 and refused.err.endswith("was made with another seed\n")

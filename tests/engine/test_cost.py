@@ -93,3 +93,14 @@ def test_a_folder_that_cannot_be_written_costs_no_more_than_a_measurement(monkey
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(cost, "measure", lambda model: CURVE)
     assert cost.verify_cost(llm.model, str(llm.folder)) == CURVE
+
+
+def test_a_record_that_cannot_be_kept_leaves_nothing(monkeypatch, tmp_path, llm):
+    def refuse(*names: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost, "measure", lambda model: CURVE)
+    monkeypatch.setattr(cost.os, "replace", refuse)
+    assert cost.verify_cost(llm.model, str(llm.folder)) == CURVE
+    assert list((tmp_path / "verify-cost").iterdir()) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -72,8 +74,48 @@ def test_an_interrupted_file_becomes_the_same(
     resumed.write_bytes(b"".join(lines)[:-20])
     told.clear()
     gather(llm, questions, "plain", resumed, ORIGIN, told.append)
-    assert told == [3, 2, 1]
+    # Of the second batch one answer is left: it is asked again with the one beside it.
+    assert told == [2, 2, 2]
     assert resumed.read_bytes() == file.read_bytes()
+
+
+class Neighbourly:
+    """In a model's place: its answers show who was asked beside whom, as a model's last bits do."""
+
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=256))
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def generate(self, prompts: list[str], params: object, method: str) -> list[Any]:
+        return [
+            SimpleNamespace(text=f"{number} of {len(prompts)}", prompt_token_ids=self.encode(prompt), token_ids=[0])
+            for number, prompt in enumerate(prompts)
+        ]
+
+
+def test_a_file_that_was_cut_off_anywhere_becomes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "TOGETHER", 4)
+    questions, llm, file = list(training_examples(10, 0, 0.1)), Neighbourly(), tmp_path / "answers.jsonl"
+    gather(llm, questions, "plain", file, ORIGIN)  # type: ignore[arg-type]
+    whole = file.read_bytes()
+    ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
+    for length in {0, 1, *ends, *(end + 1 for end in ends), *range(0, len(whole), 97)}:
+        file.write_bytes(whole[:length])
+        gather(llm, questions, "plain", file, ORIGIN)  # type: ignore[arg-type]
+        assert file.read_bytes() == whole, length
+    # As one that was asked for more only later.
+    file.unlink()
+    for asked in (3, 6, 10):
+        gather(llm, questions[:asked], "plain", file, ORIGIN)  # type: ignore[arg-type]
+    assert file.read_bytes() == whole
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "answers.jsonl.new").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*answers\.jsonl: Is a directory"):
+        gather(Neighbourly(), training_examples(2, 0), "plain", tmp_path / "answers.jsonl", ORIGIN)  # type: ignore[arg-type]
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_what_is_there_is_not_asked_again(questions: list[Example], file: Path):
@@ -88,7 +130,9 @@ def test_other_files_are_refused(file: Path, tmp_path: Path):
     with pytest.raises(UserError, match="with another seed"):
         read_answers(file, {**ORIGIN, "seed": 1})
     bad = tmp_path / "bad.jsonl"
-    for content in ("nonsense\n", "[1]\n", json.dumps(ORIGIN) + '\n{"right": true}\n'):
+    half, wrong = '{"right": true}', '{"right": true, "prompt_token_ids": "12", "token_ids": null}'
+    nested = "[" * 100_000
+    for content in ("nonsense\n", "[1]\n", *(f"{json.dumps(ORIGIN)}\n{line}\n" for line in (half, wrong, nested))):
         bad.write_text(content)
         with pytest.raises(UserError, match="cannot read"):
             read_answers(bad, ORIGIN)

@@ -68,7 +68,10 @@ class Candidate:
 
 @dataclass
 class TuneResult:
-    """`expected` is the choice's speed-up on the held-out prompts: 1 for plain decoding, None if there was no time."""
+    """`expected` is the choice's speed-up on the held-out prompts: 1 for plain decoding, None if there was no time.
+
+    `interrupted` is what ended the search early, if anything did.
+    """
 
     choice: str
     reason: str
@@ -76,7 +79,7 @@ class TuneResult:
     held_out: int
     candidates: list[Candidate]
     skipped: dict[str, str]
-    interrupted: bool
+    interrupted: KeyboardInterrupt | None
     seconds: float
 
     def document(self) -> dict[str, Any]:
@@ -88,7 +91,7 @@ class TuneResult:
             "held_out_prompts": self.held_out,
             "candidates": [candidate.document() for candidate in self.candidates],
             "skipped": [{"method": method, "reason": reason} for method, reason in self.skipped.items()],
-            "interrupted": self.interrupted,
+            "interrupted": self.interrupted is not None,
             "seconds": round(self.seconds, 2),
         }
 
@@ -161,8 +164,8 @@ def tune(
         search.load(names, strict=candidates is not None)
         search.choose(ids[::2])
         search.check(ids[1::2])
-    except KeyboardInterrupt:
-        search.interrupted = True
+    except KeyboardInterrupt as interruption:
+        search.interrupted = interruption
     return search.result()
 
 
@@ -180,7 +183,7 @@ class _Search:
         self.engines: dict[str, Engine] = {}
         self.candidates: list[Candidate] = []
         self.checked: list[float] = []
-        self.interrupted = False
+        self.interrupted: KeyboardInterrupt | None = None
 
     def load(self, names: Sequence[str], strict: bool) -> None:
         """Make every candidate ready to run."""

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
-from typing import Annotated, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from hasten import __version__
 from hasten.cli import bench, doctor, generate, methods, race, sweep, train, tune, verify
-from hasten.errors import Notice, UserError
+from hasten.errors import Interrupted, Notice, UserError
 
 # Typer brings its own copy of Click; its usage errors are known by what a public one inherits from.
 ClickException = typer.BadParameter.__mro__[2]
 
+
+class Program(TyperGroup):
+    """All commands. Typer would make a bare status, or an `Abort`, of an interruption: it is told here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+            raise typer.Exit(_say(str(stop) or "interrupted", 128 + number)) from stop
+
+
 app = typer.Typer(
     name="hasten",
+    cls=Program,
     help="The same tokens, sooner: decoding accelerators for Hugging Face checkpoints.",
     add_completion=False,
     rich_markup_mode=None,
@@ -47,22 +65,45 @@ def version(
 
 
 def main() -> None:
-    """Run; exit 0 if all went well, 2 on bad input (one sentence on stderr), 130 on Ctrl-C."""
+    """Run; exit 0 if all went well, 2 on bad input, 130 on Ctrl-C, 143 on SIGTERM (one sentence on stderr each)."""
     warnings.showwarning = _notice
+    with _terminable():
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """The exit status."""
     try:
         status = app(standalone_mode=False)
     except UserError as error:
-        sys.exit(_say(str(error), 2))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_say("interrupted", 130))
+        return _say(str(error), 2)
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(0)
+        return 0
     except Exception as error:
         if not isinstance(error, ClickException):
             raise
-        sys.exit(_say(" ".join(error.format_message().split()), 2))  # type: ignore[attr-defined]
-    sys.exit(status if isinstance(status, int) else 0)
+        return _say(" ".join(error.format_message().split()), 2)  # type: ignore[attr-defined]
+    return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what stands inside as Ctrl-C does: schedulers and `timeout` send it."""
+
+    def stop(number: int, frame: object) -> None:
+        # A second one must not disturb what the first one ends.
+        signal.signal(number, signal.SIG_IGN)
+        raise Interrupted("interrupted (SIGTERM)", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _show_warning = warnings.showwarning

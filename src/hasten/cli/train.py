@@ -11,6 +11,7 @@ import typer
 
 from hasten.cli import options, train_diffusion, train_learn2pd, training
 from hasten.errors import UserError
+from hasten.files import write_text
 
 app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_command=True)
 app.add_typer(train_diffusion.app)
@@ -49,7 +50,7 @@ def lm(
 ) -> None:
     """Pre-train a Llama-architecture language model on hasten's tasks and the standard library's prose.
 
-    Ctrl-C saves a checkpoint; the same command continues from it.
+    Ctrl-C saves a checkpoint; the same command continues from it, and only writes the card of a model that is there.
     """
     from hasten.train.card import write_card
     from hasten.train.lm import Pretraining
@@ -83,7 +84,7 @@ def scylla(
     """Train a family of drafters, and fit how tokens per step grow with training and size (Scylla, 2505.07858).
 
     The data axis has two layers, the capacity axis the middle number of training tokens. Drafters that are there
-    already are not trained again.
+    already are not trained again; one that was interrupted is trained to its end.
     """
     axes = {name: _numbers(name, text) for name, text in (("tokens", tokens), ("layers", layers), ("batches", batches))}
     llm = options.load(model, "float32", "auto", threads, backend)
@@ -101,12 +102,11 @@ def scylla(
 
     def member(budget: int, depth: int) -> Path:
         folder = output / f"tokens-{budget}-layers-{depth}"
-        if not (folder / "training.json").exists():
-            recipe = Pretraining(
-                hidden=hidden, layers=depth, heads=4, kv_heads=2, ffn=8 * hidden // 3, tokens=budget, seed=seed,
-                tokenizer_of=str(llm.folder),
-            )  # fmt: skip
-            train(recipe, folder)
+        recipe = Pretraining(
+            hidden=hidden, layers=depth, heads=4, kv_heads=2, ffn=8 * hidden // 3, tokens=budget, seed=seed,
+            tokenizer_of=str(llm.folder),
+        )  # fmt: skip
+        train(recipe, folder)
         return folder
 
     middle = axes["tokens"][len(axes["tokens"]) // 2]
@@ -120,9 +120,9 @@ def scylla(
         document = examine(
             llm, family, prompts, length, axes["batches"], max_tokens, (lambda stage: None) if json else status.update
         )
-    (output / "laws.svg").write_text(plots.laws(document))
+    write_text(output / "laws.svg", plots.laws(document))
     card = output / "README.md"
-    card.write_text(render(document, shlex.join(["hasten", *sys.argv[1:]])))
+    write_text(card, render(document, shlex.join(["hasten", *sys.argv[1:]])))
     if json:
         options.emit({"output": str(output), "card": str(card), **document})
     else:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options
+from hasten.files import write_text
 
 app = typer.Typer()
 
@@ -30,7 +31,10 @@ def learn2pd(
     threads: options.Threads = 0,
     json: options.Json = False,
 ) -> None:
-    """Train Learn2PD's filter of confidences for a diffusion model (2509.25188); a card stands beside it."""
+    """Train Learn2PD's filter of confidences for a diffusion model (2509.25188); a card stands beside it.
+
+    It takes minutes, and begins anew if it is interrupted; a filter that is there stays until the new one is whole.
+    """
     llm = options.load(model, "auto", "auto", threads, backend)
 
     from hasten.train.learn2pd import FilterConfig, train_filter
@@ -39,11 +43,12 @@ def learn2pd(
     with options.progress("replaying", prompts, quiet=json) as advance:
         summary = train_filter(llm, config, output, advance)
     card = Path(summary["output"]).with_suffix(".md")
-    card.write_text(
+    write_text(
+        card,
         f"# Learn2PD's filter for {llm.folder.name}\n\n    {shlex.join(['hasten', *sys.argv[1:]])}\n\n"
         f"Blocks of {summary['block']}; {summary['records']:,} steps of {prompts} prompts; loss {summary['loss']}. Of "
         f"the held-out tenth's masked positions, at the method's own threshold, {summary['precision']:.1%} of what is "
-        f"accepted is right, and {summary['recall']:.1%} of what is right is accepted.\n"
+        f"accepted is right, and {summary['recall']:.1%} of what is right is accepted.\n",
     )
     if json:
         options.emit({"card": str(card), **summary})

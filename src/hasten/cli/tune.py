@@ -55,8 +55,8 @@ def tune(
         options.emit(document)
     else:
         _print(document)
-    if result.interrupted:
-        raise typer.Exit(130)
+    if result.interrupted is not None:
+        raise result.interrupted
 
 
 def _print(document: dict[str, Any]) -> None:

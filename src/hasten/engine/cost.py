@@ -204,8 +204,10 @@ def _write(file: Path, record: dict[str, Any]) -> None:
     """Keep a curve; a folder that cannot be written costs a measurement next time, no more."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as fresh:
-            json.dump(record, fresh, indent=1)
-        os.replace(fresh.name, file)
+        # Several processes may measure one model: each writes under a name of its own.
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            fresh = Path(scratch) / file.name
+            fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            os.replace(fresh, file)
     except OSError:
         return

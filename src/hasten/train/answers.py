@@ -10,17 +10,19 @@ from typing import Any
 
 from hasten.engine import SamplingParams
 from hasten.errors import UserError
+from hasten.files import write_text, writing
 from hasten.llm import LLM, Generation
 from hasten.tasks import TASKS, Example
 from hasten.train.card import budget
 from hasten.train.data import Document
-from hasten.train.trainer import make_folder
+from hasten.train.trainer import differences, make_folder
 
 FILE = "answers.jsonl"
-NEEDED = {"right", "prompt_token_ids", "token_ids"}
+NEEDED = {"right": bool, "prompt_token_ids": list, "token_ids": list}
 """Of each answer, for training."""
 TOGETHER = 64
-"""Questions that are asked in one batch, and written down together."""
+"""Questions that are asked in one batch, and written down together: what stands beside a question can turn the last bit
+of its logits."""
 
 
 def gather(
@@ -34,8 +36,9 @@ def gather(
     """Write down a model's greedy answers to all questions, right or wrong, in their order.
 
     The first line of the file is `origin`. Each of the others is an object with the question's `task` and `prompt`, the
-    answer's `text`, the `prompt_token_ids` and `token_ids` of both, and whether it is `right`. Questions that stand in
-    the file already are not asked again, so that a run which was interrupted comes to the same file.
+    answer's `text`, the `prompt_token_ids` and `token_ids` of both, and whether it is `right`. Batches that stand in
+    the file already are not asked again, and one of which only a part does is, as a whole: so a run which was
+    interrupted comes to the same file.
 
     Args:
         llm: the model.
@@ -46,20 +49,23 @@ def gather(
         report: told how many were answered, those that were there already included.
 
     Raises:
-        UserError: the file has another origin, is damaged, or its folder cannot be made.
+        UserError: the file has another origin, is damaged, or it or its folder cannot be made.
     """
     make_folder(file.parent)
-    answered = read_answers(file, origin)
-    if not answered:
-        file.write_text(_lines([origin]))
-    report(len(answered))
-    waiting = islice(questions, len(answered), None)
-    while batch := list(islice(waiting, TOGETHER)):
+    answered, kept = read_answers(file, origin), 0
+    waiting = iter(questions)
+    while (batch := list(islice(waiting, TOGETHER))) and kept + len(batch) <= len(answered):
+        kept += len(batch)
+    if batch:
+        write_text(file, _lines([origin, *answered[:kept]]))
+    report(kept)
+    while batch:
         params = [SamplingParams(max_tokens=budget(llm, question)) for question in batch]
         answers = llm.generate([question.prompt for question in batch], params, method)
-        with file.open("a") as stream:
+        with writing(file), file.open("a", encoding="utf-8") as stream:
             stream.write(_lines(_graded(*pair) for pair in zip(batch, answers, strict=True)))
         report(len(batch))
+        batch = list(islice(waiting, TOGETHER))
 
 
 def _graded(question: Example, answer: Generation) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def _lines(documents: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_answers(file: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All answers of a file, none where there is no file; one whose line was cut off by an interrupt is removed there.
+    """All answers of a file, none where there is no file; one whose line was cut off by a kill does not count.
 
     Raises:
         UserError: the file has another origin, or is damaged.
@@ -88,16 +94,13 @@ def read_answers(file: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            file.write_bytes(whole)
         given, *answers = [dict(json.loads(line)) for line in whole.splitlines()] or [dict(origin)]
-        if not all(answer.keys() >= NEEDED for answer in answers):
+        if not all(isinstance(answer.get(name), kind) for answer in answers for name, kind in NEEDED.items()):
             raise ValueError("something is missing")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {file}: it is damaged, or no file of answers") from error
-    if given != origin:
-        changed = [key for key, value in origin.items() if given.get(key) != value]
-        raise UserError(f"the answers in {file} were given with another {', '.join(changed)}")
+    if changed := differences(given, origin):
+        raise UserError(f"the answers in {file} were given with another {changed}")
     return answers
 
 

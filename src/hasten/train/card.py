@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hasten.engine import SamplingParams
+from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.model import Rows
 from hasten.tasks import TASKS, Example, examples, prose_chunks
@@ -96,9 +97,9 @@ def write_card(
         "tasks": task_scores(llm, per_task, report),
         "prose_perplexity": round(perplexity(llm), 3),
     }
-    (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
+    write_text(folder / "card.json", json.dumps(document, indent=2) + "\n")
     card = folder / "README.md"
-    card.write_text(render(folder.name, document))
+    write_text(card, render(folder.name, document))
     return card
 
 
@@ -124,6 +125,11 @@ def by_category(tasks: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, A
     return sorted(tasks.items(), key=lambda item: (item[1]["category"], item[0]))
 
 
+def percent(part: int, whole: int) -> str:
+    """A share as a card says it; nothing of nothing."""
+    return f"{100 * part / whole:.0f} %" if whole else ""
+
+
 def render(name: str, document: dict[str, Any]) -> str:
     """The card as Markdown."""
     what = (
@@ -143,8 +149,8 @@ def render(name: str, document: dict[str, Any]) -> str:
         cells = []
         for low, high in LENGTHS:
             pair = score["by_length"].get(f"{low}-{high}")
-            cells.append("" if pair is None else f"{100 * pair[0] / pair[1]:.0f} % of {pair[1]}")
-        share = f"{100 * score['right'] / score['of']:.0f} %"
+            cells.append("" if pair is None else f"{percent(*pair)} of {pair[1]}")
+        share = percent(score["right"], score["of"])
         lines.append(f"| {score['category']} | {task} | {share} | " + " | ".join(cells) + " |")
     lines += ["", f"Perplexity per token on held-out prose: {document['prose_perplexity']}.", ""]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from hasten.llm import LLM
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.learn2pd import FILE, block_confidences, new_filter, save_filter
 from hasten.train.data import training_examples
+from hasten.train.trainer import make_folder
 
 TEST_SHARE = 0.1
 DIFFICULTY = 0.3
@@ -108,12 +109,14 @@ def train_filter(
         What a card says: records, figures on the held-out tenth at masked positions.
 
     Raises:
-        UserError: not a diffusion model.
+        UserError: not a diffusion model, or the file or its folder cannot be made.
     """
     diffusion = llm.model.config.diffusion
     if diffusion is None:
         raise UserError("learn2pd needs a model that fills masked positions")
     width = diffusion.block or config.block
+    file = output or Path(llm.folder) / FILE
+    make_folder(file.parent)
     engine = llm.engine
     replay = Replay(engine.target, BlockParameters(block=width), width)
     for example in training_examples(config.prompts, config.seed, DIFFICULTY):
@@ -123,8 +126,6 @@ def train_filter(
             _replay(engine, replay, ids, SamplingParams(max_tokens=room, ignore_eos=True), width)
         report(1)
     network, figures = fit(replay.records, config)
-    file = output or Path(llm.folder) / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
     save_filter(network, file)
     return {"output": str(file), "block": width, "records": len(replay.records)} | figures
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hasten.errors import UserError
+from hasten.model.checkpoint import one_line
 from hasten.tasks import TASKS, examples, prose_chunks
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
@@ -77,8 +79,16 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, so that a drafter can share it."""
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    """The tokenizer of a model folder, so that a drafter can share it.
+
+    Raises:
+        UserError: none there, or it is damaged.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library raises bare exceptions.
+        raise UserError(f"{folder} has no usable tokenizer: {one_line(error)}") from error
     return tokenizer
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import pickle
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from hasten.errors import UserError
+from hasten.errors import Interrupted, UserError
+from hasten.files import replacing, write_text, writing
+from hasten.model.checkpoint import read_json
 from hasten.train.data import Batch
 from hasten.train.recipe import Recipe
 from hasten.train.tokenizer import load_tokenizer
 
-CHECKPOINT = "training.pt"
+CHECKPOINT, SUMMARY = "training.pt", "training.json"
 LOG_SECONDS = 20
 
 
@@ -52,7 +54,7 @@ class Trainer:
         self.data_hash = ""
 
     def batches(self) -> Iterator[Batch]:
-        """The rest of the stream; `pool` and `index` point at the batch to come, or at the one being trained on."""
+        """The rest of the stream, from the batch that `pool` and `index` point at; `step` moves them on."""
         while True:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
@@ -64,11 +66,10 @@ class Trainer:
             )
             while self.index < len(pool):
                 yield pool[self.index]
-                self.index += 1
             self.pool, self.index = self.pool + 1, 0
 
     def step(self, batch: Batch) -> None:
-        """One optimiser step."""
+        """One optimiser step, after which all counters are those of the batch to come."""
         started = time.perf_counter()
         progress = self.tokens / self.recipe.tokens
         rate = self.recipe.learning_rate(progress)
@@ -83,22 +84,26 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.index += 1
         self.tokens += batch.ids.numel()
         self.loss = loss.item() if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss.item()
         self.data_hash = hashlib.sha256(self.data_hash.encode() + batch.ids.numpy().tobytes()).hexdigest()
         self.seconds += time.perf_counter() - started
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then replace it: an interrupted save loses nothing."""
+        """Replace the checkpoint; one that was there stays if that fails.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         state = {
             "config": asdict(self.recipe),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "counters": {name: getattr(self, name) for name in _COUNTERS},
         }
-        temporary = self.folder / (CHECKPOINT + ".new")
-        torch.save(state, temporary)
-        os.replace(temporary, self.folder / CHECKPOINT)
+        with replacing(self.folder / CHECKPOINT) as fresh, fresh.open("wb") as stream:
+            torch.save(state, stream)
 
     def resume(self) -> None:
         """Continue from the checkpoint.
@@ -106,26 +111,60 @@ class Trainer:
         Raises:
             UserError: the checkpoint was made with another configuration, or cannot be read.
         """
+        file = self.folder / CHECKPOINT
         try:
-            state = torch.load(self.folder / CHECKPOINT, weights_only=True)
-        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise UserError(f"cannot read {self.folder / CHECKPOINT}: it is damaged, or no checkpoint") from error
-        if state["config"] != asdict(self.recipe):
-            changed = [key for key, value in asdict(self.recipe).items() if state["config"].get(key) != value]
-            raise UserError(f"the checkpoint in {self.folder} was made with another {', '.join(changed)}")
+            with zipfile.ZipFile(file) as archive:
+                # PyTorch writes checksums, but does not look at them.
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} has another checksum")
+            state = torch.load(file, weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError("it is no dictionary")
+            changed = differences(state["config"], asdict(self.recipe))
+            if not changed:
+                self._restore(state)
+        except Exception as error:
+            # What is damaged raises one of a dozen unrelated classes.
+            raise UserError(f"cannot read {file}: it is damaged, or no checkpoint") from error
+        if changed:
+            raise UserError(f"the checkpoint in {self.folder} was made with another {changed}")
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `save` wrote; whatever exception says that it does not fit."""
+        for name in _COUNTERS:
+            value = state["counters"][name]
+            if type(value) is not type(getattr(self, name)):
+                raise TypeError(f"{name} is {value!r}")
+            setattr(self, name, value)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for name in _COUNTERS:
-            setattr(self, name, state["counters"][name])
+            if bool(optimizer.state) != bool(self.tokens):
+                raise ValueError("the optimiser has forgotten its steps, or has made some too early")
+            # `load_state_dict` looks at no shapes. What is kept of a parameter is a number, or has its shape.
+            for parameter, kept in optimizer.state.items():
+                if not all(value.shape in ((), parameter.shape) for value in kept.values()):
+                    raise ValueError("the optimiser is another model's")
 
     def export(self) -> None:
-        """Write the Hugging Face folder: weights, configuration, generation config, tokenizer."""
-        self.recipe.export(deepcopy(self.model), self.folder)
-        self.tokenizer.save_pretrained(self.folder)
+        """Write weights, configuration and generation config beside the tokenizer: a Hugging Face folder.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        with writing(self.folder):
+            self.recipe.export(deepcopy(self.model), self.folder)
 
 
 _COUNTERS = ("tokens", "pool", "index", "pool_progress", "loss", "seconds", "history", "data_hash")
+_TOLD = {"parameters", "tokens", "seconds", "loss", "data_sha256", "config"}
+"""By a summary, for cards."""
+
+
+def differences(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Names of the settings that are not the same in both, with commas between; empty if all are."""
+    missing = object()
+    return ", ".join(key for key in {**wanted, **given} if given.get(key, missing) != wanted.get(key, missing))
 
 
 def train(
@@ -134,27 +173,38 @@ def train(
     resume: bool = True,
     save_every: float = 60,
 ) -> dict[str, Any]:
-    """Run (or resume) training, export the model and return a summary.
+    """Run (or resume) training, export the model and return a summary, which `training.json` keeps.
+
+    However often a run is killed and resumed, at whatever moment, it ends in the same model. A run that is complete is
+    not made again.
 
     Args:
         recipe: the run.
         folder: output; `training.pt` inside it is the checkpoint and is kept until the run is complete.
-        resume: continue from a checkpoint that is there; otherwise one that is there is an error.
+        resume: continue from a checkpoint, or take a finished model, that is there; otherwise either is an error.
         save_every: seconds between checkpoints.
 
     Raises:
-        UserError: the checkpoint does not fit, or the output cannot be written.
-        KeyboardInterrupt: after saving a checkpoint.
+        UserError: what is there does not fit or is damaged, or the output cannot be written.
+        Interrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        KeyboardInterrupt: a second Ctrl-C.
     """
     make_folder(folder)
-    checkpoint = folder / CHECKPOINT
-    if checkpoint.exists() and not resume:
-        raise UserError(f"{checkpoint} exists: resume it, or remove it to start again")
-    tokenizer = load_tokenizer(folder) if checkpoint.exists() else recipe.tokenizer()
-    tokenizer.save_pretrained(folder)
-    trainer = Trainer(recipe, tokenizer, folder)
+    checkpoint, summary_file = folder / CHECKPOINT, folder / SUMMARY
+    for file in (checkpoint, summary_file):
+        if file.exists() and not resume:
+            raise UserError(f"{file} exists: resume it, or remove it to start again")
     if checkpoint.exists():
+        trainer = Trainer(recipe, load_tokenizer(folder), folder)
         trainer.resume()
+    elif summary_file.exists():
+        return _finished(recipe, summary_file)
+    else:
+        tokenizer = recipe.tokenizer()
+        # Only here: a checkpoint that is there needs the one it was made with, which no kill may tear.
+        with writing(folder):
+            tokenizer.save_pretrained(folder)
+        trainer = Trainer(recipe, tokenizer, folder)
     _loop(trainer, save_every)
     trainer.export()
     summary = {
@@ -165,8 +215,24 @@ def train(
         "data_sha256": trainer.data_hash,
         "config": asdict(recipe),
     }
-    (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    # What says that the run is complete comes after all else.
+    write_text(summary_file, json.dumps(summary, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
+    return summary
+
+
+def _finished(recipe: Recipe, file: Path) -> dict[str, Any]:
+    """The summary of a run that is complete.
+
+    Raises:
+        UserError: it was another run's, or is damaged.
+    """
+    summary = read_json(file)
+    if not summary.keys() >= _TOLD or not isinstance(summary["config"], dict):
+        raise UserError(f"{file} is damaged, or no summary of a training")
+    if changed := differences(summary["config"], asdict(recipe)):
+        raise UserError(f"the model in {file.parent} was made with another {changed}")
+    print(f"{file.parent} has the model already: it is not trained again", file=sys.stderr)
     return summary
 
 
@@ -209,30 +275,35 @@ def _loop(trainer: Trainer, save_every: float) -> None:
                     logged = now
                     if not console.is_terminal:
                         console.print(f"{trainer.tokens:,} tokens  {status}")
-                if now - saved > save_every:
+                if now - saved >= save_every:
                     trainer.save()
                     saved = now
             trainer.save()
-            if interrupted():
-                raise KeyboardInterrupt
+            if number := interrupted():
+                sentence = f"interrupted: {trainer.folder / CHECKPOINT} is saved, and the same command goes on from it"
+                raise Interrupted(sentence, number)
 
 
 @contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait for the end of the step: half an update must not be saved. A second Ctrl-C does not wait."""
-    asked = False
+def _interrupt_between_steps() -> Iterator[Callable[[], int]]:
+    """Let Ctrl-C and SIGTERM wait for the end of the step: half an update must not be saved. Yields which came, or 0.
+
+    A second Ctrl-C does not wait. A second SIGTERM does: `timeout`, for one, sends two.
+    """
+    asked = 0
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked = True
+        asked = asked or number
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -58,6 +58,23 @@ def test_a_filter_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert sum(weights.numel() for weights in new_filter(32).parameters()) == 2112
 
 
+def test_a_filter_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, nothing: Path) -> None:
+    file = tmp_path / "filter.safetensors"
+    file.write_bytes(nothing.read_bytes())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hasten.methods.diffusion.learn2pd.save_file", half_saved)
+        save_filter(new_filter(BLOCK), file)
+    (tmp_path / "filter.safetensors.new").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*filter\.safetensors: Is a directory"):
+        save_filter(new_filter(BLOCK), file)
+    assert file.read_bytes() == nothing.read_bytes()
+
+
+def half_saved(tensors: object, file: Path) -> None:
+    file.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
 def test_what_is_no_filter(tmp_path: Path, nothing: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     nn_other = {"other": torch.zeros(2)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hasten.engine import Request, Target, View, register
 from hasten.errors import UserError, require
+from hasten.files import replacing
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
 FILE = "learn2pd.safetensors"
@@ -62,8 +63,13 @@ def new_filter(block: int) -> nn.Sequential:
 
 
 def save_filter(network: nn.Sequential, file: Path) -> None:
-    """Write a filter where `learn2pd` finds it."""
-    save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
+    """Write a filter where `learn2pd` finds it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with replacing(file) as fresh:
+        save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, fresh)
 
 
 def load_filter(file: Path) -> nn.Sequential:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED, by_category, opening, task_scores
+from hasten.train.card import EVALUATION_SEED, by_category, opening, percent, task_scores
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -94,9 +95,9 @@ def write_card(
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
     }  # fmt: skip
-    (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
+    write_text(folder / "card.json", json.dumps(document, indent=2) + "\n")
     card = folder / "README.md"
-    card.write_text(render(folder.name, document, recipe))
+    write_text(card, render(folder.name, document, recipe))
     return card
 
 
@@ -130,9 +131,9 @@ def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
         "|---|---|" + "---|" * (len(document["decoded"]) + 2 * len(SHARES)),
     ]
     for task, score in by_category(document["tasks"]):
-        cells = [_percent(scores[task]["right"], scores[task]["of"]) for scores in document["decoded"].values()]
+        cells = [percent(scores[task]["right"], scores[task]["of"]) for scores in document["decoded"].values()]
         for right, asked, answers in score["hidden"].values():
-            cells += [_percent(right, asked), _percent(answers, score["of"])]
+            cells += [percent(right, asked), percent(answers, score["of"])]
         lines.append(f"| {score['category']} | {task} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -142,8 +143,4 @@ def _total(scores: dict[str, dict[str, Any]]) -> tuple[str, str]:
     right, of, tokens, steps = (
         sum(score[name] for score in scores.values()) for name in ("right", "of", "tokens", "steps")
     )
-    return _percent(right, of), f"{tokens / max(1, steps):.2f}"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else ""
+    return percent(right, of), f"{tokens / max(1, steps):.2f}"
