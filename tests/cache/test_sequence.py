@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.cache import Cache, RollbackError, Sequence
+from hasten.cache import Cache, Replay, RollbackError, Sequence, StatePerRow
 from hasten.cache.block import Block, group_layers
 from hasten.errors import UserError
 from hasten.model import LayerConfig, Model, OracleModel, Rows, Span, load_model
@@ -586,29 +587,62 @@ def test_a_request_beyond_all_memory_is_refused_before_it_is_tried(models: dict[
     assert cache.used_bytes == 0
 
 
-# Layers that cannot be cropped
+# Recurrent layers
 
 RECURRENT = LayerConfig(kind="recurrent", heads=2, kv_heads=2, head_dim=4, ffn=8)
 ATTENTION = LayerConfig(kind="attention", heads=2, kv_heads=2, head_dim=4, ffn=8)
 
 
-@pytest.fixture
-def recurrent() -> Sequence:
-    """Eight rows in an attention layer, and a state that counts the rows of a recurrent one."""
+def follow(state: tuple[torch.Tensor, ...] | None, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A state that tells the whole way: each position is another digit of it, and a second tensor counts them."""
+    way, count = state or (torch.zeros(1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+    return way * 20 + inputs[0] + 1, count + 1
+
+
+def told(positions: Items[int]) -> tuple[float, int]:
+    """The state behind rows at these positions."""
+    way = 0.0
+    for position in positions:
+        way = way * 20 + position + 1
+    return way, len(positions)
+
+
+@pytest.fixture(params=["per row", "replay"])
+def recurrent(request: pytest.FixtureRequest) -> Sequence:
+    """Eight rows in an attention layer, and behind them in a recurrent one."""
     sequence = Cache([ATTENTION, RECURRENT], torch.float32, torch.device("cpu")).sequence()
-    sequence.states[1] = torch.zeros(1)
+    sequence.replays = request.param == "replay"  # type: ignore[attr-defined]
     advance(sequence, 8)
     sequence.commit(8)
     return sequence
 
 
-def advance(sequence: Sequence, count: int) -> None:
+def advance(sequence: Sequence, count: int, parents: Items[int] | None = None, extend: bool = False) -> None:
     """What a forward pass does to the cache."""
-    positions = torch.arange(sequence.length, sequence.length + count)
-    sequence.begin(positions)
+    earlier = sequence.pending if extend else 0
+    above = list(parents if parents is not None else range(earlier - 1, earlier + count - 1))
+    positions = torch.arange(sequence.length + earlier, sequence.length + earlier + count)
+    sequence.begin(positions, extend)
     slots = positions.float().reshape(1, -1, 1).expand(2, -1, 4)
     sequence.write(0, slots, slots)
-    sequence.states[1] = sequence.states[1] + count
+    before, left = sequence.state(1), sequence.pending_states(1)
+    inputs = (positions.double().unsqueeze(1),)
+    if getattr(sequence, "replays", False):
+        fresh = Replay(inputs, above, follow)
+        sequence.leave(1, fresh if left is None else left.extended(fresh))
+        return
+    states: list[tuple[torch.Tensor, ...]] = []
+    for row, parent in enumerate(above):
+        came = before if parent < 0 else left.at(before, parent) if parent < earlier else states[parent - earlier]
+        states.append(follow(came, (inputs[0][row],)))
+    per_row = StatePerRow(tuple(torch.stack(each) for each in zip(*states, strict=True)))
+    sequence.leave(1, per_row if left is None else left.extended(per_row))
+
+
+def state(sequence: Sequence) -> tuple[float, int]:
+    way, count = sequence.states[1]
+    assert count[0] == count[1]
+    return way.item(), int(count[0])
 
 
 def stored(sequence: Sequence) -> list[float]:
@@ -620,40 +654,55 @@ def test_recurrent_layers_take_no_slots(recurrent: Sequence) -> None:
     assert list(recurrent._views[0].block.keys) == [0]
 
 
-@pytest.mark.parametrize("kept", [0, 2, [0, 1], [2], []])
-def test_recurrent_layers_refuse_a_partial_commit(kept: int | list[int], recurrent: Sequence) -> None:
+@pytest.mark.parametrize("kept", [0, 2, 3, [0, 1], [], [0, 1, 2]])
+def test_recurrent_layers_keep_part_of_a_chain(kept: int | list[int], recurrent: Sequence) -> None:
     advance(recurrent, 3)
-    with pytest.raises(RollbackError, match="layer 1 is recurrent"):
-        recurrent.commit(kept)
-    recurrent.commit(3)
-    assert (recurrent.length, recurrent.states[1].item()) == (11, 11)
+    recurrent.commit(kept)
+    length = 8 + (kept if isinstance(kept, int) else len(kept))
+    assert recurrent.length == length
+    assert state(recurrent) == told(range(length))
 
 
-def test_recurrent_layers_refuse_a_crop(recurrent: Sequence) -> None:
-    with pytest.raises(RollbackError, match="layer 1 is recurrent"):
-        recurrent.crop(7)
-    recurrent.crop(8)
-    assert recurrent.length == 8
+@pytest.mark.parametrize("kept", [[0], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5]])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_recurrent_layers_keep_a_path_of_a_tree(kept: list[int], passes: int, recurrent: Sequence) -> None:
+    """The root, its children 1 and 2, and theirs; in one pass, or grown in a second one."""
+    parents = [-1, 0, 0, 1, 2, 2]
+    if passes == 1:
+        advance(recurrent, 6, parents)
+    else:
+        advance(recurrent, 3, parents[:3])
+        advance(recurrent, 3, parents[3:], extend=True)
+    recurrent.commit(kept)
+    assert state(recurrent) == told([*range(8), *(8 + row for row in kept)])
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda sequence: advance(sequence, 1),
-        lambda sequence: sequence.crop(8),
-        lambda sequence: sequence.fork(),
-        lambda sequence: sequence.snapshot(),
-    ],
-)
-def test_recurrent_layers_do_not_forget_pending_rows(use: Callable[[Sequence], object], recurrent: Sequence) -> None:
-    """Their state has already seen them, so nothing may pretend otherwise."""
-    before = recurrent.snapshot()
+def test_recurrent_layers_forget_pending_rows(recurrent: Sequence) -> None:
     advance(recurrent, 2)
-    with pytest.raises(RollbackError, match="2 pending rows"):
-        use(recurrent)
-    recurrent.restore(before)
-    assert (recurrent.length, recurrent.pending, recurrent.states[1].item()) == (8, 0, 8)
-    use(recurrent)
+    advance(recurrent, 1)
+    child, snapshot = recurrent.fork(), recurrent.snapshot()
+    recurrent.commit(1)
+    assert state(recurrent) == told(range(9))
+    for other in (child, recurrent):
+        if other is recurrent:
+            other.restore(snapshot)
+        assert (other.length, state(other)) == (8, told(range(8)))
+
+
+def test_recurrent_layers_go_back_within_the_latest_commit(recurrent: Sequence) -> None:
+    advance(recurrent, 5, [-1, 0, 0, 2, 3])
+    recurrent.commit([0, 2, 3, 4])
+    way = [*range(8), 8, 10, 11, 12]
+    for length in (12, 11, 9, 8):
+        recurrent.crop(length)
+        assert (recurrent.length, state(recurrent)) == (length, told(way[:length]))
+    with pytest.raises(RollbackError, match="cannot crop 8 slots to 7: layer 1 is recurrent"):
+        recurrent.crop(7)
+    advance(recurrent, 2)
+    recurrent.commit(2)
+    assert state(recurrent) == told(range(10))
+    recurrent.crop(8)
+    assert state(recurrent) == told(range(8))
 
 
 def test_snapshot_and_restore(recurrent: Sequence) -> None:
@@ -664,10 +713,11 @@ def test_snapshot_and_restore(recurrent: Sequence) -> None:
     for _ in range(2):
         recurrent.restore(snapshot)
         assert (recurrent.length, recurrent.pending) == (8, 0)
-        assert recurrent.states[1].item() == 8
+        assert state(recurrent) == told(range(8))
         advance(recurrent, 1)
         assert stored(recurrent) == list(range(9))
-        recurrent.states[1] += 100  # in place: the snapshot must not notice
+        recurrent.commit(1)
+        assert state(recurrent) == told(range(9))
     recurrent.restore(snapshot)
     with pytest.raises(ValueError, match="the snapshot has 11 slots, the sequence only 8"):
         advance(recurrent, 3)
@@ -679,13 +729,29 @@ def test_snapshot_and_restore(recurrent: Sequence) -> None:
 
 def test_a_fork_has_states_of_its_own(recurrent: Sequence) -> None:
     child = recurrent.fork()
-    child.states[1] += 100
-    assert recurrent.states[1].item() == 8
     advance(child, 2)
     child.commit(2)
+    assert state(recurrent) == told(range(8))
     advance(recurrent, 1)
     assert stored(recurrent) == list(range(9))
-    assert (recurrent.states[1].item(), child.states[1].item()) == (9, 110)
+    recurrent.commit(1)
+    assert (state(recurrent), state(child)) == (told(range(9)), told(range(10)))
+
+
+@pytest.mark.parametrize(
+    "mask, parents",
+    [
+        (None, [1, 2, 3]),
+        ([[1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]], [1, 0, 3]),
+        ([[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 1]], [-1, -1, 1]),
+    ],
+)
+def test_which_row_a_row_follows(mask: list[list[int]] | None, parents: list[int], recurrent: Sequence) -> None:
+    """Three rows behind two that are pending already."""
+    span = Span(recurrent, 4, 7, None if mask is None else torch.tensor(mask, dtype=torch.bool), extend=True)
+    assert span.parents(5) == parents
+    with pytest.raises(ValueError, match="a recurrent layer needs rows in order"):
+        Span(recurrent, 4, 7, "all").parents(3)
 
 
 def test_snapshots_are_free_for_layers_that_can_be_cropped(models: dict[str, Model]) -> None:

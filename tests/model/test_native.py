@@ -45,12 +45,12 @@ def dense_twin(native: Decoder, twin: Decoder) -> Decoder:
         return RMSNorm(piece.weight.float(), piece.eps)
 
     for mine, theirs in zip(native.layers, twin.layers, strict=True):
-        theirs.attention.qkv, theirs.attention.out = dense(mine.attention.qkv), dense(mine.attention.out)
+        theirs.mixer.qkv, theirs.mixer.out = dense(mine.mixer.qkv), dense(mine.mixer.out)
         theirs.mlp.gate_up, theirs.mlp.down = dense(mine.mlp.gate_up), dense(mine.mlp.down)
-        theirs.attention_norm, theirs.mlp_norm = norm(mine.attention_norm), norm(mine.mlp_norm)
-        if mine.attention.query_norm is not None:
-            theirs.attention.query_norm = norm(mine.attention.query_norm)
-            theirs.attention.key_norm = norm(mine.attention.key_norm)
+        theirs.mixer_norm, theirs.mlp_norm = norm(mine.mixer_norm), norm(mine.mlp_norm)
+        if mine.mixer.query_norm is not None:
+            theirs.mixer.query_norm = norm(mine.mixer.query_norm)
+            theirs.mixer.key_norm = norm(mine.mixer.key_norm)
     twin.embedding, twin.norm, twin.head = native.embedding.float(), norm(native.norm), dense(native.head)
     return twin
 

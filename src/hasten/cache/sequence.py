@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from hasten.cache.block import Block
+from hasten.cache.recurrent import State
 from hasten.model.attention import Part
 from hasten.model.config import LayerConfig
+from hasten.model.rows import PendingStates
 
 
 class RollbackError(RuntimeError):
-    """A layer was asked to forget rows that it cannot forget."""
+    """A recurrent layer was asked to forget rows of an earlier commit than the latest."""
 
 
 class Blocks(Protocol):
@@ -44,7 +46,25 @@ class Snapshot:
     """A sequence's state at one length, for layers that cannot be cropped."""
 
     length: int
-    states: dict[int, Tensor]
+    states: dict[int, State]
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """The latest commit, as far as recurrent layers are concerned: the way back to any of its rows."""
+
+    length: int
+    states: dict[int, State]
+    rows: list[int]
+    pending: dict[int, PendingStates]
+
+    def at(self, length: int) -> dict[int, State]:
+        """The states when the sequence had this length."""
+        rows = self.rows[: length - self.length]
+        return {
+            **self.states,
+            **{layer: left.after(self.states.get(layer), rows) for layer, left in self.pending.items() if rows},
+        }
 
 
 class Sequence:
@@ -52,6 +72,9 @@ class Sequence:
 
     `length` slots are committed; only to be read. A forward makes `pending` more rows visible to each other; `commit`
     keeps some of them, and rows not committed vanish with the next `begin`. Made by `Cache.sequence`, not directly.
+
+    A recurrent layer has a state instead of slots. It leaves what its state is behind each pending row, so that a
+    commit can keep any of them; a crop can go back to any row of the latest commit.
     """
 
     def __init__(self, cache: Blocks) -> None:
@@ -61,7 +84,9 @@ class Sequence:
         self.length = 0
         self.pending = 0
         self._rows = 0
-        self.states: dict[int, Tensor] = {}
+        self.states: dict[int, State] = {}
+        self._left: dict[int, PendingStates] = {}
+        self._latest: _Commit | None = None
         self._bands: dict[int, _Band] = {}
         self._released = False
 
@@ -84,9 +109,9 @@ class Sequence:
     def begin(self, positions: Tensor, extend: bool = False) -> None:
         """See `hasten.model.rows.SequenceState`."""
         self._refuse_released()
-        if self.pending and not extend:
-            self._refuse_rollback(f"drop {self.pending} pending rows")
+        if not extend:
             self.pending = 0
+            self._left = {}
         self._bands.clear()
         rows = positions.shape[0]
         tail = self._room(self.pending + rows)
@@ -128,6 +153,18 @@ class Sequence:
         parts.append(Part(keys[:, tail.length : stop], values[:, tail.length : stop], own))
         return parts
 
+    def state(self, layer: int) -> State | None:
+        """See `hasten.model.rows.SequenceState`."""
+        return self.states.get(layer)
+
+    def pending_states(self, layer: int) -> PendingStates | None:
+        """See `hasten.model.rows.SequenceState`."""
+        return self._left.get(layer)
+
+    def leave(self, layer: int, states: PendingStates) -> None:
+        """See `hasten.model.rows.SequenceState`."""
+        self._left[layer] = states
+
     def _windowed(self, layer: int, window: int, mask: Tensor | Literal["all"] | None) -> list[Part]:
         """As `parts`, keeping only slots whose position lies inside the rows' windows."""
         band = self._bands.get(window)
@@ -160,7 +197,6 @@ class Sequence:
 
         Raises:
             ValueError: numbers out of range or not strictly ascending.
-            RollbackError: a recurrent layer has seen rows that are not kept (restore a snapshot and replay).
         """
         self._refuse_released()
         if isinstance(kept, int) and kept < 0:
@@ -169,33 +205,44 @@ class Sequence:
         count = len(rows)
         if count and (rows[0] < 0 or rows[-1] >= self.pending or any(a >= b for a, b in pairwise(rows))):
             raise ValueError(f"kept rows {list(rows)} are not ascending numbers below {self.pending}")
-        if count < self.pending:
-            self._refuse_rollback(f"keep {count} of {self.pending} rows")
         if count:
+            if self._left:
+                self._latest = _Commit(self.length, self.states, list(rows), self._left)
+                self.states = self._latest.at(self.length + count)
             tail = self._views[-1]
             if rows[-1] != count - 1:
                 tail.block.gather(tail.length, rows)
             tail.length += count
             self.length += count
         self.pending = 0
+        self._left = {}
 
     def crop(self, length: int) -> None:
         """Forget committed slots from `length` on, and all pending rows.
 
         Raises:
             ValueError: a length beyond what is committed.
-            RollbackError: a recurrent layer would have to forget.
+            RollbackError: a recurrent layer would have to forget more than the latest commit.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop {self.length} slots to {length}")
-        if length < self.length:
-            self._refuse_rollback(f"crop {self.length} slots to {length}")
-        if self.pending:
-            self._refuse_rollback(f"drop {self.pending} pending rows")
+        if length < self.length and self._recurrent:
+            latest = self._latest
+            if latest is None or not latest.length <= length <= latest.length + len(latest.rows):
+                raise RollbackError(
+                    f"cannot crop {self.length} slots to {length}: layer {self._recurrent[0]} is recurrent, and goes "
+                    "back to rows of the latest commit only; restore a snapshot and replay"
+                )
+            self.states = latest.at(length)
         self._crop(length)
+
+    @property
+    def _recurrent(self) -> list[int]:
+        return [index for index, layer in enumerate(self._cache.layers) if layer.kind == "recurrent"]
 
     def _crop(self, length: int) -> None:
         self.pending = 0
+        self._left = {}
         excess, self.length = self.length - length, length
         while excess:
             tail = self._views[-1]
@@ -221,7 +268,8 @@ class Sequence:
         before = self.length - self._views[-1].length if self._views else 0
         if slots[0] < 0 or slots[-1] >= self.length or any(a >= b for a, b in pairwise(slots)):
             raise ValueError(f"evicted slots {list(slots)} are not ascending numbers below {self.length}")
-        self._refuse_rollback(f"evict {len(slots)} slots")
+        if self._recurrent:
+            raise RollbackError(f"cannot evict {len(slots)} slots: layer {self._recurrent[0]} is recurrent")
         tail, first = self._views[-1], slots[0] - before
         # Who writes behind the tail's end may also write what nobody else reads.
         if first < 0 or not self._may_write(tail) or first < tail.block.shared:
@@ -235,14 +283,8 @@ class Sequence:
         self.length -= len(slots)
 
     def fork(self) -> Sequence:
-        """A second sequence with the same committed slots; blocks are shared, and copied by nobody.
-
-        Raises:
-            RollbackError: rows are pending that a recurrent layer has already seen.
-        """
+        """A second sequence with the same committed slots; blocks are shared, and copied by nobody."""
         self._refuse_released()
-        if self.pending:
-            self._refuse_rollback(f"fork before {self.pending} pending rows")
         child = Sequence(self._cache)
         child.length = self.length
         for view in self._views:
@@ -251,25 +293,20 @@ class Sequence:
         if self._views:
             tail = self._views[-1]
             tail.block.shared = max(tail.block.shared, tail.length)
-        child.states = {layer: state.clone() for layer, state in self.states.items()}
+        child.states = dict(self.states)
         return child
 
     def release(self) -> None:
         """Give the slots back; the sequence is unusable afterwards. Releasing twice is harmless."""
         for view in self._views:
             self._cache.drop(view.block)
-        self._views, self.states, self.length, self.pending, self._released = [], {}, 0, 0, True
+        self._views, self.length, self.pending, self._released = [], 0, 0, True
+        self.states, self._left, self._latest = {}, {}, None
         self._bands.clear()
 
     def snapshot(self) -> Snapshot:
-        """The state of all recurrent layers at the present length (free for layers that can be cropped).
-
-        Raises:
-            RollbackError: rows are pending that a recurrent layer has already seen.
-        """
-        if self.pending:
-            self._refuse_rollback(f"take a snapshot before {self.pending} pending rows")
-        return Snapshot(self.length, {layer: state.clone() for layer, state in self.states.items()})
+        """The states of all recurrent layers at the present length, pending rows left out."""
+        return Snapshot(self.length, dict(self.states))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot taken at this or a shorter length; rows after it must be replayed.
@@ -280,16 +317,11 @@ class Sequence:
         if snapshot.length > self.length:
             raise ValueError(f"the snapshot has {snapshot.length} slots, the sequence only {self.length}")
         self._crop(snapshot.length)
-        self.states = {layer: state.clone() for layer, state in snapshot.states.items()}
+        self.states, self._latest = dict(snapshot.states), None
 
     def _refuse_released(self) -> None:
         if self._released:
             raise RuntimeError("the sequence was released")
-
-    def _refuse_rollback(self, what: str) -> None:
-        stubborn = [index for index, layer in enumerate(self._cache.layers) if layer.kind == "recurrent"]
-        if stubborn:
-            raise RollbackError(f"cannot {what}: layer {stubborn[0]} is recurrent; restore a snapshot and replay")
 
     def _may_write(self, tail: View) -> bool:
         """Whether slots behind the tail's length are this sequence's to fill."""

@@ -78,10 +78,7 @@ class Decoder:
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one forward pass of few rows reads."""
-        pieces = [self.head]
-        for layer in self.layers:
-            pieces += [layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
-        return sum(piece.nbytes() for piece in pieces)
+        return self.head.nbytes() + sum(layer.nbytes() for layer in self.layers)
 
     def embed(self, rows: Rows) -> Tensor:
         """[rows, hidden] from token ids, or from the rows' own embeddings where the id is -1."""
@@ -95,13 +92,14 @@ class Decoder:
         for span in rows.spans:
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
         return Pass(
+            positions=rows.positions,
             spans=rows.spans,
             masks=[
                 additive(span.mask, self.cache_dtype) if isinstance(span.mask, Tensor) else span.mask
                 for span in rows.spans
             ],
-            angles=self.layers[0].attention.rotary.angles(rows.positions, self.dtype),
             kernel=self.kernel,
+            dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             taps=taps,
         )
@@ -132,12 +130,17 @@ class TorchBackend:
     def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return fastest_linear(weight, bias)
 
-    @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
-        step = model.start(rows, taps)
-        x = model.embed(rows)
-        for layer in model.layers:
-            x = layer.forward(x, step)
-        if taps is not None:
-            taps.put("final_norm", 0, model.norm.forward(x))
-        return model.logits(x, wanted)
+        return compose(model, rows, wanted, taps)
+
+
+@torch.inference_mode()
+def compose(model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
+    """`Model.forward` from the pieces, one after the other, whatever they are."""
+    step = model.start(rows, taps)
+    x = model.embed(rows)
+    for layer in model.layers:
+        x = layer.forward(x, step)
+    if taps is not None:
+        taps.put("final_norm", 0, model.norm.forward(x))
+    return model.logits(x, wanted)

@@ -1,9 +1,13 @@
-"""The pieces of a pre-norm decoder layer: norm, rotary embedding, attention, gated MLP."""
+"""The pieces of a pre-norm decoder layer: norm, rotary embedding, attention, gated MLP.
+
+A layer is a mixer, through which rows see others, and an MLP, through which they do not. Attention and a gated MLP are
+one of each; whatever else keeps to `Mixer` and `MLP` can stand in their places.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +59,53 @@ class Rotary:
 
 @dataclass
 class Pass:
-    """What every layer of one forward pass shares."""
+    """What every layer of one forward pass shares.
 
+    Attributes:
+        positions: of the rows.
+        spans: which rows belong to which sequence.
+        masks: of each span's rows, additive, or as in `Span`.
+        dtype: of the residual stream.
+    """
+
+    positions: Tensor
     spans: list[Span]
     masks: list[Tensor | Literal["all"] | None]
-    angles: tuple[Tensor, Tensor]
     kernel: Kernel
+    dtype: torch.dtype
     cache_dtype: torch.dtype
     taps: Taps | None
+    _angles: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """`Rotary.angles` of the rows, computed once for all layers that share it."""
+        if rotary not in self._angles:
+            self._angles[rotary] = rotary.angles(self.positions, self.dtype)
+        return self._angles[rotary]
+
+
+class Mixer(Protocol):
+    """Lets a span's rows see each other and what is in the cache: attention, a recurrence."""
+
+    def forward_add(self, x: Tensor, residual: Tensor, layer: int, step: Pass) -> Tensor:
+        """What it makes of normed rows x [rows, hidden], plus the residual stream of the same shape.
+
+        Args:
+            layer: number of the layer, by which the sequences know what they keep for it.
+        """
+
+    def nbytes(self) -> int:
+        """Of weights that a pass of few rows reads."""
+
+
+class MLP(Protocol):
+    """Works on each row by itself."""
+
+    def forward_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """What it makes of normed rows x [rows, hidden], plus the residual stream of the same shape."""
+
+    def nbytes(self) -> int:
+        """Of weights that a pass of few rows reads."""
 
 
 class Attention:
@@ -92,6 +135,14 @@ class Attention:
         turned = self.rotary.rotate(turning, angles)
         return turned[:, :heads], turned[:, heads:], values
 
+    def forward_add(self, x: Tensor, residual: Tensor, layer: int, step: Pass) -> Tensor:
+        """See `Mixer`."""
+        mixed = self.mix(layer, *self.project(x, step.angles(self.rotary)), step)
+        return self.out.forward_add(mixed, residual)
+
+    def nbytes(self) -> int:
+        return self.qkv.nbytes() + self.out.nbytes()
+
     def mix(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, step: Pass) -> Tensor:
         """Store keys and values, then attend: [rows, heads * head_dim] before the output projection."""
         dtype = step.cache_dtype
@@ -120,30 +171,44 @@ class GatedMLP:
         gate, up = self.gate_up.forward(x).chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down.forward(self.inner(x))
+    def forward_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See `MLP`."""
+        return self.down.forward_add(self.inner(x), residual)
+
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes() + self.down.nbytes()
 
 
 class Layer:
-    """x + attention(norm(x)), then x + mlp(norm(x)): the pieces are public, to compose as one likes."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)): `mix` and `feed`, to compose as one likes."""
 
-    def __init__(
-        self, index: int, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP
-    ) -> None:
+    def __init__(self, index: int, mixer_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: MLP) -> None:
         self.index = index
-        self.attention_norm, self.attention = attention_norm, attention
+        self.mixer_norm, self.mixer = mixer_norm, mixer
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def forward(self, x: Tensor, step: Pass) -> Tensor:
-        normed = self.attention_norm.forward(x)
-        mixed = self.attention.mix(self.index, *self.attention.project(normed, step.angles), step)
-        attended = self.attention.out.forward_add(mixed, x)
-        mlp_input = self.mlp_norm.forward(attended)
-        result = self.mlp.down.forward_add(self.mlp.inner(mlp_input), attended)
+    def mix(self, x: Tensor, step: Pass) -> Tensor:
+        """The residual stream [rows, hidden] behind the mixer."""
+        normed = self.mixer_norm.forward(x)
+        mixed = self.mixer.forward_add(normed, x, self.index, step)
         if step.taps is not None:
             step.taps.put("input", self.index, x)
             step.taps.put("attention_input", self.index, normed)
-            step.taps.put("attention_output", self.index, attended - x)
-            step.taps.put("mlp_input", self.index, mlp_input)
-            step.taps.put("output", self.index, result)
-        return result
+            step.taps.put("attention_output", self.index, mixed - x)
+        return mixed
+
+    def feed(self, x: Tensor, step: Pass) -> Tensor:
+        """The residual stream [rows, hidden] behind the MLP."""
+        normed = self.mlp_norm.forward(x)
+        fed = self.mlp.forward_add(normed, x)
+        if step.taps is not None:
+            step.taps.put("mlp_input", self.index, normed)
+            step.taps.put("output", self.index, fed)
+        return fed
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        return self.feed(self.mix(x, step), step)
+
+    def nbytes(self) -> int:
+        """Of weights that a pass of few rows reads."""
+        return self.mixer.nbytes() + self.mlp.nbytes()

@@ -24,6 +24,17 @@ class Storage(Protocol):
     positions: Tensor
 
 
+class PendingStates(Protocol):
+    """What a recurrent layer leaves of a pass: enough to say its state behind any of the pending rows."""
+
+    def after(self, before: tuple[Tensor, ...] | None, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """The state behind some pending rows, which follow each other (ascending numbers, at least one).
+
+        Args:
+            before: the state behind the committed rows; None before the first.
+        """
+
+
 class SequenceState(Protocol):
     """What the model needs from a sequence's cache; `hasten.cache.Sequence` is the implementation.
 
@@ -45,6 +56,15 @@ class SequenceState(Protocol):
     def parts(self, layer: int, mask: Tensor | Literal["all"] | None) -> Sequence[Part]:
         """What the rows attend to in a layer; `mask` is additive [rows, pending], or as in `Span`."""
 
+    def state(self, layer: int) -> tuple[Tensor, ...] | None:
+        """A recurrent layer's state behind the committed rows; None before the first."""
+
+    def pending_states(self, layer: int) -> PendingStates | None:
+        """What earlier passes left of a recurrent layer for rows that this pass extends; None where there are none."""
+
+    def leave(self, layer: int, states: PendingStates) -> None:
+        """A recurrent layer's states behind all pending rows, those of earlier passes included."""
+
 
 @dataclass
 class Span:
@@ -61,6 +81,24 @@ class Span:
     stop: int
     mask: Tensor | Literal["all"] | None = None
     extend: bool = False
+
+    def parents(self, pending: int) -> list[int]:
+        """The pending row that each row follows, by number; -1 for those that follow the committed ones.
+
+        Args:
+            pending: how many rows are, these included.
+
+        Raises:
+            ValueError: rows that see each other both ways follow nothing.
+        """
+        count = self.stop - self.start
+        if isinstance(self.mask, str):
+            raise ValueError("a recurrent layer needs rows in order, and these all see each other")
+        first = pending - count
+        if self.mask is None:
+            return list(range(first - 1, pending - 1))
+        seen = [self.mask[row, : first + row].nonzero().flatten() for row in range(count)]
+        return [int(rows[-1]) if len(rows) else -1 for rows in seen]
 
     def dense_mask(self, pending: int) -> Tensor | None:
         """The mask as a tensor [rows, pending] where there is one, for backends without an `"all"`; None is causal."""

@@ -96,6 +96,7 @@ class DraftModel(SmallModelDrafter):
             or not requests[0].sampler.is_argmax
             or not isinstance(model, Decoder)
             or not isinstance(model.backend, NativeBackend)
+            or not model.backend.runs(model)
         ):
             return super().propose_all(requests, budgets)
         request, growth = requests[0], self.start(requests[0], budgets[0])

@@ -126,10 +126,9 @@ def forward(model: Decoder, rows: Rows, skipped: Skipped) -> Tensor:
     x = model.embed(rows)
     for layer in model.layers:
         if layer.index not in skipped.attention:
-            projected = layer.attention.project(layer.attention_norm.forward(x), step.angles)
-            x = layer.attention.out.forward_add(layer.attention.mix(layer.index, *projected, step), x)
+            x = layer.mix(x, step)
         if layer.index not in skipped.mlp:
-            x = layer.mlp.down.forward_add(layer.mlp.inner(layer.mlp_norm.forward(x)), x)
+            x = layer.feed(x, step)
     return model.logits(x, None)
 
 

@@ -22,6 +22,7 @@ from hasten.model.cuda.attention import Packed, Shape, attend_cache
 from hasten.model.cuda.packing import Room, fits, sees_ahead
 from hasten.model.cuda.pointwise import add_norm, gate, open_pass, rotate_and_store
 from hasten.model.decoder import Decoder, TorchBackend
+from hasten.model.layers import Attention, GatedMLP, Rotary
 from hasten.model.linear import Linear
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
@@ -147,11 +148,15 @@ class CudaBackend:
     ) -> None:
         """The forward pass of what the room describes, into `room.logits`; taps get the first `count` rows."""
         x, positions = open_pass(room.inputs, room.owners, packed, model.embedding)
-        angles = model.layers[0].attention.rotary.angles(positions, model.dtype)
-        normed = model.layers[0].attention_norm.forward(x)
-        following = [layer.attention_norm for layer in model.layers[1:]] + [model.norm]
+        normed = model.layers[0].mixer_norm.forward(x)
+        following = [layer.mixer_norm for layer in model.layers[1:]] + [model.norm]
+        turned: dict[Rotary, tuple[Tensor, Tensor]] = {}
         for layer, next_norm in zip(model.layers, following, strict=True):
-            attention, index = layer.attention, layer.index
+            attention, mlp, index = layer.mixer, layer.mlp, layer.index
+            assert isinstance(attention, Attention) and isinstance(mlp, GatedMLP)
+            if attention.rotary not in turned:
+                turned[attention.rotary] = attention.rotary.angles(positions, model.dtype)
+            angles = turned[attention.rotary]
             norms = None
             if attention.query_norm is not None and attention.key_norm is not None:
                 norms = attention.query_norm, attention.key_norm
@@ -159,8 +164,8 @@ class CudaBackend:
             queries = rotate_and_store(qkv, angles, norms, room.owners, packed, shape, index)
             mixed = attend_cache(queries, packed, shape, index, self.phi).to(model.dtype)
             attended, mlp_input = add_norm(x, attention.out.forward(mixed), layer.mlp_norm)
-            inner = gate(layer.mlp.gate_up.forward(mlp_input))
-            result, next_normed = add_norm(attended, layer.mlp.down.forward(inner), next_norm)
+            inner = gate(mlp.gate_up.forward(mlp_input))
+            result, next_normed = add_norm(attended, mlp.down.forward(inner), next_norm)
             if taps is not None:
                 taps.put("input", index, x[:count])
                 taps.put("attention_input", index, normed[:count])

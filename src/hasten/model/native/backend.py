@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from hasten.model.decoder import Decoder
-from hasten.model.linear import Linear
+from hasten.model.decoder import Decoder, compose
+from hasten.model.layers import Attention, GatedMLP, Layer
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
 from hasten.model.rows import Rows, SequenceState
@@ -126,7 +126,7 @@ class NativeBackend:
     def __init__(self, format: Format, head: Format) -> None:
         self.format: Format = format
         self.head: Format = head
-        self._described: tuple[Decoder, _Model] | None = None
+        self._described: tuple[Decoder, _Model | None] | None = None
         self._kept: list[Any] = []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
@@ -145,6 +145,8 @@ class NativeBackend:
         loaded = library()
         assert loaded is not None
         described = self._describe(model)
+        if described is None:
+            return compose(model, rows, wanted, taps)
         kept: list[Any] = []
         spans = (_Span * len(rows.spans))()
         for index, span in enumerate(rows.spans):
@@ -191,7 +193,7 @@ class NativeBackend:
         most: int,
         confidence: float,
     ) -> list[tuple[int, float]]:
-        """A greedy draft in one call: what follows `token` in a sequence, token by token.
+        """A greedy draft in one call: what follows `token` in a sequence, token by token; for models that it `runs`.
 
         Args:
             sequence: its committed rows stand before `token`; the chain's rows are left pending.
@@ -206,26 +208,33 @@ class NativeBackend:
         Raises:
             IndexError: the embedding does not have `token`.
         """
-        loaded = library()
-        assert loaded is not None
+        loaded, described = library(), self._describe(model)
+        assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
         views = _views(sequence)
         span = _Span(0, 1, 1, None, len(views), ctypes.addressof(views))
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
-            *(ctypes.addressof(self._describe(model)), team(), ctypes.addressof(span), token, position, vocabulary),
+            *(ctypes.addressof(described), team(), ctypes.addressof(span), token, position, vocabulary),
             *(most, confidence, ctypes.addressof(tokens), ctypes.addressof(probabilities)),
         )
         if count < 0:
             raise IndexError(f"token id {token} is not below {model.embedding.shape[0]}, the size of the vocabulary")
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
-    def _describe(self, model: Decoder) -> _Model:
-        """The model as `step.cpp` sees it."""
-        if self._described is not None and self._described[0] is model:
-            return self._described[1]
+    def runs(self, model: Decoder) -> bool:
+        """Whether the native step knows all pieces of a model; others are composed in PyTorch."""
+        return self._describe(model) is not None
+
+    def _describe(self, model: Decoder) -> _Model | None:
+        """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
+        if self._described is None or self._described[0] is not model:
+            self._kept = []
+            self._described = model, self._description(model)
+        return self._described[1]
+
+    def _description(self, model: Decoder) -> _Model | None:
         config, shape = model.config, model.config.layers[0]
-        self._kept = []
 
         def pointer(values: Tensor | None) -> int | None:
             if values is None:
@@ -233,30 +242,33 @@ class NativeBackend:
             self._kept.append(values.detach().float().contiguous())
             return int(self._kept[-1].data_ptr())
 
-        def struct(piece: Linear) -> LinearStruct:
-            assert isinstance(piece, PanelLinear)
-            return piece.struct
-
+        if type(model.head) is not PanelLinear:
+            return None
         layers = (_Layer * len(model.layers))()
         for index, layer in enumerate(model.layers):
-            attention, mlp = layer.attention, layer.mlp
+            attention, mlp = layer.mixer, layer.mlp
+            # Exactly these: a subclass computes something else.
+            if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
+                return None
+            pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
+            structs = [piece.struct for piece in pieces if type(piece) is PanelLinear]
+            if len(structs) < len(pieces):
+                return None
             layers[index] = _Layer(
-                pointer(layer.attention_norm.weight),
+                pointer(layer.mixer_norm.weight),
                 pointer(None if attention.query_norm is None else attention.query_norm.weight),
                 pointer(None if attention.key_norm is None else attention.key_norm.weight),
                 pointer(layer.mlp_norm.weight),
-                *(struct(piece) for piece in (attention.qkv, attention.out, mlp.gate_up, mlp.down)),
+                *structs,
                 config.layers[index].window or 0,
             )
         self._kept.append(layers)
-        described = _Model(
+        return _Model(
             *(len(layers), config.hidden_size, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn),
             *(model.embedding.shape[0], config.norm_eps, config.rope_factor),
             pointer(torch.tensor(config.inverse_frequencies)),
             *(model.embedding.data_ptr(), FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16")),
             pointer(model.norm.weight),
-            struct(model.head),
+            model.head.struct,
             ctypes.addressof(layers),
         )
-        self._described = model, described
-        return described
