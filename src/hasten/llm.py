@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
+from hasten.engine.memory import parse_bytes
 from hasten.engine.text import decode
 from hasten.engine.turn import Driver
 from hasten.errors import Notice, UserError
@@ -92,6 +94,8 @@ class LLM:
         backend: what runs the forward pass: `torch`, `native` (float32 and bfloat16 on CPU), `cuda`, or `auto`.
         weights: `dense`, or rounded to `int8` or `int4` as they are loaded (native only).
         numerics: `invariant` for rows whose results never depend on the rows beside them, also on a GPU.
+        cache_bytes: limit of the KV cache, in bytes or as text (`2GiB`); by default the environment variable
+            `HASTEN_CACHE_BYTES`, and without it none. Where it is full, younger requests wait, and are read again.
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
@@ -107,6 +111,7 @@ class LLM:
         backend: str = "auto",
         weights: str = "dense",
         numerics: str = "default",
+        cache_bytes: int | str | None = None,
     ) -> None:
         folder = resolve(model)
         self.folder = folder
@@ -115,7 +120,9 @@ class LLM:
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
         )
-        self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder))
+        limit = os.environ.get("HASTEN_CACHE_BYTES") if cache_bytes is None else cache_bytes
+        allowed = None if limit is None else parse_bytes(str(limit), "cache_bytes")
+        self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder), allowed)
         self.method = method
         self.engine.drafter(method)
         self._driver = Driver(self.engine.step)

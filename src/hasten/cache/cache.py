@@ -45,6 +45,10 @@ class Cache:
         """What a fresh block with room for so many slots takes."""
         return Block.bytes_for(self._groups, max(slots, MINIMUM_BLOCK), self.dtype)
 
+    def fits(self, slots: int) -> bool:
+        """Whether a block of so many slots would fit if there were no other."""
+        return self.limit_bytes is None or self.block_bytes(slots) <= self.limit_bytes
+
     def block(self, capacity: int, ideal: int = 0) -> Block:
         """A fresh block with one reference.
 

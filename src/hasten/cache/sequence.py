@@ -99,10 +99,26 @@ class Sequence:
         """Slots behind the last one that are there already."""
         return self._views[-1].block.capacity - self._views[-1].length if self._views else 0
 
-    def reserve(self, slots: int) -> None:
-        """Make room for `slots` further slots, so that appends need not grow the block again."""
+    def reserve(self, slots: int, more: int = 0) -> None:
+        """Make room for `slots` further slots, so that appends need not grow the block again.
+
+        Args:
+            more: slots behind them, as many as the cache's limit allows, if there must be a new block.
+
+        Raises:
+            UserError: the cache is full.
+        """
         self._refuse_released()
-        self._room(slots, exact=True)
+        self._room(slots, slots + more)
+
+    def make_room(self, rows: int) -> None:
+        """Make room for a pass of so many rows, and for more behind them where the cache's limit allows.
+
+        Raises:
+            UserError: the cache is full.
+        """
+        self._refuse_released()
+        self._room(rows)
 
     # The forward pass
 
@@ -330,14 +346,17 @@ class Sequence:
             self._writer = True
         return self._writer and tail.length >= tail.block.shared
 
-    def _room(self, slots: int, exact: bool = False) -> View:
-        """The tail view, with room for `slots` more slots that nobody else reads."""
+    def _room(self, slots: int, wanted: int = 0) -> View:
+        """The tail view, with room for `slots` more slots that nobody else reads; a new block has room for `wanted`.
+
+        Without such a wish, a block that is outgrown doubles.
+        """
         tail = self._views[-1] if self._views else None
-        ideal = 0
+        ideal = wanted
         if tail is not None and self._may_write(tail):
             if tail.length + slots <= tail.block.capacity:
                 return tail
-            ideal = 0 if exact else 2 * tail.block.capacity
+            ideal = tail.length + wanted if wanted else 2 * tail.block.capacity
             if tail.block.references == 1:
                 grown = self._cache.block(tail.length + slots, ideal)
                 grown.copy_from(tail.block, 0, tail.length + self.pending)

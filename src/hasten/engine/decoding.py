@@ -49,7 +49,10 @@ class Decoding(Protocol):
         """Whether nothing more can come, whatever the stopping rules say."""
 
     def backlog(self, request: Request) -> int:
-        """Tokens of the prompt that are still to be read, in pieces of any size; 0 where the passages say it all."""
+        """Tokens still to be read before new ones come, in pieces of any size; 0 where the passages say it all."""
+
+    def slots(self, request: Request) -> int:
+        """Cache slots that it will take at the least, from what the model has read on."""
 
     def passage(self, request: Request, piece: int) -> Passage:
         """The rows of the next pass.

@@ -32,6 +32,10 @@ class Denoiser(Drafter):
         """Yields passages and is sent the logits of the rows that they want, until the canvas is full."""
         raise NotImplementedError
 
+    def headroom(self, request: Request) -> int:
+        """Nothing beyond the canvas, which is set aside as it is."""
+        return 0
+
     def propose(self, request: Request, budget: int) -> Draft:
         """Nothing: a canvas is not drafted token by token."""
         return Draft()

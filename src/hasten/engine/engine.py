@@ -16,7 +16,7 @@ from hasten.cache import Cache
 from hasten.engine import registry
 from hasten.engine.decoding import Answer, TokenKind
 from hasten.engine.denoiser import Denoiser
-from hasten.engine.draft import MAX_DRAFT
+from hasten.engine.draft import MAX_DRAFT, Draft
 from hasten.engine.drafter import Drafter
 from hasten.engine.filling import Filling
 from hasten.engine.grammar import Grammars, GrammarState
@@ -214,11 +214,11 @@ class Engine:
     def _step(self) -> list[Progress]:
         plan = self.scheduler.plan()
         progress = self._propose([scheduled.request for scheduled in plan if not scheduled.piece])
-        plan = [scheduled for scheduled in plan if scheduled.request.finish_reason is None]
+        plan, passages, failed = self._place([each for each in plan if each.request.finish_reason is None])
+        progress += failed
         if not plan:
             return progress
         started = time.perf_counter()
-        passages = [each.request.decoding.passage(each.request, each.piece) for each in plan]
         rows, wanted = self._pack(plan, passages)
         taps = self._taps(plan)
         logits = self.model.forward(rows, wanted, taps)
@@ -252,13 +252,17 @@ class Engine:
         try:
             return work(request, *arguments)
         except Exception as error:
-            request.error = error
-            self._end(request, "error")
-            return [self._progress(request, [], [])]
+            return self._fail(request, error)
         except BaseException:
             # Half of the step has been taken.
             self._end(request, "abort")
             raise
+
+    def _fail(self, request: Request, error: Exception) -> list[Progress]:
+        """End a request that cannot go on."""
+        request.error = error
+        self._end(request, "error")
+        return [self._progress(request, [], [])]
 
     def _progress(self, request: Request, tokens: list[int], kinds: list[TokenKind]) -> Progress:
         """Report what a step gave, to the stepping thread and to who reads along."""
@@ -310,6 +314,66 @@ class Engine:
             request.statistics.draft_seconds += seconds
         return []
 
+    def _place(self, plan: Sequence[Scheduled]) -> tuple[list[Scheduled], list[Passage], list[Progress]]:
+        """Find room in the cache for the step's rows; where there is none, younger requests wait until there is.
+
+        Returns:
+            who takes part and with which passage; and what became of a request for which there never will be room.
+        """
+        placed: dict[int, tuple[Scheduled, Passage]] = {}
+        refused: dict[int, tuple[Request, UserError]] = {}
+        for scheduled in plan:
+            request = scheduled.request
+            while request in self.scheduler.running:
+                try:
+                    passage = request.decoding.passage(request, scheduled.piece)
+                    self._make_room(request, len(passage.tokens))
+                    placed[request.id] = scheduled, passage
+                    break
+                except UserError as error:
+                    if isinstance(request.decoding, Speculation) and request.decoding.draft:
+                        # Before anybody makes place for it.
+                        request.decoding.draft = Draft()
+                        continue
+                    victim = self._victim(request)
+                    if victim is None:
+                        refused[request.id] = request, error
+                        break
+                    placed.pop(victim.id, None)
+                    self.scheduler.preempt(victim)
+                    victim.sequence.release()
+                    victim.sequence, victim.read = self.cache.sequence(), 0
+        failed = []
+        if refused and not placed:
+            # Nobody will give back what the youngest of them waits for.
+            failed = self._fail(*refused[max(refused)])
+        return [each for each, _ in placed.values()], [passage for _, passage in placed.values()], failed
+
+    @staticmethod
+    def _make_room(request: Request, rows: int) -> None:
+        """Room for a pass; when a request begins, for all that is known of it, and what may come as far as that fits.
+
+        Raises:
+            UserError: the cache is full.
+        """
+        if not request.sequence.length or request.read == request.prompt_length:
+            known = max(rows, request.decoding.slots(request))
+            request.sequence.reserve(known, request.drafter.headroom(request))
+        request.sequence.make_room(rows)
+
+    def _victim(self, request: Request) -> Request | None:
+        """Who gives back its slots and is read again, to make place for a request: the youngest, or that one itself.
+
+        One that only begins takes nobody's place. One that runs alone begins anew if that is all it takes: a block that
+        is outgrown needs place beside its successor.
+        """
+        others = [each for each in self.scheduler.running if each is not request and each.sequence.blocks()]
+        again = [each for each in (*others, request) if isinstance(each.decoding, Speculation)]
+        if others and request.sequence.length and again:
+            return max(again, key=lambda each: each.id)
+        fits = others or self.cache.fits(len(request.tokens) + 1)
+        return request if request in again and fits and (others or request.sequence.length) else None
+
     def _pack(self, plan: Sequence[Scheduled], passages: Sequence[Passage]) -> tuple[Rows, list[int]]:
         """All rows of the step, and the numbers of those whose logits are wanted."""
         tokens: list[int] = []
@@ -334,13 +398,16 @@ class Engine:
 
     def _read(self, request: Request, span: Span, taps: Taps | None) -> list[Progress]:
         """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
-        start, count = request.read, span.stop - span.start
+        count = span.stop - span.start
         request.sequence.commit(count)
         request.read += count
         request.statistics.prompt_rows += count
-        hidden = _rows_of(taps, request.drafter, span.start, span.stop)
-        for each in (request, *self.scheduler.followers(request)):
-            each.drafter.observe_prompt(each, start, hidden)
+        fresh = min(request.read - request.shown, count)
+        if fresh > 0:
+            start, request.shown = request.shown, request.read
+            hidden = _rows_of(taps, request.drafter, span.stop - fresh, span.stop)
+            for each in (request, *self.scheduler.followers(request)):
+                each.drafter.observe_prompt(each, start, hidden)
         return []
 
     def _fork(self, leader: Request) -> list[Request]:
@@ -350,7 +417,8 @@ class Engine:
         """
         followers = self.scheduler.followers(leader)
         for follower in followers:
-            follower.sequence, follower.read, follower.leader = leader.sequence.fork(), leader.read, None
+            follower.sequence, follower.leader = leader.sequence.fork(), None
+            follower.read, follower.shown = leader.read, leader.shown
         return followers
 
     def _bequeath(self, leader: Request) -> None:
@@ -360,7 +428,7 @@ class Engine:
             return
         heir = followers[0]
         heir.sequence, leader.sequence = leader.sequence, heir.sequence
-        heir.read, heir.leader = leader.read, None
+        heir.read, heir.shown, heir.leader = leader.read, leader.shown, None
         for follower in followers[1:]:
             follower.leader = heir
 

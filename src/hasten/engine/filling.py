@@ -52,6 +52,10 @@ class Filling:
     def backlog(self, request: Request) -> int:
         return 0
 
+    def slots(self, request: Request) -> int:
+        """Of the whole canvas."""
+        return self.canvas.length
+
     def passage(self, request: Request, piece: int) -> Passage:
         """The denoiser's; the first one is made when it is asked for."""
         if not self._begun:

@@ -38,6 +38,7 @@ class Request:
         sequence: its cache. How many slots it has says nothing of positions: a policy may keep fewer.
         decoding: how it comes to its tokens.
         read: so many of its tokens the model has read; all but the last once the first new one is out.
+        shown: so many of them the drafter has been shown: after a preemption tokens are read again, and not shown.
         drafter: proposes for it.
         method: the drafter's specification, for reports.
         leader: the sibling choice whose prompt cache this one forks, until it has.
@@ -57,6 +58,7 @@ class Request:
     stopper: Stopper
     decoding: Decoding = field(default_factory=Speculation)
     read: int = 0
+    shown: int = 0
     leader: Request | None = None
     unread: deque[Progress] | None = None
     error: Exception | None = None

@@ -50,6 +50,11 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(request)
 
+    def preempt(self, request: Request) -> None:
+        """A running request makes place for older ones; it is the first to run again."""
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+
     def remove(self, request: Request) -> None:
         """Forget a request wherever it is."""
         if request in self.running:

@@ -41,14 +41,16 @@ class Speculation:
         return False
 
     def backlog(self, request: Request) -> int:
-        return 0 if request.started else len(request.tokens) - request.read
+        # The root is read with its draft. After a preemption the rest of the output is read as the prompt is.
+        return len(request.tokens) - request.read - (1 if request.started else 0)
+
+    def slots(self, request: Request) -> int:
+        """Of what is known, without the draft."""
+        return len(request.tokens) - request.read
 
     def passage(self, request: Request, piece: int) -> Passage:
         """A piece of the prompt, whose last row is wanted if it is the prompt's, too; or the root and its draft."""
         read = request.read
-        if read in (0, request.prompt_length):
-            # Before the prompt's first piece; and before a forked choice's own first row.
-            request.sequence.reserve(len(request.tokens) - read + request.drafter.headroom(request))
         if piece:
             stop = read + piece
             wanted = [piece - 1] if stop == len(request.tokens) else []

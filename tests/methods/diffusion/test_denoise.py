@@ -352,27 +352,25 @@ def test_finished_blocks_cost_a_pass_that_gives_the_next_token() -> None:
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
-        *[(name, spec) for name in CONFIGS for spec in ("denoise:block=4", "freedave:block=4,cache=dual")],
+        *[(name, "denoise:block=4") for name in CONFIGS],
         *[(name, "fast-dllm-v2:part=2,block_cache=true") for name in BLOCKS],
     ],
 )
-def test_a_step_that_finds_the_cache_full_can_be_tried_again(
-    name: str, spec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whenever the cache would grow there is no room at first: nothing is lost, and the canvas is filled as alone."""
+def test_canvases_wait_where_the_cache_is_full(name: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for the largest of them alone: all are filled as alone, one behind the other."""
     monkeypatch.setattr("hasten.cache.cache.MINIMUM_BLOCK", 1)
-    engine, refused = Engine(oracle(name)), 0
+    needs = []
+    for prompt in PROMPTS:
+        roomy = Engine(oracle(name))
+        roomy.add(prompt, SamplingParams(max_tokens=9), spec)
+        for _ in roomy.run():
+            pass
+        needs.append(roomy.cache.peak_bytes)
+    engine = Engine(oracle(name), cache_bytes=max(needs))
     requests = [engine.add(prompt, SamplingParams(max_tokens=9), spec)[0] for prompt in PROMPTS]
-    while engine.busy:
-        engine.cache.limit_bytes = engine.cache.used_bytes
-        try:
-            engine.step()
-        except UserError as error:
-            assert "the KV cache is full" in str(error)
-            refused += 1
-            engine.cache.limit_bytes = None
-            engine.step()
-    assert refused > 0
+    for _ in engine.run():
+        pass
+    assert engine.cache.peak_bytes <= max(needs) < sum(needs)
     for prompt, request in zip(PROMPTS, requests, strict=True):
         alone = decode(oracle(name), spec, prompt, max_tokens=9)
         assert request.output == alone.output
