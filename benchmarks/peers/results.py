@@ -12,6 +12,7 @@ from typing import Any
 
 from catalogue import HASTEN
 
+from hasten.documents import dumps
 from hasten.errors import UserError
 
 PLAIN = "plain"
@@ -122,7 +123,7 @@ class Results:
         if self.file is None:
             return
         scratch = self.file.with_suffix(".part")
-        scratch.write_text(json.dumps(self.document(), indent=1))
+        scratch.write_text(dumps(self.document(), indent=1))
         os.replace(scratch, self.file)
 
     def document(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hasten.documents import dumps
 from hasten.engine import SamplingParams
 from hasten.llm import LLM
 from hasten.model import Rows
@@ -96,7 +96,7 @@ def write_card(
         "tasks": task_scores(llm, per_task, report),
         "prose_perplexity": round(perplexity(llm), 3),
     }
-    (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / "card.json").write_text(dumps(document, indent=2) + "\n")
     card = folder / "README.md"
     card.write_text(render(folder.name, document))
     return card

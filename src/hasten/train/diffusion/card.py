@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hasten.documents import dumps
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
@@ -94,7 +94,7 @@ def write_card(
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
     }  # fmt: skip
-    (folder / "card.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / "card.json").write_text(dumps(document, indent=2) + "\n")
     card = folder / "README.md"
     card.write_text(render(folder.name, document, recipe))
     return card
