@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from math import isnan
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from hasten.model.decoder import Decoder
+from hasten.errors import UserError
+from hasten.model.decoder import NOT_FINITE, Decoder
 from hasten.model.linear import Linear
 from hasten.model.native.library import Team, library
 from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
@@ -205,6 +207,7 @@ class NativeBackend:
 
         Raises:
             IndexError: the embedding does not have `token`.
+            UserError: logits that are not finite.
         """
         loaded = library()
         assert loaded is not None
@@ -218,6 +221,8 @@ class NativeBackend:
         )
         if count < 0:
             raise IndexError(f"token id {token} is not below {model.embedding.shape[0]}, the size of the vocabulary")
+        if count and isnan(probabilities[count - 1]):
+            raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
     def _describe(self, model: Decoder) -> _Model:
