@@ -22,7 +22,7 @@ from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
 from hasten.engine.request import Request, TokenKind, TokenLogprobs
-from hasten.engine.sampling import Sampler, likeliest
+from hasten.engine.sampling import Sampler, likeliest_of_model
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
 from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.verification import Verdict
@@ -206,7 +206,8 @@ class Engine:
         """One pass of the loop over everything that is scheduled.
 
         Raises:
-            UserError: the KV cache is full. No request has changed: the step may be tried again when there is room.
+            UserError: the KV cache is full, or a row's logits are not finite. No request has changed: the step may be
+                tried again when there is room, or without the requests that cannot be served.
         """
         plan = self.scheduler.plan()
         if not plan:
@@ -220,8 +221,8 @@ class Engine:
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
-        chain = any(s.request.filling is None and s.decodes and s.request.sampler.is_argmax for s in plan)
-        best = likeliest(logits) if chain else None
+        # All rows, before any of them counts: where one cannot be used, the step has not happened.
+        best = likeliest_of_model(logits)
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
 
@@ -236,7 +237,7 @@ class Engine:
             if not scheduled.decodes:
                 self._commit_prompt(scheduled, span, taps)
                 continue
-            own = None if best is None else best[offset:stop]
+            own = best[offset:stop]
             if request.started:
                 progress.append(self._decode(request, draft, logits[offset:stop], own, taps, span.start))
             else:
@@ -349,7 +350,7 @@ class Engine:
         request: Request,
         draft: Draft,
         logits: Tensor,
-        best: list[int] | None,
+        best: list[int],
         taps: Taps | None,
         row: int,
     ) -> Progress:
@@ -430,10 +431,10 @@ class Engine:
             self._finish(request)
         return [Progress(request, tokens, kinds, text, request.finish_reason)]
 
-    def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int] | None) -> Verdict:
+    def _verify(self, request: Request, draft: Draft, logits: Tensor, best: list[int]) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
         sampler, params = request.sampler, request.params
-        if best is not None and sampler.is_argmax:
+        if sampler.is_argmax:
             return verification.match(draft, best)
         nodes = [ROOT, *range(len(draft))]
         paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
