@@ -406,6 +406,23 @@ def test_weights_that_overflow_as_they_are_cast(value: float, dtype: str, folder
     load_model(folder, device="cpu", dtype=dtype)
 
 
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("piece", ["q_proj", "k_proj"])
+def test_heads_whose_norms_would_hide_an_overflow(
+    piece: str, run: dict[str, str], make_checkpoint: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(make_checkpoint("qwen3", num_hidden_layers=1).folder, folder)
+    name = f"model.layers.0.self_attn.{piece}.weight"
+    edit_tensors(folder, put(name, 1e3))
+    load_model(folder, device="cpu", **run)
+    edit_tensors(folder, put(name, 1e18))
+    if run.get("dtype") == "float64":
+        load_model(folder, device="cpu", **run)
+    else:
+        refused(folder, name, "overflows", **run)
+
+
 # Files elsewhere
 
 

@@ -283,7 +283,8 @@ def build_llama_family(
         names: what the checkpoint calls the pieces (`TENSORS`).
 
     Raises:
-        UserError: a tensor is missing, or its shape is not what the configuration says.
+        UserError: a tensor is missing, its shape is not what the configuration says, or norms of heads would hide that
+            queries or keys overflow.
     """
     frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float32, device=tensors.device)
     if tensors.dtype == torch.float64:
@@ -302,10 +303,26 @@ def build_llama_family(
         read = tensors.stacked if biased else tensors.maybe_stacked
         return backend.linear(weight, read([f"{name}.bias" for name in called], [(out,) for out in outs.values()]))
 
+    def require_squares(layer: int, shape: LayerConfig, entering: RMSNorm) -> None:
+        """Norms of heads make zeros of queries and keys whose squares overflow. No row of the inputs is longer than
+        sqrt(hidden) before its weights, so the lengths of the weights say whether that can be."""
+        longest = entering.weight.abs().amax().double() * hidden**0.5
+        for piece, heads in (("query", shape.heads), ("key", shape.kv_heads)):
+            name = names[piece].format(layer)
+            rows = tensors.get(f"{name}.weight", heads * shape.head_dim, hidden).double()
+            added = tensors.maybe(f"{name}.bias", heads * shape.head_dim)
+            most = float(rows.norm(dim=1).amax() * longest) + (0.0 if added is None else float(added.abs().amax()))
+            # Half of what fits, for the roundings on the way.
+            if 4 * most * most * shape.head_dim > torch.finfo(torch.promote_types(tensors.dtype, torch.float32)).max:
+                raise UserError(f"{name}.weight in {tensors.folder} is so large that what it computes overflows")
+
     embedding = tensors.get(names["embedding"] + ".weight", vocabulary, hidden)
     layers = []
     for index, shape in enumerate(config.layers):
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        entering = norm("attention_norm", hidden, index)
+        if head_norms:
+            require_squares(index, shape, entering)
         attention = Attention(
             shape,
             qkv=projection(
@@ -323,9 +340,7 @@ def build_llama_family(
             gate_up=projection(index, {"gate": shape.ffn, "up": shape.ffn}, hidden, mlp_bias),
             down=projection(index, {"down": hidden}, shape.ffn, mlp_bias),
         )
-        layers.append(
-            Layer(index, norm("attention_norm", hidden, index), attention, norm("mlp_norm", hidden, index), mlp)
-        )
+        layers.append(Layer(index, entering, attention, norm("mlp_norm", hidden, index), mlp))
     # A head of its own wins over the configuration's word that there is none, as in transformers.
     own_head = names["head"] + ".weight"
     tied = config.tied_head and own_head not in tensors
