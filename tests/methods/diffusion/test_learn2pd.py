@@ -58,6 +58,16 @@ def test_a_filter_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert sum(weights.numel() for weights in new_filter(32).parameters()) == 2112
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_filter_is_finite(value: float, tmp_path: Path) -> None:
+    network = new_filter(BLOCK)
+    with torch.no_grad():
+        network[2].bias[1] = value
+    save_filter(network, tmp_path / "filter.safetensors")
+    with pytest.raises(UserError, match=r"filter.safetensors holds NaN or infinity"):
+        load_filter(tmp_path / "filter.safetensors")
+
+
 def test_what_is_no_filter(tmp_path: Path, nothing: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     nn_other = {"other": torch.zeros(2)}
