@@ -13,7 +13,6 @@ Methods: tokens per second, greedy, batch 1, in turns with transformers' `genera
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from torch import Tensor
 from hasten import LLM, SamplingParams, UserError
 from hasten.bench.suite import load_suite
 from hasten.cache import Cache
+from hasten.documents import dumps
 from hasten.model import Decoder, LayerConfig, ModelConfig, Rows
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.cuda import refusal
@@ -265,14 +265,14 @@ def main() -> int:
             result["steps"][name] = measured
             del model
             torch.cuda.empty_cache()
-            options.out.write_text(json.dumps(result, indent=1))
+            options.out.write_text(dumps(result, indent=1))
         print(f"{options.model}, methods", file=sys.stderr)
         names = [name for name in options.methods.split(",") if name]
         result["methods"] = methods(options.model, names, options.tokens, options.per_task, device)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    options.out.write_text(json.dumps(result, indent=1))
+    options.out.write_text(dumps(result, indent=1))
     show(result)
     return 0
 

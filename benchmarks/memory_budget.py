@@ -10,7 +10,6 @@ take. The retention point is the smallest budget that keeps 96 % of the speed wi
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from hasten import LLM, SamplingParams
 from hasten.bench.suite import load_suite
+from hasten.documents import dumps
 from hasten.engine import Engine
 from hasten.engine.memory import logits_bytes, mask_bytes
 
@@ -188,7 +188,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     llm = LLM(options.model, backend=options.backend)
     result = measure(llm, options.drafter, options.batch, options.per_task, options.tokens)
-    print(json.dumps(result, indent=2)) if options.json else show(result)
+    print(dumps(result, indent=2)) if options.json else show(result)
     if options.plot:
         draw(result, options.plot)
 

@@ -10,7 +10,20 @@ from pathlib import Path
 import hasten
 
 ROOT = Path(hasten.__file__).parent
-FLOORS = ["errors", "files", "tasks", "model", "cache", "engine", "methods", "llm", "train", "bench", "cli"]
+FLOORS = [
+    "errors",
+    "documents",
+    "files",
+    "tasks",
+    "model",
+    "cache",
+    "engine",
+    "methods",
+    "llm",
+    "train",
+    "bench",
+    "cli",
+]
 """From the ground up. `__init__`, the face, and `__main__` stand on the roof."""
 
 

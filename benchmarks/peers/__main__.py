@@ -28,6 +28,7 @@ from measure import Plan, measure
 from prompts import encode
 from results import Results
 
+from hasten.documents import dumps
 from hasten.errors import UserError
 from hasten.model.checkpoint import resolve
 
@@ -72,7 +73,7 @@ def main() -> int:
 
 def _list(as_json: bool) -> int:
     rows = show.listing(version)
-    print(json.dumps(rows, indent=2)) if as_json else show.peers(rows)
+    print(dumps(rows, indent=2)) if as_json else show.peers(rows)
     return 0
 
 
@@ -119,7 +120,7 @@ def _compare(options: argparse.Namespace) -> int:
             from plot import draw
 
             draw(document, folder / PLOT)
-    print(json.dumps(document, indent=2)) if options.json else show.results(document)
+    print(dumps(document, indent=2)) if options.json else show.results(document)
     return 130 if interrupted else 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from catalogue import HASTEN
 
+from hasten.documents import dumps
 from hasten.errors import UserError
 from hasten.files import write_text
 
@@ -125,7 +126,7 @@ class Results:
         """
         if self.file is None:
             return
-        write_text(self.file, json.dumps(self.document(), indent=1))
+        write_text(self.file, dumps(self.document(), indent=1))
 
     def document(self) -> dict[str, Any]:
         """As JSON."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
+from math import isfinite
+from typing import Any
 
 
 class UserError(Exception):
@@ -39,3 +42,23 @@ def require(checks: Iterable[tuple[bool, str]], subject: str = "") -> None:
     for holds, sentence in checks:
         if not holds:
             raise UserError(f"{subject}: {sentence}" if subject else sentence)
+
+
+def require_finite(parameters: Any, subject: str = "") -> None:
+    """Refuse NaN and infinity among the numbers of a dataclass.
+
+    Args:
+        parameters: the object.
+        subject: as in `require`.
+
+    Raises:
+        UserError: a field is a float, but no finite number.
+    """
+    numbers = {field.name: getattr(parameters, field.name) for field in fields(parameters)}
+    require(
+        (
+            (not isinstance(value, float) or isfinite(value), f"{name} must be a finite number, not {value}")
+            for name, value in numbers.items()
+        ),
+        subject,
+    )

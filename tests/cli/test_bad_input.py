@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hasten.model.checkpoint import resolve
 
@@ -158,4 +159,103 @@ def test_training_arguments(hasten, tmp_path: Path):
     assert_refused(hasten("train", "lm", "--output", out, "--precision", "int3"), "bf16 or fp32")
     assert_refused(hasten("train", "scylla", "--output", out, "--tokens", "1000,2000"), "at least four different")
     assert_refused(hasten("train", "scylla", "--output", out, "--layers", "1,2,three,4"), "whole numbers")
+    assert not (tmp_path / "model").exists()
+
+
+def damage(folder: Path, how: str) -> tuple[str, ...]:
+    """Make a model's output meaningless; the words that it is refused with."""
+    kind, _, value = how.partition(" ")
+    if kind == "rms_norm_eps":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {kind: json.loads(value)}))
+        return (f"rms_norm_eps {json.loads(value)}", "finite number")
+    if kind == "temperature":
+        (folder / "generation_config.json").write_text(f'{{"do_sample": true, "temperature": {value}}}')
+        return ("temperature must be",)
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "weights":
+        largest = max(float(tensor.abs().max()) for tensor in tensors.values())
+        scaled = {name: tensor.float() * (float(value) / largest) for name, tensor in tensors.items()}
+        save_file(scaled, folder / "model.safetensors")
+        return ("the model's logits are not finite",)
+    name = next(name for name in tensors if value in name)
+    tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    return (name, str(folder), "NaN")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "nan embed_tokens",
+        "nan down_proj",
+        "nan model.norm",
+        "weights 1e38",
+        "weights 1e15",
+        "rms_norm_eps NaN",
+        "rms_norm_eps Infinity",
+        "rms_norm_eps -1",
+    ],
+)
+@pytest.mark.parametrize(
+    "run",
+    [
+        ["--backend", "torch", "--dtype", "float32"],
+        ["--backend", "native", "--dtype", "float32"],
+        ["--dtype", "bfloat16"],
+        ["--weights", "int8"],
+        ["--weights", "int4"],
+    ],
+    ids=lambda run: " ".join(run),
+)
+def test_models_without_finite_logits(hasten, broken: Path, how: str, run: list[str]):
+    words = damage(broken, how)
+    model = ["--model", str(broken), *run]
+    for options in ([], ["--json"], ["--method", "ngram"], ["--temperature", "1", "--seed", "1", "--json"]):
+        ran = hasten("generate", "the cat", "--max-tokens", "4", *model, *options)
+        assert_refused(ran, *words)
+
+
+@pytest.mark.parametrize("how", ["nan q_proj", "weights 1e38", "rms_norm_eps NaN", "rms_norm_eps -1"])
+def test_broken_outputs_are_never_called_identical(hasten, broken: Path, how: str):
+    words = damage(broken, how)
+    for options in ([], ["--json"]):
+        assert_refused(hasten("verify", "--model", str(broken), "--method", "ngram", *options), *words)
+
+
+def test_drafters_that_are_no_models(hasten, broken: Path):
+    drafter = Path(shutil.copytree(resolve("tiny-draft"), broken.parent / "drafter"))
+    words = damage(drafter, "nan o_proj")
+    run = ["generate", "hi", "--max-tokens", "4", "--method", f"draft-model:model={drafter}"]
+    assert_refused(hasten(*run), *words)
+    shutil.rmtree(drafter)
+    shutil.copytree(resolve("tiny-draft"), drafter)
+    words = damage(drafter, "weights 1e38")
+    # As text comes, its first token is there before the drafter is asked.
+    assert_refused(hasten(*run, "--json"), *words)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1"])
+def test_sampling_that_a_checkpoint_asks_for(hasten, broken: Path, value: str):
+    words = damage(broken, f"temperature {value}")
+    assert_refused(hasten("generate", "hi", "--model", str(broken)), *words)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_options_that_are_no_numbers(hasten, tmp_path: Path, value: str):
+    sampling = (
+        "temperature",
+        "top-p",
+        "min-p",
+        "repetition-penalty",
+        "presence-penalty",
+        "frequency-penalty",
+    )
+    for option in sampling:
+        assert_refused(hasten("generate", "hi", f"--{option}", value), option.replace("-", "_"))
+    assert_refused(hasten("race", "--slow", value), "slow")
+    assert_refused(hasten("tune", "--prompts", str(tmp_path), "--seconds", value), "seconds")
+    assert_refused(hasten("generate", "hi", "--method", f"draft-model:confidence={value}"), "confidence", "finite")
+    out = str(tmp_path / "model")
+    assert_refused(hasten("train", "lm", "--output", out, "--lr", value), "lr must be a finite number")
     assert not (tmp_path / "model").exists()

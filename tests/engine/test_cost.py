@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,9 @@ def test_every_shape_is_timed(llm):
     assert times.keys() == {(1, 1), (1, 4), (3, 2)} and all(seconds > 0 for seconds in times.values())
 
 
+NAN = '{"rows": [1], "contexts": [1], "seconds": [[NaN]], "per_sequence": 0}'
+
+
 def test_an_oracle_is_measured(monkeypatch):
     monkeypatch.setattr(cost, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(cost, "ROWS", (1, 2, 8))
@@ -77,7 +82,7 @@ def test_a_measured_curve_is_kept_on_disk(monkeypatch, tmp_path, llm):
     assert cost.verify_cost(llm.model, str(llm.folder)) == CURVE
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [1]}', '{"rows": 3, "contexts": [], "seconds": []}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [1]}', '{"rows": 3, "contexts": [], "seconds": []}', NAN])
 def test_a_damaged_record_is_measured_again(monkeypatch, tmp_path, llm, content):
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
     monkeypatch.setattr(cost, "measure", lambda model: CURVE)
@@ -104,3 +109,13 @@ def test_a_record_that_cannot_be_kept_leaves_nothing(monkeypatch, tmp_path, llm)
     monkeypatch.setattr(cost.os, "replace", refuse)
     assert cost.verify_cost(llm.model, str(llm.folder)) == CURVE
     assert list((tmp_path / "verify-cost").iterdir()) == []
+
+
+def test_only_the_weights_that_are_read_count(monkeypatch, tmp_path, llm):
+    folder = Path(shutil.copytree(llm.folder, tmp_path / "model"))
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cost, "measure", lambda model: CURVE)
+    cost.verify_cost(llm.model, str(folder))
+    (folder / "stray.safetensors").symlink_to("nowhere")
+    cost.verify_cost(llm.model, str(folder))
+    assert len(list((tmp_path / "cache/verify-cost").iterdir())) == 1

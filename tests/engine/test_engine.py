@@ -7,7 +7,7 @@ import torch
 
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Limits
-from hasten.model import OracleModel
+from hasten.model import CanvasOracle, DiffusionConfig, OracleModel
 from helpers import Scripted
 
 SIZE = 8
@@ -210,3 +210,89 @@ def test_cache_limit_is_told():
         finish(made)
     made.abort(request)
     assert made.cache.used_bytes == 0
+
+
+UNUSABLE = {
+    "nan": torch.full((SIZE,), torch.nan),
+    "one nan": torch.tensor([0.0, 9.0, 0.0, torch.nan, 0.0, 0.0, 0.0, 0.0]),
+    "infinite": torch.tensor([0.0, 9.0, 0.0, torch.inf, 0.0, 0.0, 0.0, 0.0]),
+    "nothing is possible": torch.full((SIZE,), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.parametrize("length", [0, 1, 5])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"n": 2},
+        {"logit_bias": {1: 0.5}},
+        {"repetition_penalty": 1.01},
+        {"temperature": 0.1, "seed": 1},
+        {"temperature": 0.1, "seed": 1, "top_k": 3, "acceptance": "max"},
+        {"temperature": 0.1, "seed": 1, "acceptance": "typical"},
+        {"logprobs": 2},
+    ],
+    ids=str,
+)
+def test_logits_that_are_not_finite_end_the_request_they_are_of(kind, length, settings):
+    """Prompt 2 comes to token 6, behind which there are none; prompt 5 never does."""
+    spoilt = OracleModel(lambda history: UNUSABLE[kind] if history[-1] == 6 else law(history), SIZE, max_positions=64)
+    made = Engine(spoilt)
+    drafter = Scripted(lambda request: Draft.chain(chain_from(request.tokens[-1], length)))
+    (well,) = made.add([5], SamplingParams(max_tokens=12), drafter)
+    sick = made.add([2], SamplingParams(max_tokens=12, **settings), drafter)
+    while made.busy:
+        made.step()
+    for each in sick:
+        if 6 in each.tokens or each.finish_reason == "error":
+            assert "the model's logits are not finite" in str(each.error)
+            assert 6 not in each.tokens[:-1]
+    assert any(each.error is not None for each in sick)
+    (other,) = made.add([4], SamplingParams(max_tokens=5))
+    finish(made)
+    assert well.output == chain_from(5, 12)
+    assert other.output == chain_from(4, 5)
+    assert made.cache.used_bytes == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_a_rejected_draft_without_finite_logits_does_no_harm(settings):
+    """Plain decoding never sees what follows a token that it does not choose."""
+    spoilt = OracleModel(lambda history: UNUSABLE["nan"] if history[-1] == 6 else law(history), SIZE, max_positions=64)
+    made = Engine(spoilt)
+    asked = SamplingParams(max_tokens=12, **settings)
+    outputs = []
+    for method in ("plain", Scripted(lambda request: Draft([6, 6, 6], [ROOT, 0, 1]))):
+        (request,) = made.add([5], asked, method)
+        while made.busy:
+            made.step()
+        outputs.append((request.output, request.finish_reason))
+    assert outputs[0] == outputs[1]
+
+
+def test_tokens_that_are_impossible_are_no_fault():
+    banned = OracleModel(lambda history: law(history).index_fill(0, torch.tensor([2, 3]), -torch.inf), SIZE)
+    made = Engine(banned)
+    (request,) = made.add([5], SamplingParams(max_tokens=4))
+    (biased,) = made.add([5], SamplingParams(max_tokens=1, logit_bias={0: -float("inf")}))
+    finish(made)
+    assert request.output == chain_from(5, 4)
+    assert biased.output != chain_from(5, 1)
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.parametrize("method", ["denoise", "denoise:order=entropy", "threshold"])
+def test_a_canvas_without_finite_logits(kind, method):
+    def canvas_law(seen, position):
+        return UNUSABLE[kind] if position == 5 and len(seen) > 6 else law((position,))
+
+    made = Engine(CanvasOracle(canvas_law, SIZE, DiffusionConfig("full", "same", SIZE - 1)))
+    (well,) = made.add([1], SamplingParams(max_tokens=4), method)
+    (sick,) = made.add([1], SamplingParams(max_tokens=9), method)
+    while made.busy:
+        made.step()
+    assert "the model's logits are not finite" in str(sick.error)
+    assert sick.output == []
+    assert (len(well.output), well.error) == (4, None)

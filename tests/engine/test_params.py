@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import get_type_hints
+
 import pytest
 
 from hasten import SamplingParams, UserError
 from hasten.engine import Limits
+
+BIAS = "logit_bias must be finite numbers in float32, or -infinity, which bans a token"
 
 
 @pytest.mark.parametrize(
@@ -19,7 +24,14 @@ from hasten.engine import Limits
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
         ({"min_p": -0.1}, "min_p must be between 0 and 1"),
         ({"min_p": 1.5}, "min_p must be between 0 and 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be positive"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be between 1e-6 and 1e6"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be between 1e-6 and 1e6"),
+        ({"temperature": 1e-40}, "temperature must be 0 (greedy) or at least 1e-6"),
+        ({"logit_bias": {1: 0.0, 2: 1e39}}, BIAS),
+        ({"logit_bias": {1: float("nan")}}, BIAS),
+        ({"logit_bias": {1: float("inf")}}, BIAS),
+        ({"typical_epsilon": float("inf")}, "typical_epsilon must be a finite number, not inf"),
+        ({"typical_delta": float("inf")}, "typical_delta must be a finite number, not inf"),
         ({"presence_penalty": 2.1}, "presence_penalty must be between -2 and 2"),
         ({"frequency_penalty": -2.1}, "frequency_penalty must be between -2 and 2"),
         ({"n": 0}, "n must be at least 1"),
@@ -52,3 +64,17 @@ def test_defaults_are_greedy_and_neutral():
 def test_limits(limits):
     with pytest.raises(UserError, match="at least 1"):
         Limits(**limits)
+
+
+NUMBERS = [field.name for field in fields(SamplingParams) if get_type_hints(SamplingParams)[field.name] is float]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_nan_or_infinite(name, value):
+    with pytest.raises(UserError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_a_bias_of_minus_infinity_bans_a_token():
+    assert SamplingParams(logit_bias={3: -float("inf")}).logit_bias[3] == -float("inf")

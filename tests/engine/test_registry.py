@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -131,7 +133,8 @@ def test_brackets_hold_specifications_within_specifications(llm):
         ("ngram:length=0", r"ngram: length must be between 1 and 64"),
         ("ngram:minimum=5", r"ngram: 1 <= minimum <= maximum <= 16 must hold"),
         ("draft-model:width=9", r"draft-model: width must be between 1 and 8"),
-        ("draft-model:confidence=nan", r"draft-model: confidence must be between 0 and 1"),
+        ("draft-model:confidence=1.5", r"draft-model: confidence must be between 0 and 1"),
+        ("draft-model:confidence=nan", r"draft-model: confidence must be a finite number, not 'nan'"),
         ("auto:candidates=[ngram", r"more opening brackets than closing"),
         ("auto:candidates=ngram]", r"fewer opening brackets than closing"),
         ("auto:candidates=[ngram:length=0]", r"ngram: length must be between 1 and 64"),
@@ -172,3 +175,18 @@ def test_third_parties_register_through_entry_points(tmp_path: Path, monkeypatch
         assert registry.create("elsewhere:depth=5", Target(OracleModel(lambda history: None, 5))).depth == 5
     finally:
         registry._METHODS.pop("elsewhere", None)
+
+
+FLOATS = [
+    (slug, field.name)
+    for slug, each in registry.methods().items()
+    for field in dataclasses.fields(each.parameters)
+    if get_type_hints(each.parameters)[field.name] is float
+]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-Infinity", "1e400"])
+@pytest.mark.parametrize(("slug", "name"), FLOATS)
+def test_no_parameter_is_nan_or_infinite(slug, name, text):
+    with pytest.raises(UserError, match=f"{slug}: {name} must be a finite number, not '{text}'"):
+        registry.parse(f"{slug}:{name}={text}")

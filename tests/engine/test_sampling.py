@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from hasten import SamplingParams, UserError
-from hasten.engine.sampling import Sampler, draw, likeliest
+from hasten.engine.sampling import Sampler, draw, likeliest, likeliest_of_model
 
 SIZE = 200
 PROMPT = [3, 5, 5, 7, 150]
@@ -180,3 +180,19 @@ def test_draw():
     assert draw(2 * p, 0.5) == 3
     one = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     assert {draw(one, coin) for coin in (1e-300, 0.5, 1 - 2**-53)} == {2}
+
+
+@pytest.mark.parametrize("place", [0, 17, SIZE - 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_gives_finite_logits(value, place):
+    assert likeliest_of_model(LOGITS) == LOGITS.argmax(-1).tolist()
+    assert likeliest_of_model(LOGITS[:0]) == []
+    spoilt = LOGITS.clone()
+    spoilt[5, place] = value
+    with pytest.raises(UserError, match="not finite"):
+        likeliest_of_model(spoilt)
+    spoilt[5] = -float("inf")
+    with pytest.raises(UserError, match="not finite"):
+        likeliest_of_model(spoilt)
+    spoilt[5, place] = -3e38
+    assert likeliest_of_model(spoilt)[5] == place

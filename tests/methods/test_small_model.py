@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten import SamplingParams
+from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Engine
 from hasten.engine.noise import Uniforms
 from hasten.engine.sampling import draw
@@ -152,3 +152,26 @@ def test_asked_twice_and_memory(llm):
     for request in requests:
         drafter.end(request)
     assert drafter.memory_bytes == weights
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "acceptance": "max"}], ids=str)
+def test_a_small_model_without_finite_logits(llm, value, settings):
+    """It is told, and what goes on without it is not the worse for it."""
+    size = llm.model.config.vocab_size
+
+    def law(history):
+        return torch.full((size,), value if history[-2:] == (9, 9) else 0.0)
+
+    engine, drafter = Engine(llm.model), RandomDrafter(OracleModel(law, size))
+    params = SamplingParams(max_tokens=8, seed=4, ignore_eos=True, logit_bias={9: 1e6}, **settings)
+    (sick,) = engine.add([5], params, drafter)
+    (well,) = engine.add([7], SamplingParams(max_tokens=8, ignore_eos=True))
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        for _ in engine.run():
+            pass
+    engine.abort(sick)
+    for _ in engine.run():
+        pass
+    assert well.output == llm.generate([[7]], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
+    assert engine.cache.used_bytes == drafter.cache.used_bytes == 0

@@ -690,3 +690,14 @@ def test_spans_extend_level_by_level(deep):
         for level, token in enumerate(further)
     ]
     torch.testing.assert_close(torch.cat(rows), in_one_pass(deep, tokens, further, skipped), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "acceptance": "max"}], ids=str)
+def test_a_skipped_model_without_finite_logits(deep, monkeypatch, settings):
+    def broken(model, rows, skipped):
+        return torch.full((len(rows.tokens), model.config.vocab_size), torch.nan)
+
+    monkeypatch.setattr("hasten.methods.skipping.swift.forward", broken)
+    engine, _ = running(deep, drafter_of(deep, **OFF), **settings)
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        engine.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -331,6 +332,138 @@ def test_tensors_are_read_one_by_one(folder: Path) -> None:
     assert torch.equal(tensors.stacked(names, [(48,), (48,)]), stacked)
     with pytest.raises(UserError, match="no tensor nothing"):
         tensors.maybe_stacked([names[0], "nothing"])
+
+
+# NaN and infinity
+
+WEIGHTS = (
+    ("llama", "model.embed_tokens.weight"),
+    ("llama", "model.layers.0.self_attn.q_proj.weight"),
+    ("llama", "model.layers.0.self_attn.v_proj.weight"),
+    ("llama", "model.layers.0.self_attn.o_proj.weight"),
+    ("llama", "model.layers.0.mlp.gate_proj.weight"),
+    ("llama", "model.layers.0.mlp.up_proj.weight"),
+    ("llama", "model.layers.0.mlp.down_proj.weight"),
+    ("llama", "model.layers.0.input_layernorm.weight"),
+    ("llama", "model.layers.0.post_attention_layernorm.weight"),
+    ("llama", "model.norm.weight"),
+    ("llama", "lm_head.weight"),
+    ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+    ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
+    ("qwen3", "model.layers.0.self_attn.k_norm.weight"),
+)
+RUNS: tuple[dict[str, str], ...] = (
+    *({"backend": "torch", "dtype": dtype} for dtype in ("float32", "bfloat16", "float16", "float64")),
+    *({"backend": "native", "dtype": dtype} for dtype in ("float32", "bfloat16")),
+    *({"weights": weights, "dtype": dtype} for weights in ("int8", "int4") for dtype in ("float32", "bfloat16")),
+    {},
+)
+
+
+def put(name: str, value: float, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Tensor]], None]:
+    """An edit: the last number of a tensor is this, and all tensors are of this dtype."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors.update({each: tensor.to(dtype) for each, tensor in tensors.items()})
+        tensors[name].view(-1)[-1] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("architecture", "name"), WEIGHTS)
+def test_weights_that_are_no_numbers(
+    architecture: str, name: str, value: float, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(make_checkpoint(architecture, num_hidden_layers=1).folder, folder)
+    edit_tensors(folder, put(name, value))
+    assert refused(folder) == f"{name} in {folder} holds NaN or infinity: the checkpoint is damaged"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_nan_is_refused_however_it_is_stored_and_run(run: dict[str, str], stored: torch.dtype, folder: Path) -> None:
+    edit_tensors(folder, put("model.layers.0.mlp.down_proj.weight", float("nan"), stored))
+    refused(folder, "model.layers.0.mlp.down_proj.weight", "NaN", str(folder), **run)
+
+
+def test_nan_in_any_shard(shards: Path) -> None:
+    for file in sorted(shards.glob("*.safetensors")):
+        good = load_file(file)
+        name = min(good)
+        save_file({**good, name: torch.full_like(good[name], float("nan"))}, file)
+        refused(shards, name, "NaN")
+        save_file(good, file)
+    load_model(shards, device="cpu")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e38, "float16"), (70_000.0, "float16"), (3.4e38, "bfloat16")])
+def test_weights_that_overflow_as_they_are_cast(value: float, dtype: str, folder: Path) -> None:
+    edit_tensors(folder, put("model.norm.weight", value))
+    refused(folder, f"model.norm.weight in {folder} overflows in {dtype}", dtype=dtype)
+    edit_tensors(folder, put("model.norm.weight", 1.0))
+    load_model(folder, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("piece", ["q_proj", "k_proj"])
+def test_heads_whose_norms_would_hide_an_overflow(
+    piece: str, run: dict[str, str], make_checkpoint: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(make_checkpoint("qwen3", num_hidden_layers=1).folder, folder)
+    name = f"model.layers.0.self_attn.{piece}.weight"
+    edit_tensors(folder, put(name, 1e3))
+    load_model(folder, device="cpu", **run)
+    edit_tensors(folder, put(name, 1e18))
+    if run.get("dtype") == "float64":
+        load_model(folder, device="cpu", **run)
+    else:
+        refused(folder, name, "overflows", **run)
+
+
+# Files elsewhere
+
+
+@pytest.mark.parametrize("name", ["../{}", "{folder}/{}", "sub/../../{}", "sub/../{}", ".."])
+def test_an_index_that_leaves_its_folder(name: str, shards: Path) -> None:
+    index = json.loads((shards / INDEX).read_text())
+    tensor, file = next(iter(index["weight_map"].items()))
+    (shards / "sub").mkdir()
+    shutil.copy(shards / file, shards.parent / file)
+    index["weight_map"][tensor] = name.format(file, folder=shards.parent)
+    (shards / INDEX).write_text(json.dumps(index))
+    refused(shards, INDEX, "outside its folder", index["weight_map"][tensor])
+    refused(shards, INDEX, "outside its folder", dtype="float32")
+
+
+def test_links_as_in_the_cache_of_the_hub(shards: Path) -> None:
+    blobs = shards.parent / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate([*shards.glob("*.safetensors"), shards / INDEX, shards / "config.json"]):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../blobs/{number}")
+    assert len(load_model(shards, device="cpu").layers) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_only_files_that_are_used_count(kind: str, request: pytest.FixtureRequest) -> None:
+    place: Path = request.getfixturevalue(kind)
+    edit_config(place, dtype="bfloat16")
+    (place / "stray.safetensors").symlink_to("nowhere")
+    with (place / "other.safetensors").open("wb") as other:
+        other.truncate(2**27)
+    assert load_model(place, device="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.symlink_to("nowhere"), os.mkfifo, Path.mkdir])
+def test_a_needed_file_that_is_none(spoil: Callable[[Path], object], folder: Path, shards: Path) -> None:
+    for place, file in ((folder, SINGLE), (shards, min(shards.glob("*.safetensors")).name), (shards, "config.json")):
+        (place / file).unlink()
+        spoil(place / file)
+        refused(place, file)
+        refused(place, file, dtype="float32")
 
 
 # The arguments

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hasten.errors import UserError
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.checkpoint import ASSETS, shipped
+from hasten.model.loading import read_config
 from hasten.model.tokenizer import load_tokenizer
 
 SIZES = {
@@ -98,3 +99,49 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses(name: str) -> None:
     assert type(ours) is type(theirs)
     assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
     assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+NUMBERS = [
+    ({}, "rms_norm_eps"),
+    ({}, "rope_theta"),
+    ({"rope_theta": 1e4}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
+    *(({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, name) for name in LLAMA3),
+    *(
+        ({"head_dim": 16, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, name)
+        for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    ),
+]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "-1", "-1e-300", "1e39", "0"])
+@pytest.mark.parametrize(("fields", "name"), NUMBERS, ids=lambda part: part if isinstance(part, str) else None)
+def test_constants_that_are_no_numbers(fields: dict[str, Any], name: str, value: str, tmp_path: Path) -> None:
+    if value == "0" and name in ("rms_norm_eps", "mscale", "mscale_all_dim"):
+        pytest.skip("may be 0")
+    raw = json.loads(json.dumps({"model_type": "llama", **SIZES, **fields}))
+    place = raw.get("rope_parameters", raw)
+    place[name] = json.loads(value)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as caught:
+        read_config(tmp_path)
+    wanted = f"config.json has {name} {json.loads(value)}, which must be a finite number "
+    assert str(caught.value).startswith(wanted), caught.value
+
+
+@pytest.mark.parametrize("name", ["mscale", "mscale_all_dim"])
+def test_numbers_that_may_be_zero(name: str) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, name: 0}
+    llama = ARCHITECTURES["llama"]
+    read = llama.config({"model_type": "llama", **SIZES, "head_dim": 16, "rms_norm_eps": 0, "rope_parameters": yarn})
+    assert read.norm_eps == 0
+    assert 0 < read.rope_factor < 2
+
+
+@pytest.mark.parametrize("first", [float("nan"), "2", 1.5])
+def test_the_first_layer_with_a_window_is_a_whole_number(first: Any) -> None:
+    raw = {"model_type": "qwen2", **SIZES, **VARIANTS["upper windows"], "max_window_layers": first}
+    with pytest.raises(UserError, match=f"max_window_layers {first}, which must be a whole number"):
+        ARCHITECTURES["qwen2"].config(raw)

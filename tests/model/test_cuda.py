@@ -356,6 +356,17 @@ def test_rows_may_enter_as_embeddings(model: Decoder) -> None:
     assert torch.equal(model.forward(rows), expected)
 
 
+def test_a_row_that_overflows_is_nan_and_spoils_no_other(model: Decoder) -> None:
+    cache = cache_of(model)
+    sound = model.forward(rows_of((cache.sequence(), some_tokens(3), [0, 1, 2], None)))
+    rows = rows_of((cache.sequence(), [5], [0], None), (cache.sequence(), some_tokens(3), [0, 1, 2], None))
+    rows.embeddings = torch.full((4, model.config.hidden_size), 1e20, device=DEVICE)
+    rows.tokens[0] = -1
+    logits = model.forward(rows)
+    assert logits[0].isnan().all()
+    torch.testing.assert_close(logits[1:], sound, atol=1e-4, rtol=0)
+
+
 def test_taps_are_pytorchs(model: Decoder) -> None:
     sites: Any = ["input", "attention_input", "attention_output", "mlp_input", "output"]
     wanted: Any = [(site, layer) for site in sites for layer in range(2)] + [("final_norm", 0)]

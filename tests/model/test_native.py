@@ -255,3 +255,45 @@ def test_invariant_numerics_are_given_or_refused(make_checkpoint):
         load_model(folder, device="cpu", dtype="float16", numerics="invariant")
     with pytest.raises(UserError, match="cuda backend cannot run"):
         load_model(folder, device="cpu", backend="cuda")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_a_row_that_overflows_is_not_finite_and_spoils_no_other(name, precision, make_checkpoint, tmp_path):
+    folders = [make_checkpoint(architecture, intermediate_size=80).folder for architecture in ("llama", "qwen3")]
+    with chosen(name, LIBRARY, tmp_path) as available:
+        if not available:
+            pytest.skip(f"{name} is not here")
+        for folder in folders:
+            model = load_model(folder, device="cpu", backend="native", **PRECISIONS[precision])
+            cache = Cache(model.config.layers, model.cache_dtype, model.device)
+            alone = model.forward(Rows.of(cache.sequence(), [3, 4], 0))
+            for value in (1e20, 1e30, -1e38, torch.inf, torch.nan):
+                model.embedding[5] = value
+                spans = [Span(cache.sequence(), 0, 1), Span(cache.sequence(), 1, 3)]
+                both = model.forward(Rows(torch.tensor([5, 3, 4]), torch.tensor([0, 0, 1]), spans))
+                assert both[0].isnan().all(), value
+                assert torch.equal(both[1:], alone)
+
+
+def test_norms_of_heads_that_overflow(make_checkpoint):
+    model = load_model(make_checkpoint("qwen3", intermediate_size=80).folder, "float32", "cpu", "native")
+    model.layers[1].mixer_norm.weight.mul_(1e25)
+    cache = Cache(model.config.layers, model.cache_dtype, model.device)
+    assert model.forward(Rows.of(cache.sequence(), [3, 4], 0)).isnan().all()
+
+
+def test_a_chain_ends_where_logits_are_not_finite(model):
+    cache = Cache(model.config.layers, model.cache_dtype, model.device)
+    sequence = behind(model, cache, 5)
+    sound = model.backend.chain(model, sequence, 3, 5, 97, 6, 0.0)
+    assert len(sound) == 6
+    later = sound[2][0]
+    kept = model.embedding[later].clone()
+    try:
+        model.embedding[later] = 1e30
+        with pytest.raises(UserError, match="the model's logits are not finite"):
+            model.backend.chain(model, sequence, 3, 5, 97, 6, 0.0)
+    finally:
+        model.embedding[later] = kept
+    assert model.backend.chain(model, sequence, 3, 5, 97, 6, 0.0) == sound

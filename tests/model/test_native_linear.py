@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import INSTRUCTION_SETS, chosen
 from torch import Tensor
 
 from hasten.model.native.library import LIBRARY
@@ -106,3 +109,43 @@ def test_a_wide_int8_sum_does_not_overflow() -> None:
     linear = PanelLinear(torch.ones(32, 16384), None, "int8")
     torch.testing.assert_close(linear.forward(torch.ones(2, 16384)), torch.full((2, 32), 16384.0))
     torch.testing.assert_close(linear.forward(-torch.ones(2, 16384)), torch.full((2, 32), -16384.0))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_rows_that_are_no_numbers_spoil_themselves_only(name: str, tmp_path: Path) -> None:
+    x = random(9, 150)
+    spoilt = x.clone()
+    for row, value in enumerate([torch.nan, torch.inf, -torch.inf, -torch.nan]):
+        spoilt[2 * row, 40 * row] = value
+    sound = [1, 3, 5, 7, 8]
+    with chosen(name, LIBRARY, tmp_path) as available:
+        if not available:
+            pytest.skip(f"{name} is not here")
+        for format in FORMATS:
+            linear = PanelLinear(random(50, 150), None, format)
+            result = linear.forward(spoilt)
+            assert torch.equal(result[sound], linear.forward(x)[sound])
+            assert not result[::2][:4].isfinite().any()
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_codes_of_the_smallest_and_the_largest_rows(format: Format, name: str, tmp_path: Path) -> None:
+    x = random(1, 128)
+    with chosen(name, LIBRARY, tmp_path) as available:
+        if not available:
+            pytest.skip(f"{name} is not here")
+        linear = PanelLinear(random(32, 128), None, format)
+        for power in (-45, -40, -38, -30, 0, 30, 36):
+            scale = torch.tensor(10.0).pow(power).item()
+            expected = (x.double() * scale) @ linear.dequant().double().T
+            got = linear.forward(x * scale).double()
+            assert torch.allclose(got, expected, rtol=0.1, atol=0.3 * scale + 1e-35), power
+
+
+def test_int4_of_weights_whose_squares_overflow() -> None:
+    weight = random(20, 130)
+    huge, codes = quantise_int4(weight * 1e25), quantise_int4(weight)
+    assert torch.allclose(huge[1].float() / 1e25, codes[1].float(), rtol=0.5)
+    linear = PanelLinear(weight * 1e25, None, "int4")
+    assert torch.allclose(linear.dequant() / 1e25, weight, atol=0.35)

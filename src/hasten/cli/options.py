@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.documents import dumps
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,9 +97,8 @@ def _read(path: str) -> str:
 
 
 def emit(document: Any) -> None:
-    """One JSON document on stdout."""
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    """One JSON document on stdout; a figure that does not exist is null."""
+    print(dumps(document, indent=2, ensure_ascii=False))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,8 +45,8 @@ def race(
     The lanes take turns on the same cores, each on its own clock. Green tokens came from accepted drafts, yellow ones
     are the model's own at the end of a draft.
     """
-    if rounds < 1 or slow < 0:
-        raise UserError("rounds must be at least 1 and slow not negative")
+    if rounds < 1 or not 0 <= slow < inf:
+        raise UserError("rounds must be at least 1, slow finite and not negative")
     text = sys.stdin.read() if prompt == "-" else prompt
     llm = options.load(model, dtype, device, threads, backend, weights, numerics)
 

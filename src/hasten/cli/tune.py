@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from math import inf
 from typing import Annotated, Any
 
 import typer
@@ -34,8 +35,8 @@ def tune(
     Candidates are timed in turns with plain decoding; the better half goes on to more prompts, until one is left. Half
     of the prompts are held back to check it. Ctrl-C prints what is known so far.
     """
-    if not seconds > 0:
-        raise UserError("seconds must be positive")
+    if not 0 < seconds < inf:
+        raise UserError("seconds must be positive, and finite")
     from hasten.engine.specification import split_methods
 
     names = None if candidates is None else split_methods(candidates)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 
 from hasten.cache import Cache
+from hasten.documents import dumps
 from hasten.model import Rows, Span, native
+from hasten.model.checkpoint import weight_bytes
 
 if TYPE_CHECKING:
     from hasten.model import Model
@@ -163,7 +167,7 @@ def verify_cost(model: Model, folder: str | None) -> VerifyCost:
         return measure(model)
     subject = {
         "model": str(Path(folder).resolve()),
-        "weights": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
+        "weights": weight_bytes(Path(folder)),
         "dtype": str(getattr(model, "dtype", model.cache_dtype)),
         "backend": getattr(getattr(model, "backend", None), "name", ""),
         "kernels": native.kernels(),
@@ -195,7 +199,8 @@ def _read(file: Path) -> VerifyCost | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         seconds = tuple(tuple(float(value) for value in curve) for curve in record["seconds"])
-        return VerifyCost(tuple(record["rows"]), tuple(record["contexts"]), seconds, float(record["per_sequence"]))
+        curve = VerifyCost(tuple(record["rows"]), tuple(record["contexts"]), seconds, float(record["per_sequence"]))
+        return curve if all(map(isfinite, (curve.per_sequence, *chain(*seconds)))) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -207,7 +212,7 @@ def _write(file: Path, record: dict[str, Any]) -> None:
         # Several processes may measure one model: each writes under a name of its own.
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             fresh = Path(scratch) / file.name
-            fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            fresh.write_text(dumps(record, indent=1), encoding="utf-8")
             os.replace(fresh, file)
     except OSError:
         return

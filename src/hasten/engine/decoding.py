@@ -28,13 +28,15 @@ class Answer:
 
     Attributes:
         logits: float32 [wanted rows, vocabulary].
-        best: the argmax of each of these rows, where some request of the step chooses by it.
+        best: the argmax of each of these rows.
+        finite: whether a token can be chosen by each of them (`hasten.engine.sampling.usable`).
         taps: the hidden states of all rows of the passage that the request's drafter asked for; None where it asked
             for none.
     """
 
     logits: Tensor
-    best: list[int] | None
+    best: list[int]
+    finite: list[bool]
     taps: Taps | None
 
 

@@ -24,7 +24,7 @@ from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
 from hasten.engine.request import Progress, Request
-from hasten.engine.sampling import Sampler, likeliest
+from hasten.engine.sampling import Sampler, likeliest, usable
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
 from hasten.engine.speculation import Speculation
 from hasten.engine.stopping import FinishReason, Stopper
@@ -203,7 +203,8 @@ class Engine:
     def step(self) -> list[Progress]:
         """One pass of the loop over everything that is scheduled.
 
-        A request whose drafter, grammar or canvas fails is over, with `Request.error`; the others go on.
+        A request whose drafter, grammar or canvas fails, or by whose logits no token can be chosen, is over, with
+        `Request.error`; the others go on.
 
         Raises:
             UserError: the KV cache is full. No request has changed: the step may be tried again when there is room.
@@ -225,8 +226,8 @@ class Engine:
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
-        chain = any(passage.wanted and _by_argmax(each.request) for each, passage in zip(plan, passages, strict=True))
-        best = likeliest(logits) if chain else None
+        best = likeliest(logits)
+        finite = usable(logits, best)
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
 
@@ -235,14 +236,14 @@ class Engine:
             request = scheduled.request
             request.statistics.forward_seconds += forward_seconds
             offset, stop = stop, stop + len(passage.wanted)
-            own = None if best is None else best[offset:stop]
+            first = span.stop - 1 if scheduled.piece else span.start
+            hidden = _rows_of(taps, request.drafter, first, span.stop)
+            answer = Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden)
             if not scheduled.piece:
-                answer = Answer(logits[offset:stop], own, _rows_of(taps, request.drafter, span.start, span.stop))
                 progress += self._alone(request, self._decode, answer)
                 continue
             progress += self._alone(request, self._read, span, taps)
             if passage.wanted and request.finish_reason is None:
-                answer = Answer(logits[offset:stop], own, _rows_of(taps, request.drafter, span.stop - 1, span.stop))
                 for choice in (request, *self._fork(request)):
                     progress += self._alone(choice, self._decode, answer)
         return progress
@@ -398,16 +399,17 @@ class Engine:
 
     def _read(self, request: Request, span: Span, taps: Taps | None) -> list[Progress]:
         """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
-        count = span.stop - span.start
+        start, count = request.read, span.stop - span.start
         request.sequence.commit(count)
         request.read += count
         request.statistics.prompt_rows += count
-        fresh = min(request.read - request.shown, count)
-        if fresh > 0:
-            start, request.shown = request.shown, request.read
-            hidden = _rows_of(taps, request.drafter, span.stop - fresh, span.stop)
+        fresh, stop = max(start, request.shown), min(request.read, request.prompt_length)
+        if fresh < stop:
+            request.shown = stop
+            first = span.start - start
+            hidden = _rows_of(taps, request.drafter, first + fresh, first + stop)
             for each in (request, *self.scheduler.followers(request)):
-                each.drafter.observe_prompt(each, start, hidden)
+                each.drafter.observe_prompt(each, fresh, hidden)
         return []
 
     def _fork(self, leader: Request) -> list[Request]:
@@ -465,11 +467,6 @@ class Engine:
         request.decoding.close()
         request.drafter.end(request)
         request.sequence.release()
-
-
-def _by_argmax(request: Request) -> bool:
-    """Whether a request chooses by nothing but the argmax of its logits."""
-    return isinstance(request.decoding, Speculation) and request.sampler.is_argmax
 
 
 def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps | None:

@@ -14,6 +14,7 @@ from hasten.engine.denoiser import Denoiser
 from hasten.engine.passage import Passage
 from hasten.errors import UserError
 from hasten.model import ModelConfig
+from hasten.model.decoder import NOT_FINITE
 
 if TYPE_CHECKING:
     from hasten.engine.request import Request
@@ -64,6 +65,13 @@ class Filling:
         return self._passage
 
     def receive(self, request: Request, answer: Answer) -> Sequence[int]:
+        """What became final.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        if not all(answer.finite):
+            raise UserError(NOT_FINITE)
         passage, statistics = self._passage, request.statistics
         assert passage is not None
         if passage.prompt:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from hasten.engine.grammar import Constraint
-from hasten.errors import require
+from hasten.errors import require, require_finite
 
 Acceptance = Literal["match", "max", "typical"]
 """`match`: keyed noise, the same text as plain decoding. `max`: the classic rules (Leviathan/Chen, SpecInfer, without
 replacement) for sampled drafts: the same distribution, other text, accepted more often. `typical`: Medusa's, lossy."""
+
+LEAST = 1e-6
+"""Of what divides logits: what is smaller makes them infinite."""
+LARGEST_BIAS = 1e38
+"""Finite in float32, and with a logit added, too."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class SamplingParams:
         min_p: keep tokens at least min_p times as likely as the likeliest.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output (CTRL).
         presence_penalty, frequency_penalty: subtracted from logits of output tokens, once or per occurrence (OpenAI).
-        logit_bias: token id to a number added to its logit.
+        logit_bias: token id to a number added to its logit; -infinity bans the token.
         seed: fixes the text for every lossless method, batch and machine; None draws one.
         n: independent choices per prompt; they share the prompt's cache.
         stop: strings that end the text (and are not part of it).
@@ -41,7 +47,7 @@ class SamplingParams:
             but speed can tell one user what another one wrote.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value out of range; NaN, and infinity other than in logit_bias, are out of every range.
     """
 
     max_tokens: int | None = None
@@ -69,12 +75,17 @@ class SamplingParams:
         checks = (
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
+            (self.greedy or self.temperature >= LEAST, "temperature must be 0 (greedy) or at least 1e-6"),
             (self.top_k >= 0, "top_k must be 0 (off) or positive"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
-            (self.repetition_penalty > 0, "repetition_penalty must be positive"),
+            (LEAST <= self.repetition_penalty <= 1 / LEAST, "repetition_penalty must be between 1e-6 and 1e6"),
             (-2 <= self.presence_penalty <= 2, "presence_penalty must be between -2 and 2"),
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be between -2 and 2"),
+            (
+                all(value == -inf or abs(value) <= LARGEST_BIAS for value in self.logit_bias.values()),
+                "logit_bias must be finite numbers in float32, or -infinity, which bans a token",
+            ),
             (self.n >= 1, "n must be at least 1"),
             (all(self.stop), "stop strings must not be empty"),
             (self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs must be between 0 and 100"),
@@ -89,6 +100,7 @@ class SamplingParams:
             ),
         )
         require(checks)
+        require_finite(self)
 
     @property
     def greedy(self) -> bool:

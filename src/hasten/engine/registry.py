@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from hasten.engine.composition import FirstOf
@@ -204,10 +205,13 @@ def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
         raise UserError(f"{slug}: {key} must be true or false, not {text!r}")
     if kind in (int, float):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise UserError(f"{slug}: {key} must be {wanted}, not {text!r}") from None
+        if not isfinite(number):
+            raise UserError(f"{slug}: {key} must be a finite number, not {text!r}")
+        return number
     return text
 
 

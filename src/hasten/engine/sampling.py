@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hasten.engine.grammar import GrammarState
 from hasten.engine.noise import Uniforms, gumbel, gumbels, mix
 from hasten.engine.params import SamplingParams
 from hasten.errors import UserError
+from hasten.model.decoder import NOT_FINITE
 
 TOKEN_STREAM, COIN_STREAM = 1, 2
 
@@ -175,6 +177,30 @@ def likeliest(logits: Tensor) -> list[int]:
     """The token of each row of logits [rows, vocabulary] that has the most, the first of several."""
     # NumPy searches with vector instructions; PyTorch takes seven times as long on the CPU.
     tokens: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    return tokens
+
+
+def usable(logits: Tensor, tokens: Sequence[int]) -> list[bool]:
+    """Whether a token can be chosen by each row of a model's own logits: not by NaN, nor without a finite largest one.
+
+    Args:
+        logits: before bias and constraint, which may forbid all tokens.
+        tokens: the rows' `likeliest`. NaN counts as the largest of all, so that their logits tell.
+    """
+    on_cpu = logits.device.type == "cpu"
+    largest = map(logits.numpy().item, range(len(tokens)), tokens) if on_cpu else logits.amax(-1).tolist()
+    return list(map(isfinite, largest))
+
+
+def likeliest_of_model(logits: Tensor) -> list[int]:
+    """As `likeliest`, of a model's own logits.
+
+    Raises:
+        UserError: some row is not `usable`.
+    """
+    tokens = likeliest(logits)
+    if not all(usable(logits, tokens)):
+        raise UserError(NOT_FINITE)
     return tokens
 
 

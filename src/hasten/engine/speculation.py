@@ -19,6 +19,8 @@ from hasten.engine.drafter import Observation
 from hasten.engine.passage import Passage
 from hasten.engine.report import TokenLogprobs
 from hasten.engine.verification import Verdict
+from hasten.errors import UserError
+from hasten.model.decoder import NOT_FINITE
 
 if TYPE_CHECKING:
     from hasten.engine.request import Request
@@ -62,8 +64,16 @@ class Speculation:
         return Passage(tokens, positions, range(len(tokens)), draft.mask())
 
     def receive(self, request: Request, answer: Answer) -> Sequence[int]:
-        """The accepted path and the target's own token."""
-        self._answer, self._verdict = answer, self._verify(request, answer)
+        """The accepted path and the target's own token.
+
+        Raises:
+            UserError: logits on the way that are not finite. Those of drafted rows that are rejected do not matter:
+                plain decoding would never see them.
+        """
+        if answer.finite[0]:
+            self._answer, self._verdict = answer, self._verify(request, answer)
+        if not all(answer.finite[row] for row in (0, *(node + 1 for node in self._verdict.path))):
+            raise UserError(NOT_FINITE)
         return [*(self.draft.tokens[node] for node in self._verdict.path), self._verdict.token]
 
     def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:
@@ -107,7 +117,7 @@ class Speculation:
     def _verify(self, request: Request, answer: Answer) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
         sampler, params, draft = request.sampler, request.params, self.draft
-        if answer.best is not None and sampler.is_argmax:
+        if sampler.is_argmax:
             return verification.match(draft, answer.best)
         logits = answer.logits[: len(draft) + 1]
         nodes = [ROOT, *range(len(draft))]

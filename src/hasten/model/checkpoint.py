@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from math import isfinite
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, unreadable or not an object.
     """
+    if path.exists() and not path.is_file():
+        # A pipe would be waited for.
+        raise UserError(f"cannot read {path}: it is no file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -78,6 +82,49 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor, as a checkpoint's index has it; None where one file holds them all.
+
+    Raises:
+        UserError: no weights, an index that is not usable, or one that names a file outside the folder.
+    """
+    if (folder / SINGLE).exists():
+        return None
+    if not (folder / INDEX).exists():
+        raise UserError(f"{folder} has no {SINGLE} (or {INDEX} with its shards)")
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map from tensors to files")
+    for file in files.values():
+        # The name counts, not where a link leads: the hub's cache keeps files elsewhere.
+        if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise UserError(f"{folder / INDEX} names a file outside its folder: {file}")
+    return files
+
+
+def weight_file(folder: Path, name: str) -> Path:
+    """One of the files that hold a checkpoint's tensors.
+
+    Raises:
+        UserError: it is missing, or no file.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder} misses the shard {name}, or it is no file")
+    return path
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the files that hold a checkpoint's tensors; others beside them do not count.
+
+    Raises:
+        UserError: as `weight_map` and `weight_file` say.
+    """
+    files = weight_map(folder)
+    names = {SINGLE} if files is None else set(files.values())
+    return sum(weight_file(folder, name).stat().st_size for name in names)
 
 
 class Tensors:
@@ -94,35 +141,27 @@ class Tensors:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
         self._open: dict[str, Any] = {}
-        self._where: dict[str, str]
-        if (folder / SINGLE).exists():
-            self._where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
-        elif (folder / INDEX).exists():
-            where = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-                raise UserError(f"{folder / INDEX} has no weight_map from tensors to files")
-            self._where = where
-        else:
-            raise UserError(f"{folder} has no {SINGLE} (or {INDEX} with its shards)")
+        where = weight_map(folder)
+        self._where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if where is None else where
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
+            path = weight_file(self.folder, name)
             try:
-                self._open[name] = safe_open(self.folder / name, framework="pt", device="cpu")
-            except FileNotFoundError as error:
-                raise UserError(f"{self.folder} misses the shard {name}") from error
+                self._open[name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.folder / name} is corrupt: {one_line(error)}") from error
+                raise UserError(f"{path} is corrupt: {one_line(error)}") from error
         return self._open[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
     def get(self, name: str, *shape: int) -> Tensor:
-        """A tensor by name; where a shape is given, it must be that.
+        """A tensor by name, all of it finite; where a shape is given, it must be that.
 
         Raises:
-            UserError: the checkpoint has no such tensor or one of another shape, or its shard is corrupt.
+            UserError: the checkpoint has no such tensor or one of another shape, its shard is corrupt, or it holds NaN
+                or infinity, in the file or once it is cast.
         """
         if name not in self._where:
             raise UserError(f"the checkpoint in {self.folder} has no tensor {name}")
@@ -136,7 +175,14 @@ class Tensors:
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{name} in {self.folder} is {kind}: quantised checkpoints are not supported")
-        return tensor.to(device=self.device, dtype=self.dtype)
+        cast = tensor.to(device=self.device, dtype=self.dtype)
+        # The least and the largest are NaN where anything is: one pass, without a copy.
+        if not all(map(isfinite, cast.aminmax())):
+            if tensor.isfinite().all():
+                kind = str(self.dtype).removeprefix("torch.")
+                raise UserError(f"{name} in {self.folder} overflows in {kind}: its largest weights become infinite")
+            raise UserError(f"{name} in {self.folder} holds NaN or infinity: the checkpoint is damaged")
+        return cast
 
     def maybe(self, name: str, *shape: int) -> Tensor | None:
         """A tensor that may be absent (biases)."""

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from hasten.model.attention import Kernel, additive, kernel_for
 from hasten.model.config import ModelConfig
-from hasten.model.layers import Layer, Pass, RMSNorm
+from hasten.model.layers import Layer, Pass, RMSNorm, overflow
 from hasten.model.linear import Linear, fastest_linear
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
+
+NOT_FINITE = "the model's logits are not finite: its weights or constants are damaged, or overflow as it computes"
+"""What a user is told of logits that no token can be chosen by."""
 
 
 class Model(Protocol):
@@ -112,7 +115,7 @@ class Decoder:
         """Final norm and head on the wanted rows of the residual stream only, in float32."""
         if wanted is not None and list(wanted) != list(range(hidden.shape[0])):
             hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=hidden.device)]
-        return self.head.forward(self.norm.forward(hidden)).float()
+        return self.head.forward(self.norm.forward(hidden) + overflow(hidden)).float()
 
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """Logits of the wanted rows, by the backend. See `Model.forward`."""

@@ -30,6 +30,16 @@ class RMSNorm:
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
+def overflow(x: Tensor) -> Tensor:
+    """NaN for rows of x [..., channels] whose squares overflow, else 0: [..., 1].
+
+    A norm divides such a row by infinity. The zeros that it leaves are finite, and what follows from them looks right.
+    """
+    kind = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind)
+    return (length * 0).to(x.dtype)
+
+
 class Rotary:
     """Rotary position embedding in the half-split layout of Hugging Face checkpoints.
 

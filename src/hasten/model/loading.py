@@ -9,7 +9,7 @@ import torch
 from hasten.errors import UserError
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
-from hasten.model.checkpoint import Tensors, one_line, read_json, resolve
+from hasten.model.checkpoint import Tensors, one_line, read_json, resolve, weight_bytes
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend
@@ -51,14 +51,13 @@ def choose_dtype(folder: Path, dtype: str, device: torch.device) -> torch.dtype:
     """`auto`: float32 for small models on CPU, otherwise what the checkpoint says (bf16 where it is silent).
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; no weights to choose for.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UserError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
         return DTYPES[dtype]
-    weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if device.type == "cpu" and weight_bytes <= SMALL_MODEL_BYTES:
+    if device.type == "cpu" and weight_bytes(folder) <= SMALL_MODEL_BYTES:
         return torch.float32
     raw = read_json(folder / "config.json")
     return DTYPES.get(str(raw.get("dtype", raw.get("torch_dtype"))), torch.bfloat16)

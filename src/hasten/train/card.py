@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hasten.documents import dumps
 from hasten.engine import SamplingParams
 from hasten.files import write_text
 from hasten.llm import LLM
@@ -97,7 +97,7 @@ def write_card(
         "tasks": task_scores(llm, per_task, report),
         "prose_perplexity": round(perplexity(llm), 3),
     }
-    write_text(folder / "card.json", json.dumps(document, indent=2) + "\n")
+    write_text(folder / "card.json", dumps(document, indent=2) + "\n")
     card = folder / "README.md"
     write_text(card, render(folder.name, document))
     return card

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.engine import Engine, Request, SamplingParams, Target, View
-from hasten.errors import UserError, require
+from hasten.errors import UserError, require, require_finite
 from hasten.llm import LLM
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.learn2pd import FILE, block_confidences, new_filter, save_filter
@@ -56,6 +56,7 @@ class FilterConfig:
             (self.epochs >= 1 and self.lr > 0, "epochs and lr must be positive"),
         )
         require(checks, "learn2pd")
+        require_finite(self, "learn2pd")
 
 
 class Replay(BlockDenoiser[BlockParameters]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hasten.errors import UserError
+from hasten.errors import UserError, require_finite
 from hasten.train.data import DEFAULT_WEIGHTS, Batch, Mixture, Stream
 
 SHORT = 0.1
@@ -45,6 +45,7 @@ class Recipe(ABC):
     weights: ClassVar[dict[str, float]] = DEFAULT_WEIGHTS
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}")
         if min(self.tokens, self.batch_tokens) < 1 or self.answers < 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import signal
 import sys
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
+from hasten.documents import dumps
 from hasten.errors import Interrupted, UserError
 from hasten.files import replacing, write_text, writing
 from hasten.model.checkpoint import read_json
@@ -216,7 +216,7 @@ def train(
         "config": asdict(recipe),
     }
     # What says that the run is complete comes after all else.
-    write_text(summary_file, json.dumps(summary, indent=2) + "\n")
+    write_text(summary_file, dumps(summary, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     return summary
 

@@ -27,10 +27,10 @@ def test_no_entropy_is_negative(name: str) -> None:
     ("name", "passes"),
     [("full-same", 3), ("full-shifted", 3), ("block-causal-same", 5), ("context-causal-shifted", 6)],
 )
-def test_every_entropy_is_finite(name: str, passes: int) -> None:
+def test_every_entropy_is_below_the_threshold(name: str, passes: int) -> None:
     """A pass per block, for 12 positions behind 4; further ones bring a block into the cache, or read the prompt and
     say what the first token is."""
-    request = decode(oracle(name), "dparallel:entropy=inf,block=4", PROMPTS[2], max_tokens=12)
+    request = decode(oracle(name), "dparallel:entropy=1e9,block=4", PROMPTS[2], max_tokens=12)
     assert request.statistics.steps == passes
 
 

@@ -75,6 +75,16 @@ def half_saved(tensors: object, file: Path) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_filter_is_finite(value: float, tmp_path: Path) -> None:
+    network = new_filter(BLOCK)
+    with torch.no_grad():
+        network[2].bias[1] = value
+    save_filter(network, tmp_path / "filter.safetensors")
+    with pytest.raises(UserError, match=r"filter.safetensors holds NaN or infinity"):
+        load_filter(tmp_path / "filter.safetensors")
+
+
 def test_what_is_no_filter(tmp_path: Path, nothing: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     nn_other = {"other": torch.zeros(2)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from canvases import PROMPTS, by_position, canvas_of, decode, oracle, run
+import torch
+from canvases import MASK, PROMPTS, VOCABULARY, by_position, canvas_of, decode, oracle, run
+from torch import Tensor
 
 from hasten.engine import Engine, SamplingParams
 from hasten.errors import UserError
@@ -72,3 +74,11 @@ def test_refusals(spec: str) -> None:
     for name in ("block-causal-shifted", "context-causal-same"):
         with pytest.raises(UserError, match=f"{spec} needs a model that fills masks behind.*hasten train nbdiff"):
             Engine(oracle(name)).drafter(spec)
+
+
+def test_masks_without_finite_logits() -> None:
+    def law(seen: Sequence[tuple[int, int]], position: int) -> Tensor:
+        return torch.full((VOCABULARY,), torch.nan if any(token == MASK for _, token in seen) else 0.0)
+
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        decode(oracle(NAME, law), "nbdiff-draft", PROMPTS[2], max_tokens=10)

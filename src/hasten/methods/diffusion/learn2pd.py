@@ -76,7 +76,7 @@ def load_filter(file: Path) -> nn.Sequential:
     """A filter as `save_filter` wrote it.
 
     Raises:
-        UserError: no such file, or not a filter.
+        UserError: no such file, not a filter, or one that is not finite.
     """
     try:
         tensors = load_file(file)
@@ -89,6 +89,8 @@ def load_filter(file: Path) -> nn.Sequential:
         ) from None
     except (SafetensorError, RuntimeError, KeyError, OSError) as error:
         raise UserError(f"{file} is not a filter of learn2pd") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{file} holds NaN or infinity: the filter is damaged")
     return network.eval()
 
 

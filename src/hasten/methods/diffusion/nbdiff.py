@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Request, Target, View, register
+from hasten.engine.sampling import likeliest_of_model
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.causal_context import require_causal_context
@@ -146,6 +147,7 @@ class NBDiffDraft(Drafter):
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
         wanted = [row for span in spans for row in range(span.start, span.stop - 1)]
         logits = self.model.forward(rows, wanted)
+        likeliest_of_model(logits)
         logits[:, self.mask_id] = -torch.inf
         confidence, likeliest = (part.cpu() for part in logits.softmax(-1).max(-1))
         start = 0

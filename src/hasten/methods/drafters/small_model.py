@@ -17,7 +17,7 @@ from torch import Tensor
 from hasten.cache import Cache
 from hasten.cache import Sequence as CacheSequence
 from hasten.engine import ROOT, Draft, Drafter, Drawn, Request, Target
-from hasten.engine.sampling import Distribution, Sampler
+from hasten.engine.sampling import Distribution, Sampler, likeliest_of_model
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, load_model
 from hasten.model.checkpoint import resolve
@@ -300,7 +300,9 @@ class SmallModelDrafter(Drafter):
     def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
         device = self.model.device
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
-        return self.model.forward(rows, wanted)
+        logits = self.model.forward(rows, wanted)
+        likeliest_of_model(logits)
+        return logits
 
     def _sequence(self, request: Request) -> CacheSequence:
         """The small model's cache of a request."""

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drafter, Drawn, Observation, Request, Target, register
-from hasten.engine.sampling import draw, likeliest
+from hasten.engine.sampling import draw, likeliest, likeliest_of_model
 from hasten.errors import UserError, require
 from hasten.model import Decoder, Rows, Span
 
@@ -361,6 +361,7 @@ class Swift(Drafter):
             positions = torch.tensor([chain.request.read + level for chain in active], device=self.model.device)
             spans = [Span(chain.request.sequence, row, row + 1, extend=level > 0) for row, chain in enumerate(active)]
             logits = forward(self.model, Rows(tokens, positions, spans), skipped)
+            likeliest_of_model(logits)
             for row, chain in enumerate(active):
                 chain.grow(logits[row : row + 1])
             active = [chain for chain in active if chain.open]

@@ -93,7 +93,25 @@ SIZES = (
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 """The same, where they are not null."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of constants: they become float32."""
+
+MAY_BE_ZERO = ("mscale", "mscale_all_dim")
+"""Numbers of a rope that may be 0, which leaves them out."""
+
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+
+
+def require_number(name: str, value: object, zero: bool = False) -> None:
+    """Refuse a constant that is not a finite number above 0; `zero` says whether it may be 0.
+
+    Raises:
+        UserError: with the field's name and its value.
+    """
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    if not sound or (value == 0 and not zero):
+        wanted = "a finite number of at least 0" if zero else "a finite number above 0"
+        raise UserError(f"config.json has {name} {value}, which must be {wanted}")
 
 
 def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +146,16 @@ def rotary_frequencies(config: Fields, head_dim: int) -> tuple[tuple[float, ...]
     The formulas are transformers' own, so scaled variants agree with it by construction.
 
     Raises:
-        UserError: a rope whose frequencies change with the sequence length, or an unknown one.
+        UserError: a rope whose frequencies change with the sequence length, an unknown one, or one with a number that
+            makes no sense.
     """
     parameters = config.rope_parameters
     kind = parameters["rope_type"]
     if kind not in FIXED_ROPES:
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(FIXED_ROPES)}")
+    for name, value in parameters.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            require_number(name, value, zero=name in MAY_BE_ZERO)
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
@@ -167,15 +189,14 @@ def read_llama_family(
         if not isinstance(size, int) or size < 1:
             spelt = (spelling or {}).get(name, name)
             raise UserError(f"config.json has {spelt} {size}, which must be a whole number of at least 1")
-    if not isinstance(config.rms_norm_eps, int | float):
-        raise UserError(f"config.json has rms_norm_eps {config.rms_norm_eps}, which must be a number")
+    require_number("rms_norm_eps", config.rms_norm_eps, zero=True)
     heads = config.num_attention_heads
     kv_heads = sizes.get("num_key_value_heads", heads)
     head_dim = sizes.get("head_dim", config.hidden_size // heads)
     if heads % kv_heads:
         raise UserError(f"config.json has {heads} heads, which {kv_heads} key/value heads cannot share evenly")
     frequencies, factor = rotary_frequencies(config, head_dim)
-    if not all(map(isfinite, frequencies)):
+    if not all(map(isfinite, (*frequencies, factor))):
         raise UserError("config.json describes a rope without finite frequencies")
     if 2 * len(frequencies) != head_dim:
         raise UserError(f"rope on {2 * len(frequencies)} of {head_dim} channels per head is not supported")
@@ -208,8 +229,10 @@ def layer_windows(config: Fields, window: int | None, first: int = 0) -> list[in
     """The window of each layer that slides: by `layer_types` where the configuration has them, else from `first` on.
 
     Raises:
-        UserError: a layer of another type; more or fewer types than layers.
+        UserError: a layer of another type; more or fewer types than layers; no first layer.
     """
+    if not isinstance(first, int):
+        raise UserError(f"config.json has max_window_layers {first}, which must be a whole number")
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -260,7 +283,8 @@ def build_llama_family(
         names: what the checkpoint calls the pieces (`TENSORS`).
 
     Raises:
-        UserError: a tensor is missing, or its shape is not what the configuration says.
+        UserError: a tensor is missing, its shape is not what the configuration says, or norms of heads would hide that
+            queries or keys overflow.
     """
     frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float32, device=tensors.device)
     if tensors.dtype == torch.float64:
@@ -279,10 +303,26 @@ def build_llama_family(
         read = tensors.stacked if biased else tensors.maybe_stacked
         return backend.linear(weight, read([f"{name}.bias" for name in called], [(out,) for out in outs.values()]))
 
+    def require_squares(layer: int, shape: LayerConfig, entering: RMSNorm) -> None:
+        """Norms of heads make zeros of queries and keys whose squares overflow. No row of the inputs is longer than
+        sqrt(hidden) before its weights, so the lengths of the weights say whether that can be."""
+        longest = entering.weight.abs().amax().double() * hidden**0.5
+        for piece, heads in (("query", shape.heads), ("key", shape.kv_heads)):
+            name = names[piece].format(layer)
+            rows = tensors.get(f"{name}.weight", heads * shape.head_dim, hidden).double()
+            added = tensors.maybe(f"{name}.bias", heads * shape.head_dim)
+            most = float(rows.norm(dim=1).amax() * longest) + (0.0 if added is None else float(added.abs().amax()))
+            # Half of what fits, for the roundings on the way.
+            if 4 * most * most * shape.head_dim > torch.finfo(torch.promote_types(tensors.dtype, torch.float32)).max:
+                raise UserError(f"{name}.weight in {tensors.folder} is so large that what it computes overflows")
+
     embedding = tensors.get(names["embedding"] + ".weight", vocabulary, hidden)
     layers = []
     for index, shape in enumerate(config.layers):
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        entering = norm("attention_norm", hidden, index)
+        if head_norms:
+            require_squares(index, shape, entering)
         attention = Attention(
             shape,
             qkv=projection(
@@ -300,9 +340,7 @@ def build_llama_family(
             gate_up=projection(index, {"gate": shape.ffn, "up": shape.ffn}, hidden, mlp_bias),
             down=projection(index, {"down": hidden}, shape.ffn, mlp_bias),
         )
-        layers.append(
-            Layer(index, norm("attention_norm", hidden, index), attention, norm("mlp_norm", hidden, index), mlp)
-        )
+        layers.append(Layer(index, entering, attention, norm("mlp_norm", hidden, index), mlp))
     # A head of its own wins over the configuration's word that there is none, as in transformers.
     own_head = names["head"] + ".weight"
     tied = config.tied_head and own_head not in tensors

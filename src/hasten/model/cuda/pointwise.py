@@ -18,6 +18,13 @@ from hasten.model.layers import RMSNorm
 _PENDING = tl.constexpr(MAX_PENDING)
 _SPAN = tl.constexpr(SPAN_WORDS)
 _VIEW = tl.constexpr(VIEW_WORDS)
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def _inverse_root(mean):
+    """1 / sqrt(mean); NaN where it has overflowed: the zeros of a norm by infinity are finite, and look right."""
+    return tl.where(mean <= _LARGEST, tl.rsqrt(mean), float("nan"))
 
 
 @triton.jit
@@ -136,7 +143,7 @@ def _rotate_kernel(
         other = tl.load(source + partners, mask=inside, other=0.0).to(tl.float32)
         if NORMS:
             weight = query_norm if head < HEADS else key_norm
-            scale = tl.rsqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
+            scale = _inverse_root(tl.sum(x * x, 0) / HEAD_DIM + eps)
             x *= scale * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
             other *= scale * tl.load(weight + partners, mask=inside, other=0.0).to(tl.float32)
         x *= tl.load(cos + row * HEAD_DIM + channels, mask=inside, other=0.0).to(tl.float32)
@@ -214,7 +221,7 @@ def _add_norm_kernel(x, y, weight, total, normed, eps, HIDDEN: tl.constexpr, WID
     stored = value.to(DTYPE)
     tl.store(total + at, stored, mask=inside)
     value = stored.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / HIDDEN + eps)
+    scale = _inverse_root(tl.sum(value * value, 0) / HIDDEN + eps)
     scaled = value * scale * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + at, scaled, mask=inside)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from math import isnan
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from hasten.model.decoder import Decoder, compose
+from hasten.errors import UserError
+from hasten.model.decoder import NOT_FINITE, Decoder, compose
 from hasten.model.layers import Attention, GatedMLP, Layer
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
@@ -207,6 +209,7 @@ class NativeBackend:
 
         Raises:
             IndexError: the embedding does not have `token`.
+            UserError: logits that are not finite.
         """
         loaded, described = library(), self._describe(model)
         assert loaded is not None and described is not None
@@ -220,6 +223,8 @@ class NativeBackend:
         )
         if count < 0:
             raise IndexError(f"token id {token} is not below {model.embedding.shape[0]}, the size of the vocabulary")
+        if count and isnan(probabilities[count - 1]):
+            raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
     def runs(self, model: Decoder) -> bool:

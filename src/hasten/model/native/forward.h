@@ -3,8 +3,10 @@
 namespace {
 namespace NAME {
 
+// NaN where the squares overflow: divided by infinity, the row would be zeros, and what follows plausible.
 inline void norm(const float *x, const float *weight, float eps, int64_t count, float *out) {
-    const float scale = 1.0f / __builtin_sqrtf(dot(x, x, count) / static_cast<float>(count) + eps);
+    const float mean = dot(x, x, count) / static_cast<float>(count) + eps;
+    const float scale = mean <= MOST_FLOAT ? 1.0f / __builtin_sqrtf(mean) : NAN;
     for (int64_t i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
 }
 

@@ -63,11 +63,12 @@ inline T *grown(std::vector<T> &values, int64_t count) {
     return values.data();
 }
 
-// e^x to about 2 units in the last place; 0 far below.
+// e^x to about 2 units in the last place; 0 far below. NaN stays so.
 inline Lanes exponential(Lanes x) {
     x = x < -87.0f ? every(-87.0f) : x;
     x = x > 88.0f ? every(88.0f) : x;
-    const Lanes whole = (x * 1.44269504088896341f + ROUND) - ROUND;
+    // The whole number, in its lowest bits.
+    const Lanes shifted = x * 1.44269504088896341f + ROUND, whole = shifted - ROUND;
     const Lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -75,7 +76,7 @@ inline Lanes exponential(Lanes x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * as<Lanes>((__builtin_convertvector(whole, Whole) + 127) << 23);
+    return p * as<Lanes>((as<Words>(shifted) + 127) << 23);
 }
 
 // bf16: rounded to the nearest, ties to even; not a number stays so.

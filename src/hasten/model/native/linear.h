@@ -12,6 +12,9 @@ constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format != FLOAT32;
 constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
 constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : IN_VECTORS; }
 
+// The largest float, and the largest that is 0 beside its own scale: 127 over it would be infinite.
+constexpr float MOST_FLOAT = std::numeric_limits<float>::max(), LEAST_CODED = 127.0f / MOST_FLOAT;
+
 // The rows that a linear layer reads, in words as its format wants them. Rows lie in blocks that share a pass over the
 // weights: [words / 16][rows of the block][16], so that the kernels read on and on, and no two threads write one line.
 class Inputs {
@@ -77,22 +80,33 @@ class Inputs {
         // The last word may have no other half.
         if (first + WIDTH == width_ && first / 2 % WIDTH == 0) std::memset(to + WIDTH / 2, 0, sizeof bits);
     }
-    // A whole row becomes int8 codes, with one scale (int8 weights) or one per group (int4).
+    // A whole row becomes int8 codes, with one scale (int8 weights) or one per group (int4). One that holds infinity or
+    // NaN makes all that is computed from it NaN.
     void quantise(int64_t row) {
         const int64_t apart = WIDTH * size(row), chunks = chunks_ / groups_;
         for (int64_t g = 0; g < groups_; ++g) {
             // The row ends in zeros.
             const float *from = this->row(row) + g * chunks * 4 * WIDTH;
-            Lanes largest = {};
+            // Without their signs, floats are ordered as their bits are: infinity and NaN are above all numbers.
+            Whole largest = {};
             for (int64_t i = 0; i < chunks * 4; ++i) {
-                const Lanes value = load(from + i * WIDTH), size = value < 0.0f ? -value : value;
+                const Whole size = as<Whole>(load(from + i * WIDTH)) & 0x7fffffff;
                 largest = largest > size ? largest : size;
             }
-            float most = 0;
-            for (int i = 0; i < WIDTH; ++i) most = std::max(most, largest[i]);
-            const float inverse = most > 0 ? 127.0f / most : 0.0f;
-            Whole total = {};
+            int32_t bits_of_most = 0;
+            for (int i = 0; i < WIDTH; ++i) bits_of_most = std::max(bits_of_most, largest[i]);
+            const float most = as<float>(bits_of_most);
             uint32_t *to = start(row) + g * chunks * apart;
+            // What has no finite scale has no codes: all are 0, and a scale of NaN makes the sums NaN.
+            if (!(most > LEAST_CODED && most <= MOST_FLOAT)) {
+                const uint32_t zeros = format_ == INT8 && SHIFTED ? 0x80808080u : 0;
+                for (int64_t i = 0; i < chunks; ++i) std::fill(to + i * apart, to + i * apart + WIDTH, zeros);
+                scales_[row * groups_ + g] = most <= LEAST_CODED ? 0.0f : NAN;
+                starts_[row * groups_ + g] = 0;
+                continue;
+            }
+            const float inverse = 127.0f / most;
+            Whole total = {};
             for (int64_t i = 0; i < chunks * 4; ++i) {
                 const Whole codes = __builtin_convertvector((load(from + i * WIDTH) * inverse + ROUND) - ROUND, Whole);
                 total += codes;

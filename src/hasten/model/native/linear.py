@@ -125,13 +125,14 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).view(weight.shape[0], -1, GROUP)
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    best = torch.full_like(largest, torch.inf)
+    best = torch.full_like(largest, torch.nan)
     codes, scales = torch.full_like(groups, 8), torch.ones_like(largest)
     for share in SHRINK:
         scale = (largest * (-share / 8)).bfloat16().float()
         tried = (groups / scale).nan_to_num(0).round().clamp(-8, 7)
         error = (tried * scale - groups).square().sum(2, keepdim=True)
-        better = error < best
+        # The first end is taken in any case: the squares of very large weights overflow.
+        better = ~(error >= best)
         best = torch.where(better, error, best)
         codes, scales = torch.where(better, tried + 8, codes), torch.where(better, scale, scales)
     return codes.flatten(1).to(torch.uint8), scales.squeeze(2).bfloat16()

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -347,7 +348,8 @@ int hasten_forward(const Model *model, void *team, const Batch *batch) {
 // Continues one sequence greedily: `token` at `position`, then what is likeliest among the first `vocabulary` tokens, up to
 // `most` tokens or until all of them together have less probability than `confidence`. The span has one row; its view has
 // room for `most` slots.
-// Returns how many `tokens` and `probabilities` there are; -1 if the embedding does not have `token`.
+// Returns how many `tokens` and `probabilities` there are; -1 if the embedding does not have `token`. Where logits are not
+// finite, the last probability is NaN.
 int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t token, int64_t position, int64_t vocabulary,
                      int64_t most, float confidence, int64_t *tokens, float *probabilities) {
     std::vector<float> logits(model->head.outputs);
@@ -360,7 +362,8 @@ int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t t
         if (hasten_forward(model, team, &batch)) return -1;
         token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
         reached *= probabilities[i];
-        if (reached < confidence) return i + 1;
+        // Not a number, either.
+        if (!(reached >= confidence)) return i + 1;
     }
     return most;
 }

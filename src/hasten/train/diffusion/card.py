@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hasten.documents import dumps
 from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
@@ -95,7 +95,7 @@ def write_card(
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
     }  # fmt: skip
-    write_text(folder / "card.json", json.dumps(document, indent=2) + "\n")
+    write_text(folder / "card.json", dumps(document, indent=2) + "\n")
     card = folder / "README.md"
     write_text(card, render(folder.name, document, recipe))
     return card
