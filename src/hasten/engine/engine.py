@@ -237,12 +237,12 @@ class Engine:
                 self._commit_prompt(scheduled, span, taps)
                 continue
             own = None if best is None else best[offset:stop]
-            if request.started:
-                progress.append(self._decode(request, draft, logits[offset:stop], own, taps, span.start))
-            else:
+            choices, hidden, start = [request], taps, span.start
+            if not request.started:
                 self._commit_prompt(scheduled, span, taps)
-                choices = [request, *self._fork_prompt(request)]
-                progress += [self._decode(each, draft, logits[offset:stop], own, None, 0) for each in choices]
+                choices, hidden, start = [request, *self._fork_prompt(request)], None, 0
+            shown = (draft, logits[offset:stop], own, hidden, start, len(rows.tokens))
+            progress += [self._decode(each, *shown) for each in choices]
         return progress
 
     def _record(self, plan: Sequence[Scheduled], rows: Rows, logits: Tensor) -> None:
@@ -352,6 +352,7 @@ class Engine:
         best: list[int] | None,
         taps: Taps | None,
         row: int,
+        rows: int,
     ) -> Progress:
         """Verify a draft, commit what is accepted, apply stopping, report."""
         started = time.perf_counter()
@@ -388,7 +389,7 @@ class Engine:
         if request.finish_reason is None:
             hidden = _rows_of(taps, request.drafter, row, row + len(draft) + 1)
             states = hidden.states if hidden else {}
-            observation = Observation(draft, verdict.path, tokens, logits, states, probes)
+            observation = Observation(draft, verdict.path, tokens, logits, states, probes, rows)
             observed = time.perf_counter()
             request.drafter.observe(request, observation)
             statistics.draft_seconds += time.perf_counter() - observed

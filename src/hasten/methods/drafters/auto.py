@@ -22,15 +22,13 @@ from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
 from hasten.engine.registry import create, is_lossless, split
 from hasten.errors import UserError
-from hasten.methods.drafters.auto_candidate import Candidate, Record, Typical
+from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.model.taps import Taps
 
 CANDIDATES = "suffix/token-recycling:nodes=16"
 CHEAP = 0.1
 """Share of a plain step below which a drafter is simply asked, unless it rests."""
-RETRIAL = 64
-"""Steps after which a drafter is asked again, whatever its record: texts change."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,25 @@ class AutoParameters:
 
 
 @dataclass
+class _Step:
+    """What the requests of a batch go into together.
+
+    Attributes:
+        rows: of all of them and their drafts.
+        context: mean tokens.
+        batch: sequences.
+        chosen: whose drafts they are.
+        judged: whether its seconds are in the record.
+    """
+
+    rows: int
+    context: float
+    batch: int
+    chosen: list[Candidate]
+    judged: bool = False
+
+
+@dataclass
 class _Choice:
     """The draft that a request goes into the step with.
 
@@ -61,8 +78,7 @@ class _Choice:
         tokens: to expect of it, the target's own one not counted.
         asked: all drafts of the step, whole, with the tokens that were expected of the part that pays.
         spent: seconds of all drafters asked.
-        forecast: seconds of the step's forward pass by the curve, and `pace` what they were multiplied with.
-        clock: the request's forward seconds before it.
+        clock: the request's forward seconds before the step.
     """
 
     draft: Draft
@@ -71,8 +87,6 @@ class _Choice:
     probabilities: list[float] = field(default_factory=list)
     tokens: float = 0.0
     spent: float = 0.0
-    forecast: float = 0.0
-    pace: float = 1.0
     clock: float = 0.0
 
 
@@ -101,7 +115,7 @@ class Auto(Drafter):
         self._target = target
         self._planner: Planner | None = None
         self._experience = Experience(len(self.candidates))
-        self._chosen: dict[int, _Choice] = {}
+        self._chosen: dict[int, tuple[_Choice, _Step]] = {}
 
     @property
     def cost(self) -> VerifyCost:
@@ -153,11 +167,11 @@ class Auto(Drafter):
                 self._compare(choices[index], candidate, requests[index], draft, context, batch)
         if batch > 1:
             self._cut(choices, context)
-        forecast = self._plans.seconds(batch + sum(len(choice.draft) for choice in choices), context, batch)
+        rows = batch + sum(len(choice.draft) for choice in choices)
+        step = _Step(rows, context, batch, [choice.candidate for choice in choices])
         for request, choice in zip(requests, choices, strict=True):
-            choice.forecast, choice.pace = forecast, self._plans.pace
             choice.clock = request.statistics.forward_seconds
-            self._chosen[request.id] = choice
+            self._chosen[request.id] = choice, step
         return [choice.draft for choice in choices]
 
     def _all_rest(self, requests: Sequence[Request]) -> bool:
@@ -231,19 +245,33 @@ class Auto(Drafter):
             drafter.observe_prompt(request, start, taps)
 
     def observe(self, request: Request, seen: Observation) -> None:
-        choice = self._chosen.pop(request.id, None)
-        if choice is not None:
-            took = request.statistics.forward_seconds - choice.clock
-            choice.candidate.extra.add(max(took - choice.forecast, 0.0))
-            if took > 0 and choice.forecast > 0:
-                self._pace.add(choice.pace * took / choice.forecast)
-                self._plans.pace = self._pace.value
+        choice, step = self._chosen.pop(request.id, (None, None))
+        if choice is not None and step is not None:
+            self._judge(step, request.statistics.forward_seconds - choice.clock, seen.rows)
             for candidate, draft, expected in choice.asked:
                 candidate.learn(request, draft, seen.tokens, expected)
         for each, drafter in zip(self.candidates, self._drafters, strict=True):
             # One that rests is left alone, unless it needs the hidden states of every token.
             if drafter.taps or not each.records[request.id].rest:
                 drafter.observe(request, seen)
+
+    def _judge(self, step: _Step, took: float, rows: int) -> None:
+        """Take a step's seconds into the record: once, whoever sees it, and only if nothing else was in it.
+
+        The curve says nothing of a step that also read prompts, or served other methods.
+        """
+        if step.judged or rows > step.rows:
+            return
+        step.judged = True
+        forecast = self._plans.seconds(rows, step.context, step.batch)
+        for candidate in (self._plain, *self.candidates):
+            if any(candidate is each for each in step.chosen):
+                candidate.took(max(took - forecast, 0.0))
+            else:
+                candidate.passed_over()
+        if took > 0 and forecast > 0:
+            self._pace.add(self._plans.pace * took / forecast)
+            self._plans.pace = self._pace.value
 
     def end(self, request: Request) -> None:
         self._chosen.pop(request.id, None)

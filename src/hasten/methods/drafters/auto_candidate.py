@@ -22,6 +22,8 @@ LONGEST_REST = 16
 """Steps for which a drafter without success is left alone, at most."""
 TRIALS = 8
 """How often a drafter is asked before its times and its record count."""
+RETRIAL = 64
+"""Steps after which a drafter gets another chance, whatever its record: texts change, and so does the machine."""
 LATEST = 15
 """Measured times that a median is taken of."""
 FADE = 0.95
@@ -109,6 +111,7 @@ class Candidate:
         seconds: per draft and request.
         reading: further seconds of a request's first draft, per token read.
         extra: seconds of a step beyond what the verify-cost curve says; a drafter may leave cold caches behind.
+        unchosen: steps since it was chosen.
         size: nodes that paid, the mean.
         records: of running requests, by id.
     """
@@ -118,6 +121,7 @@ class Candidate:
     seconds: Typical = field(default_factory=Typical)
     reading: Typical = field(default_factory=Typical)
     extra: Typical = field(default_factory=lambda: Typical([0.0] * (LATEST // 2)))
+    unchosen: int = 0
     size: float = 4.0
     records: dict[int, Record] = field(default_factory=dict)
 
@@ -138,6 +142,17 @@ class Candidate:
         else:
             self.seconds.add(seconds)
         return drafts, seconds
+
+    def took(self, extra: float) -> None:
+        """A step with a draft of its took so many seconds beyond the curve."""
+        self.extra.add(extra)
+        self.unchosen = 0
+
+    def passed_over(self) -> None:
+        """A step went without it: what keeps it from being chosen cannot be measured, so in time it is forgotten."""
+        self.unchosen += 1
+        if self.unchosen >= RETRIAL:
+            self.extra, self.unchosen = Typical([0.0]), 0
 
     def verified(self, nodes: int) -> None:
         """So many nodes of a draft paid."""
