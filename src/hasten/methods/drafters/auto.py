@@ -3,9 +3,9 @@
 At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
 hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
 gain in the request; drafters that come to nothing rest. A draft's estimates are turned into measured probabilities
-(`Calibration`, per drafter over all requests, and a factor of trust per request), and the planner cuts it to the nodes
-that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain decoding,
-on the same path.
+(`Calibration`, per drafter over a tenant's requests, and a factor of trust per request), and the planner cuts it to the
+nodes that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain
+decoding, on the same path.
 
 Exactness: lossless, as its candidates are. Under `acceptance="max"` a sampled draft is verified whole, and is never
 set against another one: a choice by the values of its samples would bias the result.
@@ -99,7 +99,7 @@ class _Choice:
     parameters=AutoParameters,
 )
 class Auto(Drafter):
-    """One object per engine: what it learns about drafters serves all requests."""
+    """One object per engine: what it learns of times serves all requests, what it learns from texts their tenant's."""
 
     def __init__(self, target: Target, parameters: AutoParameters) -> None:
         names = parameters.candidates or CANDIDATES
@@ -137,7 +137,7 @@ class Auto(Drafter):
         return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)
 
     def begin(self, request: Request) -> None:
-        expected = self._experience.expect(request.tokens)
+        expected = self._experience.expect(request.params.tenant, request.tokens)
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):
             each.records[request.id] = Record(outcome, expected.weight)
         for drafter in self._drafters:
@@ -199,7 +199,8 @@ class Auto(Drafter):
         record.idle += 1
         costly = candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch)
         if costly and candidate.known and record.idle <= RETRIAL:
-            tokens, rows, seconds = batch + record.gain, batch + candidate.size, candidate.seconds.value
+            size = candidate.learned(request.params.tenant).size
+            tokens, rows, seconds = batch + record.gain, batch + size, candidate.seconds.value
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that will be made.
                 seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
@@ -213,8 +214,8 @@ class Auto(Drafter):
         self, best: _Choice, candidate: Candidate, request: Request, draft: Draft, context: float, batch: int
     ) -> None:
         """Make a new draft the choice if it is better, at its best size, than the draft at hand."""
-        whole = draft
-        probabilities = candidate.calibration.probabilities(draft, candidate.records[request.id].trust)
+        whole, lessons = draft, candidate.learned(request.params.tenant)
+        probabilities = lessons.calibration.probabilities(draft, candidate.records[request.id].trust)
         better = True
         # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
         if not draft.drawn:
@@ -225,7 +226,7 @@ class Auto(Drafter):
             if len(nodes) < len(draft):
                 draft = draft.subset(nodes)
         best.asked.append((candidate, whole, sum(probabilities)))
-        candidate.verified(len(draft))
+        lessons.verified(len(draft))
         if not better:
             return
         best.draft, best.candidate, best.probabilities = draft, candidate, probabilities
@@ -278,6 +279,6 @@ class Auto(Drafter):
         records = [each.records.pop(request.id, None) for each in self.candidates]
         if request.started:
             outcomes = [None if record is None else record.outcome for record in records]
-            self._experience.remember(request.tokens[: request.prompt_length], outcomes)
+            self._experience.remember(request.params.tenant, request.tokens[: request.prompt_length], outcomes)
         for drafter in self._drafters:
             drafter.end(request)
