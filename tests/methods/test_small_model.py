@@ -81,12 +81,18 @@ def test_each_node_sees_its_own_path(llm):
 
 @pytest.mark.parametrize("temperature, acceptance", [(0.0, "match"), (0.7, "match"), (0.7, "max")])
 def test_estimates(llm, temperature, acceptance):
-    growths, _, _ = grown(llm, PROMPTS, temperature=temperature, acceptance=acceptance)
+    growths, drafter, _ = grown(llm, PROMPTS, temperature=temperature, acceptance=acceptance)
     for growth in growths:
         assert (set(growth.draft.drawn) == set(growth.draft.parents)) == growth.sampled == (acceptance == "max")
         taken: dict[int, float] = {}
         for node, (token, parent) in enumerate(zip(growth.draft.tokens, growth.draft.parents, strict=True)):
-            law = (growth.logits[parent] / (temperature or 1)).double().softmax(0)
+            scores = growth.logits[parent] / (temperature or 1)
+            law = scores.double().softmax(0)
+            if temperature and acceptance == "match":
+                sampler, place = growth.request.sampler, len(growth.request.tokens) + len(growth.paths[parent])
+                noise = torch.tensor(sampler.noise(place, range(len(scores))))
+                alike = ((scores + noise) * temperature).softmax(0)
+                law = torch.tensor(list(map(drafter.belief(growth.request).of, law.tolist(), alike.tolist())))
             value = float(law[token]) * growth.values[parent]
             before = growth.values[parent] * (1 - taken.get(parent, 0.0))
             assert growth.values[node] == pytest.approx(value, abs=1e-6)

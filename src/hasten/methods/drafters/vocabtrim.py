@@ -171,6 +171,7 @@ class VocabTrim(DraftModel):
         return drafts
 
     def observe(self, request: Request, seen: Observation) -> None:
+        super().observe(request, seen)
         # What was verified may be another drafter's.
         own = self._proposed.pop(request.id, set()).issuperset(seen.draft.tokens)
         last = seen.path[-1] if seen.path else ROOT
