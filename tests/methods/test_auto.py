@@ -252,3 +252,14 @@ def test_the_shipped_candidates_are_exact(llm, monkeypatch):
 def test_bad_candidates(candidates, sentence):
     with pytest.raises(UserError, match=sentence):
         AutoParameters(candidates)
+
+
+def test_a_candidate_that_must_be_the_whole_method_is_named(llm, monkeypatch):
+    with pytest.raises(UserError, match=r"^specmemo cannot be a candidate of auto.*\(specmemo:drafter=\.\.\.\)$"):
+        Auto(Target(llm.model, llm.tokenizer), AutoParameters("ngram/specmemo:budget=1MB"))
+
+    class Alone(Drafter):
+        alone = True
+
+    with pytest.raises(UserError, match=r"^plain cannot be a candidate of auto, since it must be the whole method$"):
+        make(llm, monkeypatch, FREE, Alone())

@@ -20,7 +20,7 @@ from pathlib import Path
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
-from hasten.engine.registry import create, is_lossless, split
+from hasten.engine.registry import create, is_lossless, refuse_alone, split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
@@ -106,8 +106,8 @@ class Auto(Drafter):
         if not parameters.candidates and target.folder and Path(f"{target.folder.rstrip('/')}-draft").is_dir():
             names += "/draft-model"
         self._drafters = [create(name, target) for name in split(names, "/")]
-        if any(drafter.alone for drafter in self._drafters):
-            raise UserError("auto: specmemo cannot be a candidate; use specmemo:drafter=auto")
+        for name, drafter in zip(split(names, "/"), self._drafters, strict=True):
+            refuse_alone(name, drafter, "a candidate of auto")
         self.candidates = [Candidate(drafter) for drafter in self._drafters]
         self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})
         self._plain = Candidate()
