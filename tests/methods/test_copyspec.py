@@ -301,3 +301,10 @@ def test_pays_on_repetition(llm):
 def test_refusals(given, told):
     with pytest.raises(UserError, match=f"copyspec: {told}"):
         parse(f"copyspec:{given}")
+
+
+def test_a_block_ends_behind_any_end_of_text():
+    target = Target(MODEL, end_ids=frozenset({7, 8}))
+    drafter = CopySpec(target, CopySpecParameters(gamma=1))
+    request = SimpleNamespace(id=0, tokens=[1, 5, 8, 6, 2, 1])
+    assert drafter.propose(request, 9).tokens == [5, 8]

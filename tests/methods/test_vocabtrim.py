@@ -346,3 +346,8 @@ def test_rejections_of_a_whole_run():
         sum(token not in (1, 4, 6) for token in rejected),
     )
     assert min(drafter.inside, drafter.outside) > 5
+
+
+def test_every_end_of_text_keeps_its_row(llm):
+    drafter = Engine(llm.model, llm.tokenizer, {137, 141}, folder=str(llm.folder)).drafter("vocabtrim:tokens=1")[1]
+    assert {137, 141} <= set(drafter.to_full.tolist())

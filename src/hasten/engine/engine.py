@@ -65,7 +65,7 @@ class Engine:
         self.model, self.tokenizer, self.end_ids = model, tokenizer, frozenset(end_ids)
         self.scheduler = Scheduler(limits or Limits())
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
-        self.target = registry.Target(model, tokenizer, folder)
+        self.target = registry.Target(model, tokenizer, folder, self.end_ids)
         self.ledger = Ledger()
         self._drafters: dict[str, Drafter] = {}
         self._grammars: Grammars | None = None

@@ -25,12 +25,14 @@ ENTRY_POINTS = "hasten.methods"
 class Target:
     """What a method may know of the model it accelerates.
 
-    `tokenizer` is None for models without one (oracles); `folder` is the checkpoint's, where there is one.
+    `tokenizer` is None for models without one (oracles); `folder` is the checkpoint's, where there is one; `end_ids`
+    are all tokens that end a text.
     """
 
     model: Model
     tokenizer: Any = None
     folder: str | None = None
+    end_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ class Aded(Drafter):
 
     def __init__(self, target: Target, parameters: AdedParameters) -> None:
         self.parameters = parameters
-        self._barred = frozenset(target.tokenizer.all_special_ids if target.tokenizer is not None else ())
+        self._barred = target.end_ids.union(target.tokenizer.all_special_ids if target.tokenizer is not None else ())
         self._table = TrigramTable.load(parameters.table) if parameters.table else None
         if self._table is not None and int(self._table.tokens.max()) >= target.model.config.vocab_size:
             raise UserError(f"aded: the table {parameters.table} was counted with another tokenizer than the model's")

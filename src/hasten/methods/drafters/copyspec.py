@@ -117,10 +117,10 @@ class CopySpec(Drafter):
     def __init__(self, target: Target, parameters: CopySpecParameters) -> None:
         self.parameters = parameters
         self._memories: dict[int, _Memory] = {}
-        self._special: frozenset[int] = frozenset()
+        self._special = target.end_ids
         if target.tokenizer is not None:
             added = target.tokenizer.added_tokens_decoder
-            self._special = frozenset(token for token, entry in added.items() if entry.special)
+            self._special |= {token for token, entry in added.items() if entry.special}
 
     @property
     def memory_bytes(self) -> int:

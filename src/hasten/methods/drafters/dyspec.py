@@ -91,10 +91,8 @@ class DySpec(SmallModelDrafter):
     """One heap of pending samples per request; one forward of the small model per round for all requests."""
 
     def __init__(self, target: Target, parameters: DySpecParameters) -> None:
-        super().__init__(self._load(target, parameters))
+        super().__init__(self._load(target, parameters), target.end_ids)
         self.parameters = parameters
-        tokenizer = target.tokenizer
-        self.end_ids = set() if tokenizer is None else {tokenizer.eos_token_id}
 
     def _load(self, target: Target, parameters: DySpecParameters) -> Model:
         return load_small_model("dyspec", target, parameters.model, parameters.dtype)
@@ -119,7 +117,6 @@ class _Tree(Growth):
         super().__init__(drafter, request, min(budget, parameters.nodes), parameters.max_depth)
         self.level_wise = parameters.construction == "threshold"
         self.threshold = (parameters.threshold or 1 / (parameters.nodes + 1)) if self.level_wise else 0.0
-        self.closed = set() if request.params.ignore_eos else drafter.end_ids
         self._supply: dict[int, Iterator[tuple[int, float]]] = {}
         self._next: dict[int, tuple[int, float]] = {}
         self._named = not self.sampled and not request.params.greedy

@@ -91,6 +91,7 @@ class Growth(ABC):
         rest: probability that is not yet taken by children, per node and ROOT.
         start: how many tokens there were.
         cases: what the request's `Belief` is made of, per parent and token that was taken.
+        closed: tokens that end the text: nothing is drafted below them.
         sampled: whether children are drawn by the drafter's own coins (otherwise they are given).
     """
 
@@ -106,6 +107,7 @@ class Growth(ABC):
         self.start = len(request.tokens)
         self.cases: dict[tuple[int, int], tuple[float, float]] = {}
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
+        self.closed = frozenset() if request.params.ignore_eos else drafter.end_ids
         self._slots: dict[int, list[int]] = {ROOT: []}
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
 
@@ -241,8 +243,8 @@ class SmallModelDrafter(Drafter):
     whatever other drafters got accepted; the nodes of a draft are pending rows behind it, round after round.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
+        self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
         self._sequences: dict[int, CacheSequence] = {}
         self._beliefs: dict[int, Belief] = {}

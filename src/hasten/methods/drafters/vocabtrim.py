@@ -102,7 +102,7 @@ class VocabTrim(DraftModel):
             size = min(size, len(target.tokenizer))
         chosen = set(most_frequent(counts, parameters.tokens or max(1, size // 4), size))
         if parameters.forced:
-            chosen |= {token for token in forced_tokens(target.tokenizer) if token < size}
+            chosen |= {token for token in forced_tokens(target.tokenizer) | target.end_ids if token < size}
         kept = sorted(chosen)
         self.to_full = torch.tensor(kept, device=self.model.device)
         self.to_trim = {token: row for row, token in enumerate(kept)}
@@ -258,7 +258,7 @@ def _encode(target: Target, text: str) -> list[int]:
 
 def _answers(target: Target, prompts: Sequence[str]) -> Counter[int]:
     """Counts of what the target itself says to prompts spread over those given, sampled at temperature 1."""
-    engine = Engine(target.model, target.tokenizer, {target.tokenizer.eos_token_id})
+    engine = Engine(target.model, target.tokenizer, target.end_ids)
     room = target.model.config.max_positions - ANSWER_TOKENS
     stride = -(-len(prompts) // ANSWERED_PROMPTS)
     requests: list[Request] = []
