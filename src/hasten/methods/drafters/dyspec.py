@@ -33,6 +33,7 @@ from heapq import heapify, heappop, heappush, nsmallest
 from torch import Tensor
 
 from hasten.engine import ROOT, Request, Target, register
+from hasten.engine.draft import MAX_DRAFT
 from hasten.engine.sampling import Distribution
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
@@ -67,8 +68,8 @@ class DySpecParameters:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= 1024:
-            raise UserError("dyspec: nodes must be between 1 and 1024")
+        if not 1 <= self.nodes <= MAX_DRAFT:
+            raise UserError(f"dyspec: nodes must be between 1 and {MAX_DRAFT}")
         if self.construction not in ("threshold", "fixed"):
             raise UserError(f"dyspec: construction must be threshold or fixed, not {self.construction!r}")
         if not 0 <= self.threshold < 1:

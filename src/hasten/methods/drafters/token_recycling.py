@@ -63,8 +63,8 @@ class TokenRecyclingParameters:
     """Parameters; the authors' tree is `nodes=80`.
 
     Attributes:
-        nodes: of the tree, the most useful ones first; 7 and the root are 8 rows, which cost little more than one where
-            the step is bound by memory.
+        nodes: of the tree, the most useful ones first (it has 80, fewer with fewer candidates); 7 and the root are 8
+            rows, which cost little more than one where the step is bound by memory.
         candidates: successors kept per token (the paper's k).
         warm_prompt: put the prompt's own pairs of tokens into the matrix before decoding.
         shared: one matrix for all requests of a tenant; else one per request, which dies with it.
@@ -88,6 +88,8 @@ class TokenRecyclingParameters:
             raise UserError("token-recycling: nodes must be between 1 and 80")
         if not 1 <= self.candidates <= len(RANKS):
             raise UserError(f"token-recycling: candidates must be between 1 and {len(RANKS)}")
+        if self.nodes > (most := len(template(self.candidates))):
+            raise UserError(f"token-recycling: nodes must be at most {most} with candidates={self.candidates}")
         if not 1 <= self.tenants <= 4096:
             raise UserError("token-recycling: tenants must be between 1 and 4096")
         if self.store and not self.shared:

@@ -97,6 +97,8 @@ class VocabTrim(DraftModel):
         super().__init__(target, parameters)
         counts = self._count(target, parameters)
         size = target.model.config.vocab_size
+        if parameters.tokens > size:
+            raise UserError(f"vocabtrim: tokens must be at most {size}, which the vocabulary has")
         if target.tokenizer is not None:
             # Rows beyond the tokenizer's are padding.
             size = min(size, len(target.tokenizer))
