@@ -262,6 +262,17 @@ def test_estimates_count_what_came():
     assert draft.estimates[0] > 0.6
 
 
+def test_a_proposal_of_an_earlier_step_is_not_judged():
+    """`auto` may leave out a verification, and then show the next one, of a draft that another drafter made."""
+    recycling = drafter(nodes=1, warm_prompt=False)
+    recycling._default.successors[5, 0] = 6
+    request = a_request([5])
+    assert recycling.propose(request, 9).tokens == [6]
+    request.tokens.append(6)
+    see(recycling, request, Draft.chain([9]), [], 7)
+    assert recycling._default.tried == [PRIOR]
+
+
 def test_a_proposal_is_judged_once():
     recycling = drafter(nodes=1, warm_prompt=False)
     successors = filled(recycling)

@@ -159,8 +159,9 @@ class _Memory:
 
 @dataclass
 class _Proposal:
-    """A draft with the tree's node for each of its own, until what comes next is known."""
+    """A draft behind `start` tokens with the tree's node for each of its own, until what comes next is known."""
 
+    start: int
     draft: Draft
     nodes: list[int]
 
@@ -206,7 +207,7 @@ class TokenRecycling(Drafter):
     def propose(self, request: Request, budget: int) -> Draft:
         memory = self._memory(request)
         tokens = self.tree.fill(memory.successors, request.tokens[-1])
-        proposal = _Proposal(Draft(), [])
+        proposal = _Proposal(len(request.tokens), Draft(), [])
         draft, number = proposal.draft, {ROOT: ROOT}
         for node, (token, parent) in enumerate(zip(tokens, self.tree.parents, strict=True)):
             if token == UNKNOWN:
@@ -232,7 +233,8 @@ class TokenRecycling(Drafter):
         # Of several assignments to one row NumPy keeps the last.
         memory.successors[[root, *seen.draft.tokens]] = rows
         proposal = self._proposals.pop(request.id, None)
-        if proposal is not None:
+        # One that was not judged in its step, since nobody showed that, says nothing of a later one.
+        if proposal is not None and proposal.start == len(request.tokens) - len(seen.tokens):
             self._judge(memory, proposal, seen.tokens)
 
     def end(self, request: Request) -> None:

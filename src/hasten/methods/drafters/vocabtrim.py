@@ -112,7 +112,7 @@ class VocabTrim(DraftModel):
         self.model = self._trim(self.model)
         self.inside = self.outside = 0
         self._samplers: dict[int, tuple[Sampler, int]] = {}
-        self._proposed: dict[int, set[int]] = {}
+        self._proposed: dict[int, tuple[int, set[int]]] = {}
 
     def _count(self, target: Target, parameters: VocabTrimParameters) -> Counter[int]:
         """Occurrences of each token in the calibration text.
@@ -169,13 +169,15 @@ class VocabTrim(DraftModel):
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         drafts = super().propose_all(requests, budgets)
-        self._proposed.update((request.id, set(draft.tokens)) for request, draft in zip(requests, drafts, strict=True))
+        for request, draft in zip(requests, drafts, strict=True):
+            self._proposed[request.id] = len(request.tokens), set(draft.tokens)
         return drafts
 
     def observe(self, request: Request, seen: Observation) -> None:
         super().observe(request, seen)
-        # What was verified may be another drafter's.
-        own = self._proposed.pop(request.id, set()).issuperset(seen.draft.tokens)
+        # What was verified may be another drafter's, and what was proposed of an earlier step.
+        start, proposed = self._proposed.pop(request.id, (-1, set()))
+        own = start == len(request.tokens) - len(seen.tokens) and proposed.issuperset(seen.draft.tokens)
         last = seen.path[-1] if seen.path else ROOT
         if own and last in seen.draft.parents:
             if seen.tokens[-1] in self.to_trim:
