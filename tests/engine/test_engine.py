@@ -7,6 +7,7 @@ import torch
 
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Limits
+from hasten.engine.engine import DRAFTERS
 from hasten.model import OracleModel
 from helpers import Scripted
 
@@ -210,3 +211,17 @@ def test_cache_limit_is_told():
         finish(made)
     made.abort(request)
     assert made.cache.used_bytes == 0
+
+
+def test_drafters_of_unused_specifications_are_let_go():
+    made = engine()
+    (request,) = made.add([5], SamplingParams(max_tokens=40), "ngram:length=1")
+    first = made.drafter("ngram:length=1")[1]
+    made.step()
+    kept = [made.drafter(f"ngram:length={length}")[1] for length in range(2, 3 * DRAFTERS)]
+    assert len(made._drafters) == DRAFTERS
+    # What a request uses stays, and what was used last.
+    assert made.drafter("ngram:length=1")[1] is first is request.drafter
+    assert made.drafter(f"ngram:length={3 * DRAFTERS - 1}")[1] is kept[-1]
+    assert made.drafter("ngram:length=2")[1] is not kept[0]
+    finish(made)

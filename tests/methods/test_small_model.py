@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from gc import collect
 from itertools import islice
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -158,3 +160,18 @@ def test_asked_twice_and_memory(llm):
     for request in requests:
         drafter.end(request)
     assert drafter.memory_bytes == weights
+
+
+def test_specifications_share_one_small_model(llm):
+    engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
+    specs = ("draft-model", "draft-model:width=2,length=3", "dyspec", "auto:candidates=ngram/draft-model:confidence=0")
+    first, second, third, auto = (engine.drafter(spec)[1] for spec in specs)
+    assert first.model is second.model is third.model is auto._drafters[1].model
+    other = engine.drafter("draft-model:dtype=bfloat16")[1]
+    assert other.model is not first.model
+    # Nothing is kept for its own sake.
+    gone = ref(other.model)
+    engine._drafters.clear()
+    del other
+    collect()
+    assert gone() is None

@@ -29,6 +29,9 @@ from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
 
+DRAFTERS = 16
+"""Specifications whose drafters an engine keeps though no request uses them."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -74,7 +77,9 @@ class Engine:
     # Requests
 
     def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
-        """The shared drafter of a specification (made once per engine), or a drafter object as it is.
+        """The shared drafter of a specification, or a drafter object as it is.
+
+        It is made once, and kept with what it learns as long as it is among the `DRAFTERS` used last, or in use.
 
         Raises:
             UserError: unknown, or not for this model.
@@ -82,9 +87,14 @@ class Engine:
         if isinstance(method, Drafter):
             name, drafter = type(method).__name__, method
         else:
-            if method not in self._drafters:
-                self._drafters[method] = registry.create(method, self.target)
-            name, drafter = method, self._drafters[method]
+            known = method in self._drafters
+            drafter = self._drafters.pop(method) if known else registry.create(method, self.target)
+            name, self._drafters[method] = method, drafter
+            if len(self._drafters) > DRAFTERS:
+                used = {method, *(each.method for each in (*self.scheduler.running, *self.scheduler.waiting))}
+                idle = [spec for spec in self._drafters if spec not in used]
+                for spec in idle[: len(self._drafters) - DRAFTERS]:
+                    del self._drafters[spec]
         config = self.model.config
         if isinstance(drafter, Denoiser) and config.diffusion is None:
             raise UserError(f"{name} needs a model that fills masked positions; this one predicts the next token")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -28,6 +29,20 @@ DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
 HEADROOM = 64
 """Slots set aside for a draft's pending rows; a larger draft makes its cache grow."""
+
+
+_LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
+"""Small models in use: specifications that name the same one share its weights, as long as any drafter holds it."""
+
+
+def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
+    """A checkpoint as it is now: from memory where a drafter has it."""
+    written = max(file.stat().st_mtime_ns for file in folder.iterdir())
+    key = (str(folder.resolve()), str(written), dtype, device, backend)
+    model = _LOADED.get(key)
+    if model is None:
+        model = _LOADED[key] = load_model(folder, dtype, device, backend)
+    return model
 
 
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
@@ -55,7 +70,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
     # As the target runs, where the small model can, too.
     backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
-    model = load_model(folder, dtype, str(target.model.device), backend)
+    model = _load(folder, dtype, str(target.model.device), backend)
     if model.config.vocab_size < target.model.config.vocab_size:
         size = f"{model.config.vocab_size} < {target.model.config.vocab_size}"
         raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
