@@ -15,7 +15,7 @@ VARIANTS = {
     "ngram": ["ngram", "ngram:length=3,minimum=1,maximum=2"],
     "copyspec": ["copyspec:gamma=2", "copyspec:gamma=1,length=4,limit=16,occurrence=first,retry=true"],
     # With a matrix of their own, requests do not change each other's figures.
-    "token-recycling": ["token-recycling:shared=false,nodes=16", "token-recycling:shared=false,nodes=80,candidates=4"],
+    "token-recycling": ["token-recycling:shared=false,nodes=16", "token-recycling:shared=false,nodes=56,candidates=4"],
     "aded": ["aded:shared=false", "aded:shared=false,search=puct,iterations=30,nodes=12,increment=0.5"],
     "stand": [
         "stand:shared=false,minimum=1,maximum=2,nodes=16",

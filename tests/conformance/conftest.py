@@ -15,7 +15,7 @@ from hasten.methods.drafters import auto
 from hasten.methods.drafters.auto_candidate import Typical
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def free_rows() -> Iterator[None]:
     """For `auto`, rows and drafts cost next to nothing: what it drafts must not depend on how busy the machine is."""
 

@@ -8,6 +8,8 @@ from hasten import SamplingParams, UserError
 from hasten.engine import Draft, Drafter, registry
 from hasten.engine.composition import FirstOf
 from hasten.engine.registry import create, is_lossless, split
+from hasten.model import load_model
+from hasten.model.checkpoint import resolve
 
 
 class Recorder(Drafter):
@@ -74,6 +76,12 @@ def test_specifications_are_split_at_methods_only():
 def test_an_unknown_part_is_named(llm, spec):
     with pytest.raises(UserError, match="unknown method"):
         create(spec, registry.Target(llm.model))
+
+
+def test_a_part_that_must_be_the_whole_method_is_named():
+    model = load_model(resolve("tiny-tidar"))
+    with pytest.raises(UserError, match=r"^tidar cannot be a part of a composition, since it must be the whole"):
+        create("ngram+tidar", registry.Target(model))
 
 
 def test_exactness_is_that_of_all_parts():

@@ -7,6 +7,7 @@ import torch
 
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Limits
+from hasten.engine.engine import DRAFTERS
 from hasten.model import CanvasOracle, DiffusionConfig, OracleModel
 from helpers import Scripted
 
@@ -296,3 +297,17 @@ def test_a_canvas_without_finite_logits(kind, method):
     assert "the model's logits are not finite" in str(sick.error)
     assert sick.output == []
     assert (len(well.output), well.error) == (4, None)
+
+
+def test_drafters_of_unused_specifications_are_let_go():
+    made = engine()
+    (request,) = made.add([5], SamplingParams(max_tokens=40), "ngram:length=1")
+    first = made.drafter("ngram:length=1")[1]
+    made.step()
+    kept = [made.drafter(f"ngram:length={length}")[1] for length in range(2, 3 * DRAFTERS)]
+    assert len(made._drafters) == DRAFTERS
+    # What a request uses stays, and what was used last.
+    assert made.drafter("ngram:length=1")[1] is first is request.drafter
+    assert made.drafter(f"ngram:length={3 * DRAFTERS - 1}")[1] is kept[-1]
+    assert made.drafter("ngram:length=2")[1] is not kept[0]
+    finish(made)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from hasten.engine.noise import Uniforms, gumbel, mix, uniform
+from hasten.engine.noise import Uniforms, gumbel, gumbels, mix, uniform
 
 SPLITMIX = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
 """The first outputs of SplitMix64 with seed 0, as published with the algorithm."""
@@ -17,6 +17,34 @@ def test_known_values():
     assert mix(0) == SPLITMIX[0]
     expected = [((word >> 11) + 0.5) * 2.0**-53 for word in SPLITMIX]
     assert uniform([0], torch.arange(4))[0].tolist() == expected
+
+
+def unmixed(word: int) -> int:
+    """The number that SplitMix64's finaliser makes this word of: each of its steps undone, the last one first."""
+    mask = 2**64 - 1
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        undone = word
+        for _ in range(64 // shift + 1):
+            undone = word ^ (undone >> shift)
+        word = undone * pow(factor, -1, 2**64) & mask
+    return word
+
+
+def test_the_largest_word_stays_below_one():
+    """The 53 bits that a number is made of may all be ones: their middle rounds to 1, where noise is infinite."""
+    golden = 0x9E3779B97F4A7C15
+    for last in (2**64 - 1, 2**64 - 2**11):
+        key = (unmixed(last) - golden) % 2**64
+        assert mix(key) == last
+        # Of the words below it, none is changed.
+        below = (unmixed(last - 2**11) - golden) % 2**64
+        assert uniform([key, below], torch.zeros(1, dtype=torch.int64)).tolist() == [[1 - 2.0**-53], [1 - 2.0**-52]]
+        assert torch.isfinite(gumbel([key], torch.zeros(1, dtype=torch.int64))).all()
+        assert np.isfinite(gumbels(key, [0])[0]) and gumbels(key, [0])[0] > gumbels(below, [0])[0]
+        coins = Uniforms()
+        # The state before the word 1 is mixed in.
+        coins._key = (unmixed((unmixed(last) - golden - 1) % 2**64) - golden) % 2**64
+        assert coins.draw() == 1 - 2.0**-53
 
 
 def test_mix_depends_on_every_word_and_their_order():

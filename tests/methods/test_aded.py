@@ -362,3 +362,11 @@ def test_root_of_a_draft_is_the_last_token():
     made.end(request([1, 2, 3, 1, 2, 4]))
     draft = made.propose(request([1, 2], number=1), 64)
     assert [draft.tokens[node] for node in draft.children()[ROOT]] == [4, 3]
+
+
+@pytest.mark.parametrize("search", ["heap", "puct"])
+def test_nothing_is_drafted_below_any_end_of_text(search):
+    for ends in ((), (7,)):
+        made = Aded(Target(TARGET.model, end_ids=frozenset(ends)), AdedParameters(search=search))
+        made.end(request([5, 6, 7, 8, 9]))
+        assert made.propose(request([5, 6], 1), 9).tokens == ([7] if ends else [7, 8, 9])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from hasten import SamplingParams, UserError
@@ -166,6 +168,63 @@ def test_a_curve_of_another_hour_is_scaled_to_what_steps_take(llm, monkeypatch, 
     assert drafter._plans.seconds(1, 64) == pytest.approx(real, rel=0.9)
 
 
+@pytest.fixture
+def steps_clock(llm, monkeypatch):
+    """Forward passes take what `seconds` says of their rows, and nothing else takes any time."""
+    forward, clock = llm.model.forward, SimpleNamespace(now=0.0, seconds=lambda rows: 1.0)
+
+    def timed(rows, *others):
+        clock.now += clock.seconds(len(rows.tokens))
+        return forward(rows, *others)
+
+    monkeypatch.setattr(llm.model, "forward", timed)
+    monkeypatch.setattr(auto_candidate.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_a_prompt_in_the_step_is_not_held_against_the_drafts(llm, monkeypatch, answers, steps_clock):
+    """Eight requests see the one step that also reads a long prompt: nothing of it stays in the record."""
+    steps_clock.seconds = lambda rows: 1000.0 if rows > 100 else 1.0
+    drafter = make(llm, monkeypatch, FREE, Guesser(answers, True, 0.9))
+    engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids)
+    requests = [engine.add(PROMPTS[0], PARAMS, drafter)[0] for _ in range(8)]
+    for _ in range(3):
+        engine.step()
+    engine.add([7] * 200, SamplingParams(max_tokens=1), "plain")
+    engine.step()
+    assert steps_clock.now > 1000
+    assert drafter.candidates[0].extra.value == 0 and drafter._plans.pace == 1
+    before = [(request.statistics.steps, len(request.output)) for request in requests]
+    list(engine.run())
+    for request, (steps, tokens) in zip(requests, before, strict=True):
+        assert request.output == answers[tuple(PROMPTS[0])]
+        assert (len(request.output) - tokens) / (request.statistics.steps - steps) > 3
+
+
+def test_a_step_counts_once_however_many_requests_see_it(llm, monkeypatch, answers, steps_clock):
+    """One hiccup of the machine, in a step of eight requests, changes no median."""
+    drafter = make(llm, monkeypatch, FREE, Guesser(answers, True, 0.9))
+    engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids)
+    for _ in range(8):
+        engine.add(PROMPTS[0], PARAMS, drafter)
+    for _ in range(3):
+        engine.step()
+    steps_clock.seconds = lambda rows: 1000.0
+    engine.step()
+    assert drafter.candidates[0].extra.value == 0 and drafter._plans.pace == 1
+
+
+def test_a_bad_hour_of_the_machine_is_forgotten(llm, monkeypatch, answers, steps_clock):
+    """Steps with drafts that took long for another reason: after a while, drafts are tried again, and heard."""
+    drafter = make(llm, monkeypatch, FREE, Guesser(answers, True, 0.9))
+    drafter.candidates[0].extra = auto_candidate.Typical([1000.0] * auto_candidate.LATEST)
+    (request,) = run(llm, drafter, PROMPTS[:1])
+    assert request.statistics.tokens_per_step == 1
+    for _ in range(5):
+        (request,) = run(llm, drafter, PROMPTS[:1])
+    assert request.statistics.tokens_per_step > 3
+
+
 def test_state_of_finished_requests_is_dropped(llm, monkeypatch, answers):
     drafter = make(llm, monkeypatch, FREE, Guesser(answers, True, 0.5))
     run(llm, drafter)
@@ -193,3 +252,14 @@ def test_the_shipped_candidates_are_exact(llm, monkeypatch):
 def test_bad_candidates(candidates, sentence):
     with pytest.raises(UserError, match=sentence):
         AutoParameters(candidates)
+
+
+def test_a_candidate_that_must_be_the_whole_method_is_named(llm, monkeypatch):
+    with pytest.raises(UserError, match=r"^specmemo cannot be a candidate of auto.*\(specmemo:drafter=\.\.\.\)$"):
+        Auto(Target(llm.model, llm.tokenizer), AutoParameters("ngram/specmemo:budget=1MB"))
+
+    class Alone(Drafter):
+        alone = True
+
+    with pytest.raises(UserError, match=r"^plain cannot be a candidate of auto, since it must be the whole method$"):
+        make(llm, monkeypatch, FREE, Alone())

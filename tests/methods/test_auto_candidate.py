@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.methods.drafters.auto_candidate import LATEST, LEAST_START, LONGEST_REST, PATIENCE, Record, Typical
+from hasten.methods.drafters.auto_candidate import (
+    LATEST,
+    LEAST_START,
+    LONGEST_REST,
+    PATIENCE,
+    TENANTS,
+    Candidate,
+    Record,
+    Typical,
+)
 from hasten.methods.drafters.auto_experience import Outcome
 
 
@@ -61,3 +70,12 @@ def test_typical_values_may_start_somewhere():
     for _ in range(3):
         extra.add(3.0)
     assert extra.value == 3.0
+
+
+def test_lessons_are_a_tenants_own_and_bounded():
+    candidate = Candidate()
+    candidate.learned("one").verified(40)
+    assert candidate.learned("one").size > candidate.learned("two").size
+    for number in range(TENANTS - 1):
+        candidate.learned(str(number))
+    assert len(candidate.lessons) == TENANTS and "one" not in candidate.lessons and "two" in candidate.lessons

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hasten import SamplingParams, UserError
 from hasten.engine import Draft, Engine, Target
 from hasten.engine.registry import parse
-from hasten.methods.drafters.copyspec import CANDIDATES, CONTEXT, CopySpec, CopySpecParameters
+from hasten.methods.drafters.copyspec import BAN, CANDIDATES, CONTEXT, CopySpec, CopySpecParameters
 from hasten.model import OracleModel
 from helpers import same
 
@@ -153,7 +153,7 @@ def test_a_wrong_position_is_not_proposed_again(policy):
     assert after(copyspec, request, [5, 6, 1, 2, 3]) == [5, 6]
     # Wrong as well: nothing is left but what has just come.
     assert after(copyspec, request, [7, 8, 1, 2, 3]) == [7, 8]
-    assert copyspec._memories[0].wrong == {3, 8}
+    assert set(copyspec._memories[0].wrong) == {3, 8}
 
 
 def test_positions_may_be_tried_again():
@@ -161,6 +161,42 @@ def test_positions_may_be_tried_again():
     copyspec = drafter(length=2, occurrence="first", retry=True)
     assert copyspec.propose(request, 64).tokens == [4, 4]
     assert after(copyspec, request, [5, 6, 1, 2, 3]) == [4, 4]
+
+
+def test_a_wrong_position_comes_back():
+    """A text that changed may change again: after a while the position is proposed as if nothing had been."""
+    copyspec, request = drafter(gamma=1, length=2, occurrence="first"), a_request([1, 2, 3, 1])
+    assert copyspec.propose(request, 9).tokens == [2, 3]
+    request.tokens += [9, 1]
+    assert copyspec.propose(request, 9).tokens == [9, 1]
+    request.tokens += [*range(100, 100 + BAN), 1]
+    assert copyspec.propose(request, 9).tokens == [2, 3]
+    assert not copyspec._memories[0].wrong
+
+
+@pytest.mark.parametrize("occurrence", ["first", "last", "longest"])
+def test_failures_do_not_make_lookups_longer(occurrence):
+    """However many copies were wrong, the positions that a lookup passes over are bounded."""
+
+    class Watched(dict):
+        asked = 0
+
+        def __contains__(self, key):
+            self.asked += 1
+            return super().__contains__(key)
+
+    copyspec, request = drafter(gamma=1, length=1, occurrence=occurrence), a_request([1, 2])
+    copyspec.propose(request, 1)
+    memory = copyspec._memories[0]
+    memory.wrong = Watched(memory.wrong)
+    # Every 1 is followed by a token that never came before.
+    for token in range(3, 3 + 6 * BAN):
+        request.tokens += [1]
+        memory.wrong.asked = 0
+        copyspec.propose(request, 1)
+        assert memory.wrong.asked <= BAN + CANDIDATES + 1
+        request.tokens += [token]
+    assert len(memory.wrong) <= BAN
 
 
 def test_a_copy_that_was_right_at_first_is_not_wrong():
@@ -301,3 +337,10 @@ def test_pays_on_repetition(llm):
 def test_refusals(given, told):
     with pytest.raises(UserError, match=f"copyspec: {told}"):
         parse(f"copyspec:{given}")
+
+
+def test_a_block_ends_behind_any_end_of_text():
+    target = Target(MODEL, end_ids=frozenset({7, 8}))
+    drafter = CopySpec(target, CopySpecParameters(gamma=1))
+    request = SimpleNamespace(id=0, tokens=[1, 5, 8, 6, 2, 1])
+    assert drafter.propose(request, 9).tokens == [5, 8]

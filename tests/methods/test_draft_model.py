@@ -149,6 +149,37 @@ def test_confidence(llm):
         assert draft.estimates[-1] < 0.5 or len(draft) == 6
 
 
+def test_shared_noise_carries_a_chain_through_improbable_tokens(llm):
+    """A drafter that is the target itself draws what the target draws, however little probability a token has."""
+    asked = SamplingParams(max_tokens=100, temperature=4.0, seed=1, ignore_eos=True)
+    expected = llm.generate(PROMPTS[1:2], asked, "plain")[0]
+    got = llm.generate(PROMPTS[1:2], asked, f"draft-model:model={llm.folder}")[0]
+    same(got.choices[0], expected.choices[0])
+    figures = got.choices[0].statistics
+    assert figures.accepted == figures.proposed
+    # The product of probabilities would end each chain at its first token: two tokens per step.
+    assert figures.tokens_per_step > 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"frequency_penalty": 0.5}])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_nothing_is_drafted_below_an_end_of_text(llm, settings, ignore):
+    """Whichever of the engine's; the greedy chain of a lone request is drafted natively."""
+    ends = set(range(2, VOCABULARY, 2))
+    engine = Engine(llm.model, llm.tokenizer, ends, folder=str(llm.folder))
+    drafter = engine.drafter("draft-model:confidence=0,length=8")[1]
+    below = 0
+    for seed in range(8):
+        asked = SamplingParams(max_tokens=40, seed=seed, ignore_eos=ignore, **settings)
+        (request,) = engine.add([5, 9 + seed], asked, drafter)
+        engine.step()
+        if request.finish_reason is None:
+            draft = drafter.propose(request, 128)
+            below += sum(token in ends for token in draft.tokens[:-1])
+            engine.abort(request)
+    assert (below > 0) == ignore
+
+
 def test_budget_of_tokens(llm):
     drafts, *_ = recorded(llm, "draft-model:confidence=0,length=9", max_tokens=5)
     for own in drafts.values():

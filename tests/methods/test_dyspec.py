@@ -144,14 +144,35 @@ def test_sum_of_v_is_largest():
         assert np.mean(sums) < 0.8 * best
 
 
-@pytest.mark.parametrize("acceptance, temperature", [("match", 0.0), ("match", 0.9), ("max", 0.9)])
+@pytest.mark.parametrize("construction", ["fixed", "threshold"])
+def test_a_child_that_the_shared_noise_names_is_worth_its_own_probability(construction):
+    """Not all that is left: where both draw alike, a token that leads needs no siblings, however improbable it is."""
+    siblings = 0
+    for seed in range(6):
+        engine = Engine(OracleModel(FLAT, FLAT.size))
+        drafter = dyspec(FLAT, construction=construction, nodes=12)(engine)
+        asked = SamplingParams(max_tokens=30, seed=seed, temperature=0.9)
+        (request,) = engine.add([seed % FLAT.size, 1], asked, drafter)
+        engine.step()
+        drafter.belief(request).odds = -50.0
+        tree = drafter.propose(request, 128)
+        for node, children in tree.children().items():
+            above = 1.0 if node == ROOT else tree.estimates[node]
+            lead = tree.estimates[children[0]] / above
+            siblings += len(children) > 1
+            if construction == "threshold":
+                assert all(tree.estimates[child] > 1 / 13 for child in children)
+                assert len(children) == 1 or lead < 12 / 13
+    assert siblings
+
+
+@pytest.mark.parametrize("acceptance, temperature", [("match", 0.0), ("max", 0.9)])
 def test_threshold_takes_all_above_it_level_by_level(acceptance, temperature):
-    draft_temperature = 0.9 if acceptance == "match" and temperature else 0.6
     for seed in range(4):
         tree, history, drafter = draft(
             WIDE, seed, temperature, acceptance, nodes=128, threshold=0.04, draft_temperature=0.6
         )
-        values, pending = reached(tree, WIDE, history, draft_temperature)
+        values, pending = reached(tree, WIDE, history, 0.6)
         assert 5 < len(tree) < 128 and min(values) > 0.04
         assert tree.depths() == sorted(tree.depths())
         assert drafter.calls <= max(tree.depths()) + 1
@@ -206,15 +227,15 @@ def test_limits():
 
 
 def test_nothing_below_end_of_text():
-    engine = Engine(OracleModel(LAW, 5))
+    engine = Engine(OracleModel(LAW, 5), end_ids={2, 4})
     drafter = dyspec(LAW, nodes=30)(engine)
-    drafter.end_ids = {2}
     for ignore in (False, True):
         (request,) = engine.add(PROMPT, SamplingParams(max_tokens=20, ignore_eos=ignore), drafter)
         engine.step()
         tree = drafter.propose(request, 64)
-        assert 2 in tree.tokens
-        assert any(tree.tokens[parent] == 2 for parent in tree.parents if parent != ROOT) == ignore
+        for end in (2, 4):
+            assert end in tree.tokens
+            assert any(tree.tokens[parent] == end for parent in tree.parents if parent != ROOT) == ignore
 
 
 # The law

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from gc import collect
 from itertools import islice
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -81,12 +83,18 @@ def test_each_node_sees_its_own_path(llm):
 
 @pytest.mark.parametrize("temperature, acceptance", [(0.0, "match"), (0.7, "match"), (0.7, "max")])
 def test_estimates(llm, temperature, acceptance):
-    growths, _, _ = grown(llm, PROMPTS, temperature=temperature, acceptance=acceptance)
+    growths, drafter, _ = grown(llm, PROMPTS, temperature=temperature, acceptance=acceptance)
     for growth in growths:
         assert (set(growth.draft.drawn) == set(growth.draft.parents)) == growth.sampled == (acceptance == "max")
         taken: dict[int, float] = {}
         for node, (token, parent) in enumerate(zip(growth.draft.tokens, growth.draft.parents, strict=True)):
-            law = (growth.logits[parent] / (temperature or 1)).double().softmax(0)
+            scores = growth.logits[parent] / (temperature or 1)
+            law = scores.double().softmax(0)
+            if temperature and acceptance == "match":
+                sampler, place = growth.request.sampler, len(growth.request.tokens) + len(growth.paths[parent])
+                noise = torch.tensor(sampler.noise(place, range(len(scores))))
+                alike = ((scores + noise) * temperature).softmax(0)
+                law = torch.tensor(list(map(drafter.belief(growth.request).of, law.tolist(), alike.tolist())))
             value = float(law[token]) * growth.values[parent]
             before = growth.values[parent] * (1 - taken.get(parent, 0.0))
             assert growth.values[node] == pytest.approx(value, abs=1e-6)
@@ -175,3 +183,18 @@ def test_a_small_model_without_finite_logits(llm, value, settings):
         pass
     assert well.output == llm.generate([[7]], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
     assert engine.cache.used_bytes == drafter.cache.used_bytes == 0
+
+
+def test_specifications_share_one_small_model(llm):
+    engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
+    specs = ("draft-model", "draft-model:width=2,length=3", "dyspec", "auto:candidates=ngram/draft-model:confidence=0")
+    first, second, third, auto = (engine.drafter(spec)[1] for spec in specs)
+    assert first.model is second.model is third.model is auto._drafters[1].model
+    other = engine.drafter("draft-model:dtype=bfloat16")[1]
+    assert other.model is not first.model
+    # Nothing is kept for its own sake.
+    gone = ref(other.model)
+    engine._drafters.clear()
+    del other
+    collect()
+    assert gone() is None

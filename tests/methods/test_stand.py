@@ -444,7 +444,7 @@ def test_tree_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"minimum": 5}, {"hits": 0}, {"top": 0}, {"nodes": 0}, {"floor": 0.0}, {"entries": 0}, {"maximum": 17}]
+    "changes", [{"minimum": 5}, {"hits": 0}, {"top": 0}, {"nodes": -1}, {"floor": 0.0}, {"entries": 0}, {"maximum": 17}]
 )
 def test_parameters_out_of_range(changes):
     with pytest.raises(UserError, match=r"^stand: "):

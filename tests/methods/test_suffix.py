@@ -240,6 +240,20 @@ def test_oldest_finished_responses_are_forgotten():
     assert known() == [3, 4]
 
 
+def test_long_responses_are_bounded_by_their_tokens(tmp_path):
+    """Of any length and tenant, the oldest first; the file does not keep what memory forgot."""
+    path = tmp_path / "responses"
+    drafter = make(max_tokens=1000, store=str(path))
+    for number in range(60):
+        finish(drafter, number, [1], [number] * 300, tenant="ab"[number % 2])
+        assert len(drafter.store) <= 3 and drafter.memory_bytes < 200_000
+        assert len(responses(path)) <= 2 * (3 + 1)
+    assert not list(drafter.store.index("a").matches([56, 56])) and list(drafter.store.index("a").matches([58, 58]))
+    # One that is longer than all may be is forgotten with the rest.
+    finish(drafter, 60, [1], [70] * 2000)
+    assert len(drafter.store) == 0 and drafter.store._held == 0
+
+
 def test_nothing_stays_of_a_request_but_its_response():
     drafter = make(max_requests=2)
     for number in range(40):

@@ -305,10 +305,13 @@ def test_rejections_are_counted():
     (request,) = engine.add([0, 1], SamplingParams(max_tokens=20), drafter)
     engine.step()
 
-    def observe(draft: Draft, path: list[int], tokens: list[int], propose: bool = True) -> tuple[int, int]:
+    def observe(
+        draft: Draft, path: list[int], tokens: list[int], propose: bool = True, stale: int = 0
+    ) -> tuple[int, int]:
         if propose:
             drafter.propose(request, 8)
-        drafter._proposed[request.id] = {1, 4} if propose else set()
+        start = len(request.tokens) - len(tokens) - stale
+        drafter._proposed[request.id] = start, {1, 4} if propose else set()
         drafter.observe(request, Observation(draft, path, tokens, torch.empty(0), {}))
         return drafter.inside, drafter.outside
 
@@ -321,6 +324,7 @@ def test_rejections_are_counted():
     assert observe(chain, [0, 1], [1, 4, 3]) == (1, 1)
     assert observe(Draft(), [], [3], propose=False) == (1, 1)
     assert observe(Draft([2], [ROOT]), [], [3], propose=False) == (1, 1)
+    assert observe(chain, [], [6], stale=1) == (1, 1)
     engine.abort(request)
 
 
@@ -346,3 +350,8 @@ def test_rejections_of_a_whole_run():
         sum(token not in (1, 4, 6) for token in rejected),
     )
     assert min(drafter.inside, drafter.outside) > 5
+
+
+def test_every_end_of_text_keeps_its_row(llm):
+    drafter = Engine(llm.model, llm.tokenizer, {137, 141}, folder=str(llm.folder)).drafter("vocabtrim:tokens=1")[1]
+    assert {137, 141} <= set(drafter.to_full.tolist())

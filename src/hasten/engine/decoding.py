@@ -32,12 +32,14 @@ class Answer:
         finite: whether a token can be chosen by each of them (`hasten.engine.sampling.usable`).
         taps: the hidden states of all rows of the passage that the request's drafter asked for; None where it asked
             for none.
+        rows: of the whole pass, the other requests' included.
     """
 
     logits: Tensor
     best: list[int]
     finite: list[bool]
     taps: Taps | None
+    rows: int
 
 
 class Decoding(Protocol):

@@ -28,6 +28,7 @@ class Observation:
             ones included.
         taps: hidden states of the same rows, where the drafter asked for any.
         probes: float32 [rows of the draft's probes, vocabulary], one probe's behind the other's.
+        rows: of the whole step: all requests' drafts and prompts.
     """
 
     draft: Draft
@@ -36,6 +37,7 @@ class Observation:
     logits: Tensor
     taps: dict[tuple[Site, int], Tensor]
     probes: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    rows: int = 0
 
 
 class Drafter:

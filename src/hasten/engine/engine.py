@@ -33,6 +33,9 @@ from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
 from hasten.model.threads import refuse_fork
 
+DRAFTERS = 16
+"""Specifications whose drafters an engine keeps though no request uses them."""
+
 
 class Engine:
     """Decodes requests of unequal length and method together.
@@ -60,7 +63,7 @@ class Engine:
         self.model, self.tokenizer, self.end_ids = model, tokenizer, frozenset(end_ids)
         self.scheduler = Scheduler(limits or Limits())
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
-        self.target = registry.Target(model, tokenizer, folder)
+        self.target = registry.Target(model, tokenizer, folder, self.end_ids)
         self.ledger = Ledger()
         self._drafters: dict[str, Drafter] = {}
         self._grammars: Grammars | None = None
@@ -70,7 +73,9 @@ class Engine:
     # Requests
 
     def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
-        """The shared drafter of a specification (made once per engine), or a drafter object as it is.
+        """The shared drafter of a specification, or a drafter object as it is.
+
+        It is made once, and kept with what it learns as long as it is among the `DRAFTERS` used last, or in use.
 
         Raises:
             UserError: unknown, or not for this model.
@@ -78,9 +83,14 @@ class Engine:
         if isinstance(method, Drafter):
             name, drafter = type(method).__name__, method
         else:
-            if method not in self._drafters:
-                self._drafters[method] = registry.create(method, self.target)
-            name, drafter = method, self._drafters[method]
+            known = method in self._drafters
+            drafter = self._drafters.pop(method) if known else registry.create(method, self.target)
+            name, self._drafters[method] = method, drafter
+            if len(self._drafters) > DRAFTERS:
+                used = {method, *(each.method for each in (*self.scheduler.running, *self.scheduler.waiting))}
+                idle = [spec for spec in self._drafters if spec not in used]
+                for spec in idle[: len(self._drafters) - DRAFTERS]:
+                    del self._drafters[spec]
         config = self.model.config
         if isinstance(drafter, Denoiser) and config.diffusion is None:
             raise UserError(f"{name} needs a model that fills masked positions; this one predicts the next token")
@@ -238,7 +248,7 @@ class Engine:
             offset, stop = stop, stop + len(passage.wanted)
             first = span.stop - 1 if scheduled.piece else span.start
             hidden = _rows_of(taps, request.drafter, first, span.stop)
-            answer = Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden)
+            answer = Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
             if not scheduled.piece:
                 progress += self._alone(request, self._decode, answer)
                 continue

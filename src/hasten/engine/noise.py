@@ -11,6 +11,8 @@ from torch import Tensor
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_BELOW_ONE = 1 - 2.0**-53
+"""The largest float64 below 1: half a unit above the last of 2^53 steps rounds to 1, whose Gumbel noise is infinite."""
 
 
 def _signed(value: int) -> int:
@@ -52,7 +54,7 @@ def uniform(keys: Sequence[int], counters: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _signed(_MIX1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX2)
     z = z ^ _shift(z, 31)
-    return (_shift(z, 11).double() + 0.5) * 2.0**-53
+    return _shift(z, 11).double().add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)
 
 
 def gumbel(keys: Sequence[int], counters: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def gumbels(key: int, counters: Sequence[int]) -> list[float]:
         z = ((z ^ (z >> 30)) * _MIX1) & _MASK
         z = ((z ^ (z >> 27)) * _MIX2) & _MASK
         z ^= z >> 31
-        noise.append(-log(-log(((z >> 11) + 0.5) * 2.0**-53)))
+        noise.append(-log(-log(min(((z >> 11) + 0.5) * 2.0**-53, _BELOW_ONE))))
     return noise
 
 
@@ -81,4 +83,4 @@ class Uniforms:
     def draw(self) -> float:
         """The next number in (0, 1)."""
         self._count += 1
-        return ((mix(self._key, self._count) >> 11) + 0.5) * 2.0**-53
+        return min(((mix(self._key, self._count) >> 11) + 0.5) * 2.0**-53, _BELOW_ONE)

@@ -43,12 +43,14 @@ ENTRY_POINTS = "hasten.methods"
 class Target:
     """What a method may know of the model it accelerates.
 
-    `tokenizer` is None for models without one (oracles); `folder` is the checkpoint's, where there is one.
+    `tokenizer` is None for models without one (oracles); `folder` is the checkpoint's, where there is one; `end_ids`
+    are all tokens that end a text.
     """
 
     model: Model
     tokenizer: Any = None
     folder: str | None = None
+    end_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,25 @@ def create(spec: str, target: Target) -> Drafter:
     if len(drafters) == 1:
         return drafters[0]
     for part, drafter in zip(split(spec), drafters, strict=True):
-        if drafter.alone:
-            raise UserError(f"{part.partition(':')[0]} cannot be a part of a composition; name its drafters as its own")
+        refuse_alone(part, drafter, "a part of a composition")
     return FirstOf(drafters)
+
+
+def refuse_alone(spec: str, drafter: Drafter, place: str) -> None:
+    """Refuse a drafter that must be the whole method.
+
+    Args:
+        spec: its specification.
+        place: what it was named as, for the message.
+
+    Raises:
+        UserError: it must be.
+    """
+    if drafter.alone:
+        slug = spec.partition(":")[0].strip()
+        takes = any(field.name == "drafter" for field in dataclasses.fields(find(slug).parameters))
+        hint = f"; the others can be its own ({slug}:drafter=...)" if takes else ""
+        raise UserError(f"{slug} cannot be {place}, since it must be the whole method{hint}")
 
 
 def is_lossless(spec: str) -> bool:

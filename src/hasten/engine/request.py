@@ -38,7 +38,7 @@ class Request:
         sequence: its cache. How many slots it has says nothing of positions: a policy may keep fewer.
         decoding: how it comes to its tokens.
         read: so many of its tokens the model has read; all but the last once the first new one is out.
-        shown: so many of the prompt's the drafter has been shown: after a preemption they are read again, but not shown.
+        shown: so many of the prompt's the drafter has been shown: after a preemption they are only read again.
         drafter: proposes for it.
         method: the drafter's specification, for reports.
         leader: the sibling choice whose prompt cache this one forks, until it has.

@@ -104,9 +104,8 @@ class Speculation:
         assert answer is not None
         started = time.perf_counter()
         states = {} if answer.taps is None else {key: rows[:count] for key, rows in answer.taps.states.items()}
-        seen = Observation(
-            self.draft, self._verdict.path, list(tokens), answer.logits[:count], states, answer.logits[count:]
-        )
+        shown, probes = answer.logits[:count], answer.logits[count:]
+        seen = Observation(self.draft, self._verdict.path, list(tokens), shown, states, probes, answer.rows)
         request.drafter.observe(request, seen)
         request.statistics.draft_seconds += time.perf_counter() - started
         self.draft, self._answer = Draft(), None

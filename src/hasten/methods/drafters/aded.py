@@ -42,6 +42,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hasten.engine import ROOT, Draft, Drafter, Request, Target, register
+from hasten.engine.draft import MAX_DRAFT
 from hasten.errors import UserError, require
 
 TOKEN_BITS = 21
@@ -87,7 +88,7 @@ class AdedParameters:
     def __post_init__(self) -> None:
         checks = (
             (self.search in ("heap", "puct"), "search must be heap or puct"),
-            (1 <= self.nodes <= 512, "nodes must be between 1 and 512"),
+            (1 <= self.nodes <= MAX_DRAFT, f"nodes must be between 1 and {MAX_DRAFT}"),
             (1 <= self.depth <= 64, "depth must be between 1 and 64"),
             (1 <= self.successors <= 256, "successors must be between 1 and 256"),
             (0 <= self.increment <= self.cap, "0 <= increment <= cap must hold"),
@@ -276,7 +277,7 @@ class Aded(Drafter):
 
     def __init__(self, target: Target, parameters: AdedParameters) -> None:
         self.parameters = parameters
-        self._barred = frozenset(target.tokenizer.all_special_ids if target.tokenizer is not None else ())
+        self._barred = target.end_ids.union(target.tokenizer.all_special_ids if target.tokenizer is not None else ())
         self._table = TrigramTable.load(parameters.table) if parameters.table else None
         if self._table is not None and int(self._table.tokens.max()) >= target.model.config.vocab_size:
             raise UserError(f"aded: the table {parameters.table} was counted with another tokenizer than the model's")

@@ -3,9 +3,9 @@
 At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
 hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
 gain in the request; drafters that come to nothing rest. A draft's estimates are turned into measured probabilities
-(`Calibration`, per drafter over all requests, and a factor of trust per request), and the planner cuts it to the nodes
-that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain decoding,
-on the same path.
+(`Calibration`, per drafter over a tenant's requests, and a factor of trust per request), and the planner cuts it to the
+nodes that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain
+decoding, on the same path.
 
 Exactness: lossless, as its candidates are. Under `acceptance="max"` a sampled draft is verified whole, and is never
 set against another one: a choice by the values of its samples would bias the result.
@@ -20,17 +20,15 @@ from pathlib import Path
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
-from hasten.engine.registry import create, is_lossless, split
+from hasten.engine.registry import create, is_lossless, refuse_alone, split
 from hasten.errors import UserError
-from hasten.methods.drafters.auto_candidate import Candidate, Record, Typical
+from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.model.taps import Taps
 
 CANDIDATES = "suffix/token-recycling:nodes=16"
 CHEAP = 0.1
 """Share of a plain step below which a drafter is simply asked, unless it rests."""
-RETRIAL = 64
-"""Steps after which a drafter is asked again, whatever its record: texts change."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,25 @@ class AutoParameters:
 
 
 @dataclass
+class _Step:
+    """What the requests of a batch go into together.
+
+    Attributes:
+        rows: of all of them and their drafts.
+        context: mean tokens.
+        batch: sequences.
+        chosen: whose drafts they are.
+        judged: whether its seconds are in the record.
+    """
+
+    rows: int
+    context: float
+    batch: int
+    chosen: list[Candidate]
+    judged: bool = False
+
+
+@dataclass
 class _Choice:
     """The draft that a request goes into the step with.
 
@@ -61,8 +78,7 @@ class _Choice:
         tokens: to expect of it, the target's own one not counted.
         asked: all drafts of the step, whole, with the tokens that were expected of the part that pays.
         spent: seconds of all drafters asked.
-        forecast: seconds of the step's forward pass by the curve, and `pace` what they were multiplied with.
-        clock: the request's forward seconds before it.
+        clock: the request's forward seconds before the step.
     """
 
     draft: Draft
@@ -71,8 +87,6 @@ class _Choice:
     probabilities: list[float] = field(default_factory=list)
     tokens: float = 0.0
     spent: float = 0.0
-    forecast: float = 0.0
-    pace: float = 1.0
     clock: float = 0.0
 
 
@@ -85,15 +99,15 @@ class _Choice:
     parameters=AutoParameters,
 )
 class Auto(Drafter):
-    """One object per engine: what it learns about drafters serves all requests."""
+    """One object per engine: what it learns of times serves all requests, what it learns from texts their tenant's."""
 
     def __init__(self, target: Target, parameters: AutoParameters) -> None:
         names = parameters.candidates or CANDIDATES
         if not parameters.candidates and target.folder and Path(f"{target.folder.rstrip('/')}-draft").is_dir():
             names += "/draft-model"
         self._drafters = [create(name, target) for name in split(names, "/")]
-        if any(drafter.alone for drafter in self._drafters):
-            raise UserError("auto: specmemo cannot be a candidate; use specmemo:drafter=auto")
+        for name, drafter in zip(split(names, "/"), self._drafters, strict=True):
+            refuse_alone(name, drafter, "a candidate of auto")
         self.candidates = [Candidate(drafter) for drafter in self._drafters]
         self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})
         self._plain = Candidate()
@@ -101,7 +115,7 @@ class Auto(Drafter):
         self._target = target
         self._planner: Planner | None = None
         self._experience = Experience(len(self.candidates))
-        self._chosen: dict[int, _Choice] = {}
+        self._chosen: dict[int, tuple[_Choice, _Step]] = {}
 
     @property
     def cost(self) -> VerifyCost:
@@ -123,7 +137,7 @@ class Auto(Drafter):
         return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)
 
     def begin(self, request: Request) -> None:
-        expected = self._experience.expect(request.tokens)
+        expected = self._experience.expect(request.params.tenant, request.tokens)
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):
             each.records[request.id] = Record(outcome, expected.weight)
         for drafter in self._drafters:
@@ -153,11 +167,11 @@ class Auto(Drafter):
                 self._compare(choices[index], candidate, requests[index], draft, context, batch)
         if batch > 1:
             self._cut(choices, context)
-        forecast = self._plans.seconds(batch + sum(len(choice.draft) for choice in choices), context, batch)
+        rows = batch + sum(len(choice.draft) for choice in choices)
+        step = _Step(rows, context, batch, [choice.candidate for choice in choices])
         for request, choice in zip(requests, choices, strict=True):
-            choice.forecast, choice.pace = forecast, self._plans.pace
             choice.clock = request.statistics.forward_seconds
-            self._chosen[request.id] = choice
+            self._chosen[request.id] = choice, step
         return [choice.draft for choice in choices]
 
     def _all_rest(self, requests: Sequence[Request]) -> bool:
@@ -185,7 +199,8 @@ class Auto(Drafter):
         record.idle += 1
         costly = candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch)
         if costly and candidate.known and record.idle <= RETRIAL:
-            tokens, rows, seconds = batch + record.gain, batch + candidate.size, candidate.seconds.value
+            size = candidate.learned(request.params.tenant).size
+            tokens, rows, seconds = batch + record.gain, batch + size, candidate.seconds.value
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that will be made.
                 seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
@@ -199,8 +214,8 @@ class Auto(Drafter):
         self, best: _Choice, candidate: Candidate, request: Request, draft: Draft, context: float, batch: int
     ) -> None:
         """Make a new draft the choice if it is better, at its best size, than the draft at hand."""
-        whole = draft
-        probabilities = candidate.calibration.probabilities(draft, candidate.records[request.id].trust)
+        whole, lessons = draft, candidate.learned(request.params.tenant)
+        probabilities = lessons.calibration.probabilities(draft, candidate.records[request.id].trust)
         better = True
         # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
         if not draft.drawn:
@@ -211,7 +226,7 @@ class Auto(Drafter):
             if len(nodes) < len(draft):
                 draft = draft.subset(nodes)
         best.asked.append((candidate, whole, sum(probabilities)))
-        candidate.verified(len(draft))
+        lessons.verified(len(draft))
         if not better:
             return
         best.draft, best.candidate, best.probabilities = draft, candidate, probabilities
@@ -231,13 +246,9 @@ class Auto(Drafter):
             drafter.observe_prompt(request, start, taps)
 
     def observe(self, request: Request, seen: Observation) -> None:
-        choice = self._chosen.pop(request.id, None)
-        if choice is not None:
-            took = request.statistics.forward_seconds - choice.clock
-            choice.candidate.extra.add(max(took - choice.forecast, 0.0))
-            if took > 0 and choice.forecast > 0:
-                self._pace.add(choice.pace * took / choice.forecast)
-                self._plans.pace = self._pace.value
+        choice, step = self._chosen.pop(request.id, (None, None))
+        if choice is not None and step is not None:
+            self._judge(step, request.statistics.forward_seconds - choice.clock, seen.rows)
             for candidate, draft, expected in choice.asked:
                 candidate.learn(request, draft, seen.tokens, expected)
         for each, drafter in zip(self.candidates, self._drafters, strict=True):
@@ -245,11 +256,29 @@ class Auto(Drafter):
             if drafter.taps or not each.records[request.id].rest:
                 drafter.observe(request, seen)
 
+    def _judge(self, step: _Step, took: float, rows: int) -> None:
+        """Take a step's seconds into the record: once, whoever sees it, and only if nothing else was in it.
+
+        The curve says nothing of a step that also read prompts, or served other methods.
+        """
+        if step.judged or rows > step.rows:
+            return
+        step.judged = True
+        forecast = self._plans.seconds(rows, step.context, step.batch)
+        for candidate in (self._plain, *self.candidates):
+            if any(candidate is each for each in step.chosen):
+                candidate.took(max(took - forecast, 0.0))
+            else:
+                candidate.passed_over()
+        if took > 0 and forecast > 0:
+            self._pace.add(self._plans.pace * took / forecast)
+            self._plans.pace = self._pace.value
+
     def end(self, request: Request) -> None:
         self._chosen.pop(request.id, None)
         records = [each.records.pop(request.id, None) for each in self.candidates]
         if request.started:
             outcomes = [None if record is None else record.outcome for record in records]
-            self._experience.remember(request.tokens[: request.prompt_length], outcomes)
+            self._experience.remember(request.params.tenant, request.tokens[: request.prompt_length], outcomes)
         for drafter in self._drafters:
             drafter.end(request)

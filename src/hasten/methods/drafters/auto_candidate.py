@@ -22,8 +22,12 @@ LONGEST_REST = 16
 """Steps for which a drafter without success is left alone, at most."""
 TRIALS = 8
 """How often a drafter is asked before its times and its record count."""
+RETRIAL = 64
+"""Steps after which a drafter gets another chance, whatever its record: texts change, and so does the machine."""
 LATEST = 15
 """Measured times that a median is taken of."""
+TENANTS = 64
+"""Tenants whose lessons are kept; the one that was not seen for longest goes first."""
 FADE = 0.95
 """Weight of the past in running means, per step."""
 
@@ -101,6 +105,23 @@ class Typical:
 
 
 @dataclass
+class Lessons:
+    """What a drafter's drafts showed on one tenant's texts.
+
+    Attributes:
+        calibration: how far its estimates hold.
+        size: nodes that paid, the mean.
+    """
+
+    calibration: Calibration = field(default_factory=Calibration)
+    size: float = 4.0
+
+    def verified(self, nodes: int) -> None:
+        """So many nodes of a draft paid."""
+        self.size = FADE * self.size + (1 - FADE) * nodes
+
+
+@dataclass
 class Candidate:
     """A drafter, or plain decoding, with what is known of it.
 
@@ -109,16 +130,17 @@ class Candidate:
         seconds: per draft and request.
         reading: further seconds of a request's first draft, per token read.
         extra: seconds of a step beyond what the verify-cost curve says; a drafter may leave cold caches behind.
-        size: nodes that paid, the mean.
+        unchosen: steps since it was chosen.
+        lessons: by tenant, the one seen last at the end.
         records: of running requests, by id.
     """
 
     drafter: Drafter | None = None
-    calibration: Calibration = field(default_factory=Calibration)
     seconds: Typical = field(default_factory=Typical)
     reading: Typical = field(default_factory=Typical)
     extra: Typical = field(default_factory=lambda: Typical([0.0] * (LATEST // 2)))
-    size: float = 4.0
+    unchosen: int = 0
+    lessons: dict[str, Lessons] = field(default_factory=dict)
     records: dict[int, Record] = field(default_factory=dict)
 
     @property
@@ -139,9 +161,23 @@ class Candidate:
             self.seconds.add(seconds)
         return drafts, seconds
 
-    def verified(self, nodes: int) -> None:
-        """So many nodes of a draft paid."""
-        self.size = FADE * self.size + (1 - FADE) * nodes
+    def took(self, extra: float) -> None:
+        """A step with a draft of its took so many seconds beyond the curve."""
+        self.extra.add(extra)
+        self.unchosen = 0
+
+    def passed_over(self) -> None:
+        """A step went without it: what keeps it from being chosen cannot be measured, so in time it is forgotten."""
+        self.unchosen += 1
+        if self.unchosen >= RETRIAL:
+            self.extra, self.unchosen = Typical([0.0]), 0
+
+    def learned(self, tenant: str) -> Lessons:
+        """A tenant's lessons, begun on demand."""
+        lessons = self.lessons[tenant] = self.lessons.pop(tenant) if tenant in self.lessons else Lessons()
+        if len(self.lessons) > TENANTS:
+            del self.lessons[next(iter(self.lessons))]
+        return lessons
 
     def learn(self, request: Request, draft: Draft, came: Sequence[int], expected: float) -> None:
         """Judge a draft by the tokens that came, whoever drafted them.
@@ -150,14 +186,15 @@ class Candidate:
             expected: tokens of the part that paid, 0 if none did; taken for the gain where all that is known was right.
         """
         record, verdicts = self.records[request.id], draft.judged(came)
-        promised = self.calibration.probabilities(draft)
+        calibration = self.learned(request.params.tenant).calibration
+        promised = calibration.probabilities(draft)
         right = sum(verdict is True for verdict in verdicts)
         record.promised = FADE * record.promised + sum(
             promise for promise, verdict in zip(promised, verdicts, strict=True) if verdict is not None
         )
         record.accepted = FADE * record.accepted + right
         record.note(max(float(right), expected) if right and None in verdicts else float(right))
-        self.calibration.observe(draft, verdicts)
+        calibration.observe(draft, verdicts)
         if right and expected > 0:
             record.misses = 0
         else:

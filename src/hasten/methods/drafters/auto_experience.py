@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 REMEMBERED = 128
-"""Requests, the latest."""
+"""Requests, the latest, over all tenants."""
 COMPARED = 256
 """Tokens at a prompt's end that its likeness is judged by."""
 NEIGHBOURS = 8
@@ -57,12 +57,15 @@ class Expectation:
 
 @dataclass(frozen=True)
 class _Memory:
+    tenant: str
     tokens: frozenset[int]
     outcomes: tuple[Outcome | None, ...]
 
 
 class Experience:
     """Outcomes of drafters by prompt; likeness is the Jaccard index of the sets of tokens.
+
+    What one tenant's prompts showed is not told to another.
 
     Args:
         drafters: how many there are.
@@ -72,19 +75,20 @@ class Experience:
         self._drafters = drafters
         self._memories: deque[_Memory] = deque(maxlen=REMEMBERED)
 
-    def remember(self, prompt: Sequence[int], outcomes: Sequence[Outcome | None]) -> None:
+    def remember(self, tenant: str, prompt: Sequence[int], outcomes: Sequence[Outcome | None]) -> None:
         """A request is over.
 
         Args:
+            tenant: whose it was.
             prompt: its tokens.
             outcomes: per drafter; None for one that was not asked.
         """
-        self._memories.append(_Memory(frozenset(prompt[-COMPARED:]), tuple(outcomes)))
+        self._memories.append(_Memory(tenant, frozenset(prompt[-COMPARED:]), tuple(outcomes)))
 
-    def expect(self, prompt: Sequence[int]) -> Expectation:
-        """What to expect of a new request."""
+    def expect(self, tenant: str, prompt: Sequence[int]) -> Expectation:
+        """What to expect of a tenant's new request."""
         own = frozenset(prompt[-COMPARED:])
-        scored = [(_likeness(own, memory.tokens), memory) for memory in self._memories]
+        scored = [(_likeness(own, memory.tokens), memory) for memory in self._memories if memory.tenant == tenant]
         nearest = sorted(scored, key=lambda pair: -pair[0])[:NEIGHBOURS]
         if not nearest:
             return Expectation((UNKNOWN,) * self._drafters, LEAST_WEIGHT)

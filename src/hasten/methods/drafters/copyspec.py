@@ -11,7 +11,8 @@ fast for keys this short. Beyond the paper, each a parameter or free of charge:
 
 - *Which occurrence.* The authors take the first; a short key alone is often a coincidence. `longest` takes the
   occurrence whose left context agrees furthest with the present one, the latest of equals.
-- *Not twice.* A position whose copy was wrong from its first token is not proposed again (`retry` brings it back).
+- *Not twice.* A position whose copy was wrong from its first token is not proposed again for `BAN` tokens (with `retry`
+  it is). There can be no more such positions than tokens, so this bounds what a lookup passes over, too.
 - *Longer copies.* With `limit` above `length` a block that came out right in full is followed by one twice as long.
 - A block ends behind the first special token (end of text, a role marker): what follows belongs to another text.
 - Where the context ends inside a block, the copy goes on through itself, so that loops are copied whole.
@@ -33,6 +34,8 @@ CANDIDATES = 32
 """Occurrences that `longest` compares, the latest ones: what keeps a lookup's cost bounded."""
 CONTEXT = 32
 """Tokens of left context that are compared, at most."""
+BAN = 128
+"""Tokens for which a position is not proposed again."""
 PRIOR = 4.0
 """How many copies the expectation of a fresh request is worth."""
 
@@ -46,7 +49,7 @@ class CopySpecParameters:
         length: tokens copied.
         limit: of the length, which doubles while blocks come out right in full; 0 never lets it grow.
         occurrence: `first`, `last`, or `longest` (whose left context agrees furthest).
-        retry: propose a position again whose copy was wrong from its first token, as the authors do.
+        retry: propose a position again at once whose copy was wrong from its first token, as the authors do.
 
     Raises:
         UserError: out of range.
@@ -85,7 +88,7 @@ class _Memory:
     Attributes:
         table: each run of gamma tokens that something follows, to the positions of what follows, in order.
         indexed: tokens of the context that are in the table as followers.
-        wrong: positions whose copy was wrong from its first token.
+        wrong: positions whose copy was wrong from its first token, to the context's length then; the latest at the end.
         length: of the next block.
         copy: the last proposal, until it is judged.
         begun, right: copies judged, and those of them whose first token was right.
@@ -95,7 +98,7 @@ class _Memory:
     length: int
     table: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
     indexed: int = 0
-    wrong: set[int] = field(default_factory=set)
+    wrong: dict[int, int] = field(default_factory=dict)
     copy: _Copy | None = None
     begun: int = 0
     right: int = 0
@@ -117,10 +120,10 @@ class CopySpec(Drafter):
     def __init__(self, target: Target, parameters: CopySpecParameters) -> None:
         self.parameters = parameters
         self._memories: dict[int, _Memory] = {}
-        self._special: frozenset[int] = frozenset()
+        self._special = target.end_ids
         if target.tokenizer is not None:
             added = target.tokenizer.added_tokens_decoder
-            self._special = frozenset(token for token, entry in added.items() if entry.special)
+            self._special |= {token for token, entry in added.items() if entry.special}
 
     @property
     def memory_bytes(self) -> int:
@@ -173,7 +176,8 @@ class CopySpec(Drafter):
         agreed = _agreement(copy.block, came)
         memory.begun += 1
         if agreed == 0:
-            memory.wrong.add(copy.source)
+            memory.wrong.pop(copy.source, None)
+            memory.wrong[copy.source] = copy.start
         else:
             memory.right += 1
             memory.further += min(agreed, len(came) - 1)
@@ -191,6 +195,8 @@ class CopySpec(Drafter):
             return None
         ordered: Iterator[int] = iter(positions) if policy == "first" else reversed(positions)
         if not self.parameters.retry:
+            while memory.wrong and len(tokens) - next(iter(memory.wrong.values())) > BAN:
+                del memory.wrong[next(iter(memory.wrong))]
             ordered = (position for position in ordered if position not in memory.wrong)
         if policy != "longest":
             return next(ordered, None)

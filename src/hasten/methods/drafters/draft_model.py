@@ -77,7 +77,7 @@ class DraftModel(SmallModelDrafter):
     plain_tokens: ClassVar[bool] = True
 
     def __init__(self, target: Target, parameters: DraftModelParameters) -> None:
-        super().__init__(self._load(target, parameters))
+        super().__init__(self._load(target, parameters), target.end_ids)
         self.parameters = parameters
 
     def _load(self, target: Target, parameters: DraftModelParameters) -> Model:
@@ -110,6 +110,8 @@ class DraftModel(SmallModelDrafter):
             )
             for token, probability in chain:
                 growth.add(len(growth.draft) - 1, token, probability)
+                if token in growth.closed:
+                    break
         return [growth.draft]
 
 
@@ -129,6 +131,7 @@ class _Levels(Growth):
 
     def _next_frontier(self, fresh: list[int]) -> list[int]:
         """The likeliest new nodes, as many as the width; none at full depth or where a chain has become unlikely."""
+        fresh = [node for node in fresh if self.draft.tokens[node] not in self.closed]
         if not fresh or len(self.paths[fresh[0]]) >= self.depth or len(self.draft) >= self.nodes:
             return []
         likely = sorted(fresh, key=lambda node: -self.values[node])[: self.width]

@@ -16,8 +16,11 @@ Verification (algorithm 3) is the engine's rule for children drawn without repla
 uniform coins, not normal ones as printed. Whether a sample is taken never depends on its value, and only samples that
 were not drawn are dropped at a limit; so the shape, which depends on all that was drawn before, biases nothing.
 
-With `acceptance="match"` children come in the order that the target's own noise gives the request's distribution; for
-greedy requests the likeliest come first, where the paper draws at random, which can only leave better tokens out.
+With `acceptance="match"` children come in the order that the target's own noise gives the request's distribution. So
+the next child is known, and its v is its own probability (`shared_noise`), not all that is left: an improbable token
+that leads by far needs no siblings. For greedy requests the likeliest come first, where the paper draws at random,
+which can only leave better tokens out.
+
 Choosing the threshold by a cost curve, and calibrating D against measured acceptance, are left to planners.
 """
 
@@ -30,6 +33,7 @@ from heapq import heapify, heappop, heappush, nsmallest
 from torch import Tensor
 
 from hasten.engine import ROOT, Request, Target, register
+from hasten.engine.draft import MAX_DRAFT
 from hasten.engine.sampling import Distribution
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
@@ -64,8 +68,8 @@ class DySpecParameters:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= 1024:
-            raise UserError("dyspec: nodes must be between 1 and 1024")
+        if not 1 <= self.nodes <= MAX_DRAFT:
+            raise UserError(f"dyspec: nodes must be between 1 and {MAX_DRAFT}")
         if self.construction not in ("threshold", "fixed"):
             raise UserError(f"dyspec: construction must be threshold or fixed, not {self.construction!r}")
         if not 0 <= self.threshold < 1:
@@ -88,10 +92,8 @@ class DySpec(SmallModelDrafter):
     """One heap of pending samples per request; one forward of the small model per round for all requests."""
 
     def __init__(self, target: Target, parameters: DySpecParameters) -> None:
-        super().__init__(self._load(target, parameters))
+        super().__init__(self._load(target, parameters), target.end_ids)
         self.parameters = parameters
-        tokenizer = target.tokenizer
-        self.end_ids = set() if tokenizer is None else {tokenizer.eos_token_id}
 
     def _load(self, target: Target, parameters: DySpecParameters) -> Model:
         return load_small_model("dyspec", target, parameters.model, parameters.dtype)
@@ -109,20 +111,28 @@ class DySpec(SmallModelDrafter):
 
 
 class _Tree(Growth):
-    """Samples wait in a heap: (-v, node), "one more child of the node"."""
+    """Samples wait in a heap: (-v, node), "one more child of the node". `_next` are those that the noise has named."""
 
     def __init__(self, drafter: DySpec, request: Request, budget: int) -> None:
         parameters = drafter.parameters
         super().__init__(drafter, request, min(budget, parameters.nodes), parameters.max_depth)
         self.level_wise = parameters.construction == "threshold"
         self.threshold = (parameters.threshold or 1 / (parameters.nodes + 1)) if self.level_wise else 0.0
-        self.closed = set() if request.params.ignore_eos else drafter.end_ids
         self._supply: dict[int, Iterator[tuple[int, float]]] = {}
+        self._next: dict[int, tuple[int, float]] = {}
+        self._named = not self.sampled and not request.params.greedy
         self._heap = [(-1.0, ROOT)]
 
     def grow(self, logits: Tensor) -> None:
         left = self.nodes - len(self.draft)
         self._supply.update(zip(self.frontier, self.children(logits, left), strict=True))
+        if self._named:
+            waiting, self._heap = self._heap, []
+            for value, node in waiting:
+                if node in self._supply and node not in self._next:
+                    self._push(node)
+                else:
+                    heappush(self._heap, (value, node))
         waiting = self._take()
         # What is not among the best so many pending samples comes too late, whatever the others lead to.
         best = nsmallest(self.nodes - len(self.draft), waiting + self._heap)
@@ -141,7 +151,7 @@ class _Tree(Growth):
                 waiting.append(heappop(self._heap))
                 continue
             heappop(self._heap)
-            drawn = next(self._supply[node], None)
+            drawn = self._next.pop(node) if self._named else next(self._supply[node], None)
             if drawn is None:
                 continue
             child = self.add(node, *drawn)
@@ -151,4 +161,10 @@ class _Tree(Growth):
         return waiting
 
     def _push(self, node: int) -> None:
-        heappush(self._heap, (-self.values[node] * self.rest[node], node))
+        value = self.values[node] * self.rest[node]
+        if self._named and node in self._supply:
+            named = next(self._supply[node], None)
+            if named is None:
+                return
+            self._next[node], value = named, self.values[node] * named[1]
+        heappush(self._heap, (-value, node))

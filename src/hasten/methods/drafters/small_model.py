@@ -7,8 +7,9 @@ gives all growing drafts of a batch the logits they ask for, one forward pass pe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from hasten.cache import Cache
 from hasten.cache import Sequence as CacheSequence
-from hasten.engine import ROOT, Draft, Drafter, Drawn, Request, Target
+from hasten.engine import ROOT, Draft, Drafter, Drawn, Observation, Request, Target
 from hasten.engine.sampling import Distribution, Sampler, likeliest_of_model
 from hasten.errors import UserError
+from hasten.methods.drafters.shared_noise import Belief, together
 from hasten.model import Model, Rows, Span, load_model
 from hasten.model.checkpoint import resolve
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
@@ -27,6 +29,20 @@ DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
 HEADROOM = 64
 """Slots set aside for a draft's pending rows; a larger draft makes its cache grow."""
+
+
+_LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
+"""Small models in use: specifications that name the same one share its weights, as long as any drafter holds it."""
+
+
+def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
+    """A checkpoint as it is now: from memory where a drafter has it."""
+    written = max(file.stat().st_mtime_ns for file in folder.iterdir())
+    key = (str(folder.resolve()), str(written), dtype, device, backend)
+    model = _LOADED.get(key)
+    if model is None:
+        model = _LOADED[key] = load_model(folder, dtype, device, backend)
+    return model
 
 
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
@@ -54,7 +70,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
     # As the target runs, where the small model can, too.
     backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
-    model = load_model(folder, dtype, str(target.model.device), backend)
+    model = _load(folder, dtype, str(target.model.device), backend)
     if model.config.vocab_size < target.model.config.vocab_size:
         size = f"{model.config.vocab_size} < {target.model.config.vocab_size}"
         raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
@@ -86,8 +102,11 @@ class Growth(ABC):
     Attributes:
         frontier: nodes whose logits come next.
         paths: tokens from the root's child down, per node and ROOT.
-        values: product of the drafter's probabilities down to each node and ROOT.
-        rest: the drafter's probability that is not yet taken by children, per node and ROOT.
+        values: probability of the path down to each node and ROOT: the product of its nodes'.
+        rest: probability that is not yet taken by children, per node and ROOT.
+        start: how many tokens there were.
+        cases: what the request's `Belief` is made of, per parent and token that was taken.
+        closed: tokens that end the text: nothing is drafted below them.
         sampled: whether children are drawn by the drafter's own coins (otherwise they are given).
     """
 
@@ -100,7 +119,10 @@ class Growth(ABC):
         self.paths: dict[int, list[int]] = {ROOT: []}
         self.values = {ROOT: 1.0}
         self.rest = {ROOT: 1.0}
+        self.start = len(request.tokens)
+        self.cases: dict[tuple[int, int], tuple[float, float]] = {}
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
+        self.closed = frozenset() if request.params.ignore_eos else drafter.end_ids
         self._slots: dict[int, list[int]] = {ROOT: []}
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
 
@@ -124,11 +146,12 @@ class Growth(ABC):
         return node
 
     def children(self, logits: Tensor, most: int) -> list[Iterator[tuple[int, float]]]:
-        """Per frontier node, its possible children in draw order: (token, the drafter's probability).
+        """Per frontier node, its possible children in draw order: (token, probability that it is the target's).
 
         Greedy requests get the likeliest; `match` the order that the target's own noise gives the drafter's
-        distribution; both end after `most`. With other rules children are drawn without replacement as they are asked
-        for, so that one that was not asked for was never drawn.
+        distribution, and what `Belief` says of them; both end after `most`. With other rules children are drawn without
+        replacement as they are asked for, so that one that was not asked for was never drawn; there and for greedy
+        requests it is the drafter's own probability.
         """
         paths = [self.paths[node] for node in self.frontier]
         distribution = self.drafter.distribution(self.request, logits, paths)
@@ -143,16 +166,46 @@ class Growth(ABC):
         likelihoods, most = scores.softmax(-1), min(most, scores.shape[1])
         if self.request.params.greedy:
             likelihoods, columns = likelihoods.topk(most, -1)
-        else:
-            positions = [len(self.request.tokens) + len(path) for path in paths]
-            columns = self.request.sampler.perturbed(distribution, positions).topk(most, -1).indices
-            likelihoods = likelihoods.gather(1, columns)
+            tokens = columns if ids is None else ids.gather(1, columns)
+            # A filtered token has a place in the order all the same, but no probability (or none at all, if all are).
+            return [
+                iter([pair for pair in zip(*row, strict=True) if pair[1] > 0])
+                for row in zip(tokens.tolist(), likelihoods.tolist(), strict=True)
+            ]
+        perturbed = self.request.sampler.perturbed(distribution, [self.start + len(path) for path in paths])
+        columns = perturbed.topk(most, -1).indices
         tokens = columns if ids is None else ids.gather(1, columns)
-        # A filtered token has a place in the order all the same, but no probability (or none at all, if all are).
-        return [
-            iter([pair for pair in zip(*row, strict=True) if pair[1] > 0])
-            for row in zip(tokens.tolist(), likelihoods.tolist(), strict=True)
-        ]
+        each = (
+            tokens,
+            likelihoods.gather(1, columns),
+            together(perturbed, self.request.params.temperature).gather(1, columns),
+        )
+        rows = zip(self.frontier, *(part.tolist() for part in each), strict=True)
+        return [self._matched(node, zip(*parts, strict=True)) for node, *parts in rows]
+
+    def _matched(self, node: int, tokens: Iterable[tuple[int, float, float]]) -> Iterator[tuple[int, float]]:
+        """Children in the order of the shared noise; a filtered token has a place there, but no probability."""
+        belief = self.drafter.belief(self.request)
+        for token, *cases in tokens:
+            probability = belief.of(*cases)
+            if probability > 0:
+                self.cases[node, token] = (cases[0], cases[1])
+                yield token, probability
+
+    def judge(self, came: Sequence[int]) -> None:
+        """Tell the request's belief which children were right, down the path of the tokens that came."""
+        belief, below = self.drafter.belief(self.request), self.draft.children()
+        node = ROOT
+        for token in came:
+            right = None
+            for child in below.get(node, ()):
+                drafted = self.draft.tokens[child]
+                belief.learn(*self.cases[node, drafted], drafted == token)
+                if drafted == token:
+                    right = child
+            if right is None:
+                return
+            node = right
 
     def _drawn(self, node: int, q: Tensor, ids: Tensor | None) -> Iterator[tuple[int, float]]:
         """Children drawn from q without replacement.
@@ -205,10 +258,16 @@ class SmallModelDrafter(Drafter):
     whatever other drafters got accepted; the nodes of a draft are pending rows behind it, round after round.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
+        self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
         self._sequences: dict[int, CacheSequence] = {}
+        self._beliefs: dict[int, Belief] = {}
+        self._grown: dict[int, Growth] = {}
+
+    def belief(self, request: Request) -> Belief:
+        """How its target draws beside the small model with shared noise."""
+        return self._beliefs.setdefault(request.id, Belief())
 
     def start(self, request: Request, budget: int) -> Growth:
         """The seed of a request's draft of at most `budget` nodes."""
@@ -241,7 +300,15 @@ class SmallModelDrafter(Drafter):
         """Slots that a request's cache begins with."""
         return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
 
+    def observe(self, request: Request, seen: Observation) -> None:
+        """Judge the last draft by the tokens that came, whoever's was verified, if they came where it began."""
+        grown = self._grown.pop(request.id, None)
+        if grown is not None and grown.start == len(request.tokens) - len(seen.tokens):
+            grown.judge(seen.tokens)
+
     def end(self, request: Request) -> None:
+        self._beliefs.pop(request.id, None)
+        self._grown.pop(request.id, None)
         sequence = self._sequences.pop(request.id, None)
         if sequence is not None:
             sequence.release()
@@ -262,6 +329,7 @@ class SmallModelDrafter(Drafter):
                 offset = stop
             active = [growth for growth in active if growth.frontier]
             evaluate = self._expand
+        self._grown.update((growth.request.id, growth) for growth in growths if growth.cases)
         return [growth.draft for growth in growths]
 
     def _read(self, growths: Sequence[Growth]) -> Tensor:

@@ -47,6 +47,8 @@ Tree = tuple[str, ...]
 """A node is a word of digits, one per level: its ancestors' and its own rank among siblings, in draw order. Parents and
 elder siblings come first, so that any first part of a tree is a tree."""
 
+NODES = 32
+"""Of a tree, unless told otherwise."""
 _WORDS = """
 0 00 000 1 0000 00000 10 2 01 000000 3 0000000 100 00000000 010 20 1000 001 30 0100 11
 01000 200 2000 10000 300 0010 010000 0100000 101 00100 100000 31 110 3000 21 1000000 001000 10000000 011
@@ -63,7 +65,7 @@ class StandParameters:
         maximum, minimum: tokens of the contexts that are keys.
         hits: a context must have been met so often to be used.
         top: next tokens stored per context.
-        nodes: nodes of the static tree.
+        nodes: the first so many of the static tree; 0 is 32, or all of a smaller one.
         tree: a file of the words of a `Tree`, such as `calibrate` gives; empty for the built-in one.
         sampled: draw the children; otherwise take the likeliest.
         rejected: learn from rejected nodes, too.
@@ -79,7 +81,7 @@ class StandParameters:
     minimum: int = 2
     hits: int = 1
     top: int = 10
-    nodes: int = 32
+    nodes: int = 0
     tree: str = ""
     sampled: bool = True
     rejected: bool = False
@@ -92,7 +94,7 @@ class StandParameters:
             (1 <= self.minimum <= self.maximum <= 16, "1 <= minimum <= maximum <= 16 must hold"),
             (self.hits >= 1, "hits must be at least 1"),
             (1 <= self.top <= 256, "top must be between 1 and 256"),
-            (self.nodes >= 1, "nodes must be at least 1"),
+            (self.nodes >= 0, "nodes must not be negative"),
             (0 < self.floor < 1, "floor must be between 0 and 1"),
             (self.entries >= 1, "entries must be at least 1"),
         )
@@ -153,12 +155,19 @@ class Entry:
     parameters=StandParameters,
 )
 class Stand(Drafter):
-    """One table for all requests; keys begin with the owner, a tenant or a request."""
+    """One table for all requests; keys begin with the owner, a tenant or a request.
+
+    Raises:
+        UserError: a tree that cannot be read, or has fewer nodes than are wanted.
+    """
 
     def __init__(self, target: Target, parameters: StandParameters) -> None:
         self.parameters = parameters
         self._table: OrderedDict[_Key, Entry] = OrderedDict()
-        self._plant((load_tree(parameters.tree) if parameters.tree else TREE)[: parameters.nodes])
+        tree = load_tree(parameters.tree) if parameters.tree else TREE
+        if parameters.nodes > len(tree):
+            raise UserError(f"stand: nodes must be at most {len(tree)}, which its tree has")
+        self._plant(tree[: parameters.nodes or NODES])
 
     def _plant(self, tree: Tree) -> None:
         slots = {"": ROOT} | {path: slot for slot, path in enumerate(tree)}

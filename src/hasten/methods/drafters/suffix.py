@@ -46,6 +46,7 @@ class SuffixParameters:
         minimum_score: drafts that promise fewer accepted tokens are not made.
         tree: draft the likeliest nodes of all paths instead of the likeliest token after each.
         max_requests: responses remembered, over all tenants; the oldest are forgotten. 0: only the request's own text.
+        max_tokens: tokens of all these responses, as well; each takes about 110 bytes.
         store: file that keeps the responses; made if it does not exist.
 
     Raises:
@@ -60,6 +61,7 @@ class SuffixParameters:
     minimum_score: float = 0.0
     tree: bool = False
     max_requests: int = 10_000
+    max_tokens: int = 2_000_000
     store: str = ""
 
     def __post_init__(self) -> None:
@@ -71,6 +73,7 @@ class SuffixParameters:
             (0 <= self.min_probability <= 1, "min_probability must be between 0 and 1"),
             (0 <= self.minimum_score <= 128, "minimum_score must be between 0 and 128"),
             (self.max_requests >= 0, "max_requests must not be negative"),
+            (self.max_tokens >= 1, "max_tokens must be at least 1"),
             (self.max_requests > 0 or not self.store, "a store needs max_requests above 0"),
         )
         require(checks, "suffix")
@@ -247,7 +250,8 @@ class Suffix(Drafter):
         self.store: ResponseStore | None = None
         if parameters.max_requests:
             path = Path(parameters.store) if parameters.store else None
-            self.store = ResponseStore(parameters.max_requests, parameters.depth, path, target)
+            limits = (parameters.max_requests, parameters.max_tokens)
+            self.store = ResponseStore(limits, parameters.depth, path, target)
         self._speculate = Speculator(parameters)
         self._running: dict[int, _Running] = {}
 

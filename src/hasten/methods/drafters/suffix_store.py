@@ -37,7 +37,7 @@ class ResponseStore:
     """A bounded store of responses, finished and growing.
 
     Args:
-        capacity: responses kept, over all tenants. Growing ones count, but are never forgotten.
+        limits: responses kept, and their tokens, over all tenants. Growing ones count, but are never forgotten.
         depth: see `SuffixIndex`.
         path: the file, or None. It is read at once if it exists.
         target: whose tokens they are.
@@ -46,8 +46,9 @@ class ResponseStore:
         UserError: the file is damaged, of another vocabulary, something else altogether, or cannot be read or written.
     """
 
-    def __init__(self, capacity: int, depth: int, path: Path | None, target: Target) -> None:
-        self.capacity, self.depth = capacity, depth
+    def __init__(self, limits: tuple[int, int], depth: int, path: Path | None, target: Target) -> None:
+        self.limits, self.depth = limits, depth
+        self._held = 0
         self._indices: dict[str, SuffixIndex] = {}
         self._responses: dict[int, _Response] = {}
         self._next = 0
@@ -82,6 +83,7 @@ class ResponseStore:
         """Append tokens to a response; they can be looked up at once."""
         response = self._responses[number]
         self._indices[response.tenant].extend(response.sequence, tokens)
+        self._held += len(tokens)
 
     def close(self, number: int) -> None:
         """A response is complete: keep it, unless it is empty."""
@@ -98,7 +100,7 @@ class ResponseStore:
 
     def _forget(self) -> None:
         """Drop the oldest complete responses that are too many."""
-        while len(self._responses) > self.capacity:
+        while len(self._responses) > self.limits[0] or self._held > self.limits[1]:
             oldest = next((number for number, each in self._responses.items() if each.finished), None)
             if oldest is None:
                 return
@@ -107,6 +109,7 @@ class ResponseStore:
     def _drop(self, number: int) -> None:
         response = self._responses.pop(number)
         index = self._indices[response.tenant]
+        self._held -= len(self._tokens(response))
         index.remove(response.sequence)
         if not len(index):
             del self._indices[response.tenant]
@@ -149,7 +152,7 @@ class ResponseStore:
         if self._path is None:
             return
         try:
-            if self._lines >= 2 * self.capacity:
+            if self._lines >= 2 * len(self._responses):
                 self._rewrite(self._path)
             else:
                 with self._path.open("a", encoding="utf-8") as file:

@@ -63,8 +63,8 @@ class TokenRecyclingParameters:
     """Parameters; the authors' tree is `nodes=80`.
 
     Attributes:
-        nodes: of the tree, the most useful ones first; 7 and the root are 8 rows, which cost little more than one where
-            the step is bound by memory.
+        nodes: of the tree, the most useful ones first (it has 80, fewer with fewer candidates); 7 and the root are 8
+            rows, which cost little more than one where the step is bound by memory.
         candidates: successors kept per token (the paper's k).
         warm_prompt: put the prompt's own pairs of tokens into the matrix before decoding.
         shared: one matrix for all requests of a tenant; else one per request, which dies with it.
@@ -88,6 +88,8 @@ class TokenRecyclingParameters:
             raise UserError("token-recycling: nodes must be between 1 and 80")
         if not 1 <= self.candidates <= len(RANKS):
             raise UserError(f"token-recycling: candidates must be between 1 and {len(RANKS)}")
+        if self.nodes > (most := len(template(self.candidates))):
+            raise UserError(f"token-recycling: nodes must be at most {most} with candidates={self.candidates}")
         if not 1 <= self.tenants <= 4096:
             raise UserError("token-recycling: tenants must be between 1 and 4096")
         if self.store and not self.shared:
@@ -157,8 +159,9 @@ class _Memory:
 
 @dataclass
 class _Proposal:
-    """A draft with the tree's node for each of its own, until what comes next is known."""
+    """A draft behind `start` tokens with the tree's node for each of its own, until what comes next is known."""
 
+    start: int
     draft: Draft
     nodes: list[int]
 
@@ -204,7 +207,7 @@ class TokenRecycling(Drafter):
     def propose(self, request: Request, budget: int) -> Draft:
         memory = self._memory(request)
         tokens = self.tree.fill(memory.successors, request.tokens[-1])
-        proposal = _Proposal(Draft(), [])
+        proposal = _Proposal(len(request.tokens), Draft(), [])
         draft, number = proposal.draft, {ROOT: ROOT}
         for node, (token, parent) in enumerate(zip(tokens, self.tree.parents, strict=True)):
             if token == UNKNOWN:
@@ -230,7 +233,8 @@ class TokenRecycling(Drafter):
         # Of several assignments to one row NumPy keeps the last.
         memory.successors[[root, *seen.draft.tokens]] = rows
         proposal = self._proposals.pop(request.id, None)
-        if proposal is not None:
+        # One that was not judged in its step, since nobody showed that, says nothing of a later one.
+        if proposal is not None and proposal.start == len(request.tokens) - len(seen.tokens):
             self._judge(memory, proposal, seen.tokens)
 
     def end(self, request: Request) -> None:

@@ -97,12 +97,14 @@ class VocabTrim(DraftModel):
         super().__init__(target, parameters)
         counts = self._count(target, parameters)
         size = target.model.config.vocab_size
+        if parameters.tokens > size:
+            raise UserError(f"vocabtrim: tokens must be at most {size}, which the vocabulary has")
         if target.tokenizer is not None:
             # Rows beyond the tokenizer's are padding.
             size = min(size, len(target.tokenizer))
         chosen = set(most_frequent(counts, parameters.tokens or max(1, size // 4), size))
         if parameters.forced:
-            chosen |= {token for token in forced_tokens(target.tokenizer) if token < size}
+            chosen |= {token for token in forced_tokens(target.tokenizer) | target.end_ids if token < size}
         kept = sorted(chosen)
         self.to_full = torch.tensor(kept, device=self.model.device)
         self.to_trim = {token: row for row, token in enumerate(kept)}
@@ -110,7 +112,7 @@ class VocabTrim(DraftModel):
         self.model = self._trim(self.model)
         self.inside = self.outside = 0
         self._samplers: dict[int, tuple[Sampler, int]] = {}
-        self._proposed: dict[int, set[int]] = {}
+        self._proposed: dict[int, tuple[int, set[int]]] = {}
 
     def _count(self, target: Target, parameters: VocabTrimParameters) -> Counter[int]:
         """Occurrences of each token in the calibration text.
@@ -167,12 +169,15 @@ class VocabTrim(DraftModel):
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         drafts = super().propose_all(requests, budgets)
-        self._proposed.update((request.id, set(draft.tokens)) for request, draft in zip(requests, drafts, strict=True))
+        for request, draft in zip(requests, drafts, strict=True):
+            self._proposed[request.id] = len(request.tokens), set(draft.tokens)
         return drafts
 
     def observe(self, request: Request, seen: Observation) -> None:
-        # What was verified may be another drafter's.
-        own = self._proposed.pop(request.id, set()).issuperset(seen.draft.tokens)
+        super().observe(request, seen)
+        # What was verified may be another drafter's, and what was proposed of an earlier step.
+        start, proposed = self._proposed.pop(request.id, (-1, set()))
+        own = start == len(request.tokens) - len(seen.tokens) and proposed.issuperset(seen.draft.tokens)
         last = seen.path[-1] if seen.path else ROOT
         if own and last in seen.draft.parents:
             if seen.tokens[-1] in self.to_trim:
@@ -257,7 +262,7 @@ def _encode(target: Target, text: str) -> list[int]:
 
 def _answers(target: Target, prompts: Sequence[str]) -> Counter[int]:
     """Counts of what the target itself says to prompts spread over those given, sampled at temperature 1."""
-    engine = Engine(target.model, target.tokenizer, {target.tokenizer.eos_token_id})
+    engine = Engine(target.model, target.tokenizer, target.end_ids)
     room = target.model.config.max_positions - ANSWER_TOKENS
     stride = -(-len(prompts) // ANSWERED_PROMPTS)
     requests: list[Request] = []

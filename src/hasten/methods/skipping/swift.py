@@ -296,7 +296,7 @@ class Swift(Drafter):
             )
         if any(layer.kind != "attention" for layer in layers):
             raise UserError("swift: needs a model of attention layers only, since recurrent ones cannot forget a draft")
-        self.model, self.parameters = target.model, parameters
+        self.model, self.parameters, self.end_ids = target.model, parameters, target.end_ids
         self._searches: OrderedDict[str, Search] = OrderedDict()
         self._proposed: dict[int, tuple[int, list[int]]] = {}
 
@@ -326,7 +326,10 @@ class Swift(Drafter):
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         """One trial per tenant where the search is on, then the drafts, level by level."""
-        chains = [_Chain(request, self.parameters, budget) for request, budget in zip(requests, budgets, strict=True)]
+        chains = [
+            _Chain(request, self.parameters, budget, self.end_ids)
+            for request, budget in zip(requests, budgets, strict=True)
+        ]
         tenants: dict[str, list[_Chain]] = {}
         for chain in chains:
             tenants.setdefault(chain.request.params.tenant, []).append(chain)
@@ -415,12 +418,15 @@ class Swift(Drafter):
 class _Chain:
     """The draft of one request: a chain of the skipped model's tokens, and siblings beside them."""
 
-    def __init__(self, request: Request, parameters: SwiftParameters, budget: int) -> None:
+    def __init__(
+        self, request: Request, parameters: SwiftParameters, budget: int, end_ids: frozenset[int] = frozenset()
+    ) -> None:
         self.request, self.parameters = request, parameters
         self.depth = min(parameters.length, budget, request.stopper.left - 1)
         self.tokens: list[int] = []
         self.draft = Draft()
         self.open = self.depth > 0
+        self._closed = frozenset() if request.params.ignore_eos else end_ids
         self._tip, self._certainty = ROOT, 1.0
         self._coins = request.sampler.coins(len(request.tokens), COINS)
 
@@ -443,7 +449,8 @@ class _Chain:
             draft.estimates.append(self._certainty * estimate)
         self._tip, self._certainty = first, draft.estimates[first]
         self.tokens.append(ids[0])
-        self.open = len(self.tokens) < self.depth and confidences[0] >= self.parameters.threshold
+        sure = confidences[0] >= self.parameters.threshold
+        self.open = len(self.tokens) < self.depth and sure and ids[0] not in self._closed
 
     def finish(self, budget: int) -> Draft:
         """The draft, its most valuable `budget` nodes first and only: no node is worth more than the one above it.
