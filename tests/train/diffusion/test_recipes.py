@@ -153,6 +153,39 @@ def test_masked_diffusion_counts_every_token_of_an_answer_once(
         monkeypatch.undo()
 
 
+def test_complementary_blocks_count_every_token_of_an_answer_once_and_no_padding(
+    parent: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = ComplementaryBlocks(parent=parent, block=4, **SMALL)
+    model = built(recipe)
+    seen: list[tuple[Text, torch.Tensor, torch.Tensor]] = []
+
+    def sure_of_answers(
+        self: ComplementaryBlocks, model: object, text: Text, hidden: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Right of what is an answer, wrong of what is padding."""
+        seen.append((text, hidden, wanted))
+        rows = text.ids.shape[0] // 2
+        labelled = Text.of(batch, text.ids.shape[1], 0).labels.repeat(2, 1)
+        assert rows == len(batch.ids)
+        said = torch.where(labelled >= 0, text.ids, text.ids + 1)
+        return 100.0 * torch.nn.functional.one_hot(said[wanted], MASK + 1)
+
+    monkeypatch.setattr(ComplementaryBlocks, "predict", sure_of_answers)
+    for seed in range(20):
+        loss = recipe.loss(model, batch, 0.5, torch.Generator().manual_seed(seed))
+        text, hidden, wanted = seen.pop()
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        labelled = Text.of(batch, text.ids.shape[1], 0).labels >= 0
+        # Nothing stands before the first position of a text to read it off.
+        labelled[:, 0] = False
+        assert torch.equal(sum(wanted.long().chunk(2)), labelled.long())
+        one, other = hidden.chunk(2)
+        padding = text.answer.chunk(2)[0] & ~labelled
+        padding[:, 0] = False
+        assert padding.any() and torch.equal(one ^ other, one | other) and (one | other)[padding].all()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_interrupted_run_ends_in_the_same_weights(recipe: type[Adaptation], parent: str, tmp_path: Path):
     run = recipe(parent=parent, **SMALL)
