@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten import LLM, SamplingParams
+from hasten import LLM, SamplingParams, UserError
 from hasten.cache import Cache, Sequence
 from hasten.model import Decoder, LayerConfig, Rows, Span, Taps, load_model
 from hasten.model.attention import additive, attend, reference_kernel
@@ -458,8 +458,34 @@ def test_large_masks_in_pieces(invariant: Decoder) -> None:
     mask, depths = tree([0] + [node // 2 for node in range(count - 1)])
     sequence = behind(invariant, cache_of(invariant), 10)
     agree(invariant, rows_of((sequence, some_tokens(count), [10 + depth for depth in depths], mask)))
+
+
+@pytest.mark.parametrize("count", [FIXED + 1, FIXED + 5])
+def test_invariance_is_refused_rather_than_lost(
+    invariant: Decoder, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that all see each other cannot be cut; PyTorch serves them where nothing else was promised."""
+    sequence = behind(invariant, cache_of(invariant), 10)
+    places = list(range(10, 10 + count))
     ahead = torch.ones(count, count, dtype=torch.bool, device=DEVICE)
-    agree(invariant, rows_of((sequence, some_tokens(count), [10 + depth for depth in depths], ahead)))
+    rows = rows_of((sequence, some_tokens(count), places, ahead))
+    with pytest.raises(UserError, match=f"{count} rows see each other, as those of a canvas do, and {FIXED} at most"):
+        invariant.forward(rows)
+    few = rows_of((sequence, some_tokens(FIXED), places[:FIXED], ahead[:FIXED, :FIXED]))
+    agree(invariant, few)
+    monkeypatch.setattr(backend, "fits", lambda rows: False)
+    with pytest.raises(UserError, match="invariant numerics on a GPU: a mask may have"):
+        invariant.forward(few)
+    invariant.backend = CudaBackend()
+    agree(invariant, rows)
+
+
+def test_a_row_that_is_wanted_twice_keeps_its_bits(invariant: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = behind(invariant, cache_of(invariant), 10)
+    rows = rows_of((sequence, some_tokens(5), list(range(10, 15)), None))
+    once = invariant.forward(rows)
+    monkeypatch.setattr(TorchBackend, "forward", lambda *arguments: pytest.fail("another library computes other bits"))
+    assert torch.equal(invariant.forward(rows, [3, 0, 3, -1]), once[[3, 0, 3, 4]])
 
 
 @pytest.mark.parametrize("options", [{}, {"invariant": True}])
