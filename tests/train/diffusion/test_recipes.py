@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from hasten import LLM
 from hasten.errors import UserError
 from hasten.tasks import TASKS
 from hasten.train.data import Batch
@@ -258,3 +259,29 @@ def test_card(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     document = json.loads((tmp_path / "card.json").read_text())
     assert document["tasks"].keys() == {"copy", "reverse"}
     assert written.read_text() == card.render(tmp_path.name, document, recipe)
+
+
+def test_the_card_says_what_the_parent_could(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a model that still reads from left to right, beside it and by length; another one has no such parent."""
+    monkeypatch.setattr(card, "TASKS", {name: TASKS[name] for name in ("copy", "reverse")})
+    asked: list[tuple[str, str]] = []
+
+    def scores(llm: LLM, per_task: int, report: object, method: str) -> dict[str, object]:
+        asked.append((llm.folder.name, method))
+        long = 9 if llm.folder.name == "parent" else 2
+        figures = {"right": 20 + long, "of": 40, "tokens": 80, "steps": 40, "category": "lists"}
+        return {name: {**figures, "by_length": {"0-128": [20, 20], "256-512": [long, 20]}} for name in card.TASKS}
+
+    monkeypatch.setattr(card, "task_scores", scores)
+    (tmp_path / "parent").symlink_to(parent)
+    for kind, expected in (
+        (NextBlock, [("child", "plain"), ("child", "nbdiff"), ("parent", "plain")]),
+        (MaskedDiffusion, [("child", "threshold")]),
+    ):
+        asked.clear()
+        recipe = kind(parent=str(tmp_path / "parent"), **{**SMALL, "tokens": 600})
+        summary = train(recipe, tmp_path / kind.__name__ / "child")
+        text = card.write_card(recipe, tmp_path / kind.__name__ / "child", summary, "hasten train", 3).read_text()
+        assert asked == expected
+        assert ("| `parent, plain` | 100 % of 40 |  | 45 % of 40 |  |" in text) == (kind is NextBlock)
+        assert "| 100 % of 40 |  | 10 % of 40 |  |" in text
