@@ -33,7 +33,7 @@ if find_spec("triton") is None:
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
 
-from hasten.model.cuda import backend  # noqa: E402
+from hasten.model.cuda import attention, backend, part  # noqa: E402
 from hasten.model.cuda.attention import MAX_PENDING  # noqa: E402
 from hasten.model.cuda.backend import SHORT, CudaBackend  # noqa: E402
 from hasten.model.cuda.packing import MAX_VIEWS  # noqa: E402
@@ -148,6 +148,33 @@ def test_a_unified_maximum_is_exact_wherever_scores_lie(name: str, slots: int) -
     same_as_reference(queries, keys, values, None, phi=0.5)
     seen = random_seen(3, 9, slots)
     same_as_reference(queries, keys, values, additive(seen, torch.float32), phi=0.5)
+
+
+@pytest.mark.skipif(GPU, reason="looks into Triton's interpreter")
+@pytest.mark.parametrize(
+    ("shift", "phi", "again"), [(0.0, 0.5, 0), (59.0, 59.0, 0), (0.0, 59.0, 0), (0.0, 200.0, 1), (0.0, -200.0, 1)]
+)
+def test_the_unified_maximum_is_what_weights_are_taken_from(
+    shift: float, phi: float, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is the same with any: so the sums themselves are looked at, and what is computed a second time."""
+    advance, sums, passes = part.advance, [], []
+
+    def watched(acc: Any, total: Any, most: Any, *rest: Any) -> Any:
+        result = advance(acc, total, most, *rest)
+        passes.append(bool(rest[-1]))
+        sums.append(result[1].handle.data.copy())
+        return result
+
+    monkeypatch.setattr(part, "advance", watched)
+    queries, keys, values = noise(0, 1, 3, 16), noise(1, 1, 20, 16), noise(2, 1, 20, 16)
+    queries[..., 0], keys[..., 0] = 4.0, shift
+    same_as_reference(queries, keys, values, None, phi)
+    walks = len(passes) // (1 + again)
+    assert passes == [True] * walks + [False] * walks * again
+    scores = (queries[0] @ keys[0].T).double() * 16**-0.5
+    unified = (scores - phi).exp().sum(1)
+    torch.testing.assert_close(torch.tensor(sums[walks - 1][:3]), unified.float(), rtol=1e-3, atol=1e-37)
 
 
 def test_rows_near_the_unified_maximum_are_not_touched_by_those_beyond_it() -> None:
@@ -397,9 +424,21 @@ def test_rows_that_are_not_there_are_refused(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("phi", [0.0, 200.0])
-def test_a_unified_maximum_gives_the_same_logits(make_checkpoint: Callable[..., Any], phi: float) -> None:
+def test_a_unified_maximum_gives_the_same_logits(
+    make_checkpoint: Callable[..., Any], phi: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance, passes = attention.advance, []
+
+    def watched(*arguments: Any) -> Any:
+        passes.append((float(arguments[-2]), bool(arguments[-1])))
+        return advance(*arguments)
+
+    if not GPU:
+        monkeypatch.setattr(attention, "advance", watched)
     model = load(make_checkpoint, "qwen3", phi=phi)
     agree(model, batch(model), [0, -1])
+    # Far from the scores, all is computed again with running maxima; near them, nothing.
+    assert GPU or set(passes) == ({(phi, True)} if phi == 0.0 else {(phi, True), (phi, False)})
 
 
 # Rows that do not depend on each other
