@@ -15,10 +15,10 @@ from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt
 from hasten.bench.race import default_method, race
 from hasten.bench.verify import verify
-from hasten.cli.bench import split_methods
 from hasten.engine import Draft, Drafter, SamplingParams
 from hasten.engine.cost import VerifyCost
 from hasten.engine.registry import is_lossless
+from hasten.engine.specification import split_methods
 from hasten.engine.verification import Verdict
 
 PROMPT = "the cat and the moon and the cat and the"

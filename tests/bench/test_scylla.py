@@ -1,21 +1,17 @@
-"""Scylla's measuring and planning, on a random model and drafters that need no training."""
+"""Scylla's measuring and fitting, on a random model and drafters that need no training."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
 from hasten import LLM, SamplingParams
 from hasten.bench import scylla
-from hasten.bench.scylla import Acceptance, Family, acceptance, plan, predicted
-from hasten.engine.cost import VerifyCost
+from hasten.bench.scylla import Acceptance, Family, acceptance
 from helpers import make_model
 
 PROMPTS = ["the cat and the moon", "another morning reads", "stars and dances on water", "in the garden when"]
-CURVE = VerifyCost((1, 2, 64), (64,), ((1.0, 1.1, 7.3),), 0.05)
-CHEAP = VerifyCost((1, 2, 64), (64,), ((0.05, 0.051, 0.1),), 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -49,33 +45,8 @@ def test_better_drafters_are_measured_as_better(llm: LLM, drafters: list[Path]):
 def test_a_perfect_drafter(llm: LLM, tiny: Path):
     found = acceptance(llm, tiny, PROMPTS, 3, 24)
     assert found.positions == [1.0, 1.0, 1.0]
-    assert found.at_length(3) == 4 and found.at_length(6) == 7
-
-
-def test_other_lengths_from_the_positions():
-    accepted = Acceptance(1.0, 0.0, [0.5, 0.8])
-    assert accepted.at_length(0) == 1
-    assert accepted.at_length(1) == pytest.approx(1.5)
-    assert accepted.at_length(3) == pytest.approx(1 + 0.5 + 0.4 + 0.32)
-
-
-def test_plans_are_the_fastest_lengths():
-    accepted = Acceptance(2.0, 0.0, [0.8, 0.8, 0.8, 0.8])
-    lengths = plan(CURVE, CHEAP, accepted, [1, 4, 16], 4, 64)
-    for batch, length in lengths.items():
-        rates = [predicted(CURVE, CHEAP, accepted, batch, n, 64) for n in range(5)]
-        assert rates[length] == max(rates)
-
-
-def test_lengths_never_grow_with_the_batch_where_drafting_is_free():
-    rng = random.Random(0)
-    free = VerifyCost((1, 2), (64,), ((0.0, 0.0),), 0.0)
-    for _ in range(200):
-        slope = rng.uniform(0, 0.5)
-        target = VerifyCost((1, 2), (64,), ((1.0, 1.0 + slope),), 0.0)
-        accepted = Acceptance(1.0, 0.0, [rng.uniform(0.1, 0.95)] * 4)
-        lengths = list(plan(target, free, accepted, [1, 2, 4, 8, 16, 32], 8, 64).values())
-        assert lengths == sorted(lengths, reverse=True)
+    # The last step of a text is cut short.
+    assert 3.5 < found.tokens_per_step < 4
 
 
 def test_embeddings_are_not_counted(tiny: Path):
@@ -83,15 +54,50 @@ def test_embeddings_are_not_counted(tiny: Path):
     assert scylla.size_of(tiny) == 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 80 * 48)
 
 
-def test_the_whole_examination(llm: LLM, drafters: list[Path], monkeypatch):
-    monkeypatch.setattr(scylla, "measure", lambda model: CURVE)
-    monkeypatch.setattr(scylla, "ROUNDS", 1)
+def examine(monkeypatch, llm: LLM, drafters: list[Path], planted: list[float], speeds: dict[int, list[float]]) -> dict:
+    """The whole of it, with figures that are known: tokens per step by drafter, and by batch tokens per second."""
+    rates = dict(zip(drafters, planted, strict=True))
+    monkeypatch.setattr(scylla, "acceptance", lambda llm, folder, *rest: Acceptance(rates[folder], 0.01, [0.5, 0.5]))
+    monkeypatch.setattr(scylla, "throughput", lambda llm, specs, prompts, batch, tokens: speeds[batch])
     # All have the same size; the axis needs different ones.
+    monkeypatch.setattr(scylla, "size_of", lambda folder: 10 ** (1 + drafters.index(folder)))
+    family = Family(list(zip((10, 100, 1000, 10000), drafters, strict=True)), list(enumerate(drafters, 1)))
+    return scylla.scylla(llm, family, PROMPTS, 2, list(speeds), 8)
+
+
+def test_what_is_planted_is_found(llm: LLM, drafters: list[Path], monkeypatch):
+    """A line in the logarithm is detected, with its slope and form; a batch's fastest length is that of its rates."""
+    speeds = {1: [10.0, 12.0, 15.0], 10: [20.0, 24.0, 22.0], 100: [30.0, 29.0, 28.0], 1000: [40.0, 39.0, 37.0]}
+    document = examine(monkeypatch, llm, drafters, [1.0, 1.5005, 1.9995, 2.5], speeds)
+    for axis in ("data", "capacity"):
+        law = document[axis]["law"]
+        assert law["detected"] is True
+        assert law["slope_per_decade"] == pytest.approx(0.5, abs=1e-3)
+        assert law["forms"]["log-linear"]["r2"] > 0.9999 > 0.5 > law["forms"]["constant"]["r2"]
+    points = document["batch"]["points"]
+    assert [point["fastest_length"] for point in points] == [2, 1, 0, 0]
+    assert [point["speedup"] for point in points] == pytest.approx([15 / 10, 22 / 20, 28 / 30, 37 / 40])
+    text = scylla.render(document, "hasten train scylla")
+    assert "| training tokens | tokens per step | 0.5 |" in text and "| 10 | 1.10 | 1 |" in text
+    assert document["best_drafter"] == str(drafters[-1])
+
+
+def test_what_is_not_there_is_not_found(llm: LLM, drafters: list[Path], monkeypatch):
+    flat = {batch: [10.0, 12.0, 12.0 + 0.1 * (number % 2)] for number, batch in enumerate((1, 2, 4, 8))}
+    document = examine(monkeypatch, llm, drafters, [2.0, 1.99, 2.01, 2.0], flat)
+    for law in (document["data"]["law"], document["capacity"]["law"], document["batch"]["speedup_law"]):
+        assert law["detected"] is False and law["best_form"] == "constant"
+        assert law["interval"][0] < 0 < law["interval"][1]
+    assert "(no effect detected)" in scylla.render(document, "hasten train scylla")
+
+
+def test_the_whole_examination_runs(llm: LLM, drafters: list[Path], monkeypatch):
+    monkeypatch.setattr(scylla, "ROUNDS", 1)
     monkeypatch.setattr(scylla, "size_of", lambda folder: 10 + drafters.index(folder))
     family = Family(list(zip((10, 100, 1000, 10000), drafters, strict=True)), list(enumerate(drafters, 1)))
     document = scylla.scylla(llm, family, PROMPTS, 2, [1, 2, 3, 4], 8)
-    assert document["data"]["law"]["detected"] in (True, False)
+    measured = [acceptance(llm, drafter, PROMPTS, 2, 8).tokens_per_step for drafter in drafters]
+    assert [point["tokens_per_step"] for point in document["data"]["points"]] == measured
     assert [point["x"] for point in document["batch"]["points"]] == [1, 2, 3, 4]
-    text = scylla.render(document, "hasten train scylla")
-    assert "training tokens" in text and text.count("\n| ") >= 8
+    assert all(point["tokens_per_second"] > 0 for point in document["batch"]["points"])
     assert llm.engine.cache.used_bytes == 0

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.bench import plots, report
 from hasten.bench.ideal import IdealModel, ideal_points
 from hasten.bench.parallelbench import parallelbench
 from hasten.bench.prompts import BenchPrompt
-from hasten.bench.sweep import KNOBS, settings, sweep
+from hasten.bench.sweep import KNOBS, settings, sweep, wilson
 from hasten.engine import methods
 from hasten.tasks.parallelbench import SEVERAL_ANSWERS
 from hasten.tasks.parallelbench.theory import accuracy
@@ -71,8 +74,15 @@ def test_the_theory_is_that_of_the_tasks():
     for point in points:
         assert point["accuracy"] == pytest.approx(accuracy("replace_random", 6, point["per_step"]), abs=1e-4)
         assert point["tokens_per_step"] == pytest.approx(6 / math.ceil(6 / point["per_step"]), abs=1e-4)
-    # All orders but the one given are right: one less than n! of n^n outcomes.
-    assert ideal_points(of_length("shuffle", 3))[2]["accuracy"] < accuracy("shuffle", 3, 3) * 1.02
+    # All orders but the one given are right. Counted: the product of the marginals, over these orders.
+    for size in (3, 4):
+        orders = [order for order in permutations(range(size)) if order != tuple(range(size))]
+        shares = [
+            [sum(order[i] == item for order in orders) / len(orders) for item in range(size)] for i in range(size)
+        ]
+        counted = sum(math.prod(shares[i][item] for i, item in enumerate(order)) for order in orders)
+        assert ideal_points(of_length("shuffle", size))[size - 1]["accuracy"] == pytest.approx(counted, abs=1e-4)
+        assert abs(counted - accuracy("shuffle", size, size)) > 1e-3
 
 
 def test_greedy_decoding_of_the_ideal_model_by_one_is_always_right():
@@ -111,6 +121,15 @@ def test_a_models_rows(diffusion_llm: Callable[..., LLM]):
     assert eight["accuracy"] == 0.5 and eight["tokens_per_step"] > plain["tokens_per_step"]
     assert rows["freedave:drafts=2"]["agreement"] == plain["agreement"] == 1 and eight["agreement"] <= 1
     assert sum(done) == 1
+    assert plain["accuracy_interval"] == list(wilson(0.5, 1))
+    ungraded = sweep(llm, ["freedave:drafts=2"], [replace(prompts[0], grade=None)], SamplingParams(max_tokens=8))
+    assert {row["accuracy_interval"] for row in ungraded["rows"]} == {None}
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 1), (1, 1), (0, 60), (60, 60), (57, 60), (30, 56), (1, 1000)])
+def test_intervals_are_wilsons(right: int, count: int):
+    expected = binomtest(right, count).proportion_ci(0.95, "wilson")
+    assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
 def words_of(svg: str) -> set[str | None]:
@@ -129,6 +148,7 @@ def test_the_picture_and_the_page(tmp_path: Path):
     page = (tmp_path / "page.html").read_text()
     assert svg in page and "hasten sweep --a &#x27;b&#x27;" in page and "ideal model" in page
     assert page.count("<td>denoise:order=random,per_step=2</td>") == 3
+    assert f"{100 * wilson(1, 8)[0]:.0f} to 100 %" in page
     assert "ideal model" not in report.render_sweep(document | {"ideal": []})
     alike = [row | {"decoder": f"{row['decoder'].partition(':')[0]}:block=8,part=4"} for row in document["rows"]]
     assert {"factor", "denoise"} <= words_of(plots.tradeoffs(alike))

@@ -1,4 +1,6 @@
-"""Sampling gives the target's own law: the joint law of three tokens, exactly known, for every rule and drafter."""
+"""Sampling gives the target's own law: the joint law of three tokens, exactly known, for every rule and drafter.
+
+These see what is grossly wrong in the whole of it; `test_exact_rules` has the rules without chance."""
 
 from __future__ import annotations
 
@@ -8,127 +10,23 @@ import numpy as np
 import pytest
 import torch
 from laws import PROMPT, Law, Propose, by_engine, by_rejection, check_law, draft_model, joint
-from torch import Tensor
+from proposals import likeliest, sampled
 
 from hasten.engine import ROOT, Draft, Drafter, Drawn
 from hasten.engine.noise import Uniforms
-from hasten.engine.sampling import draw
-from helpers import Scripted, add
+from helpers import Scripted
 
 LAW, OTHER = Law(seed=1), Law(seed=2)
 P, Q = LAW.table(), OTHER.table()
 TARGET_PURPOSE = 7
 
 
-def draw_children(draft: Draft, node: int, q: Tensor, count: int, coins: Uniforms, replacement: bool) -> list[int]:
-    """Sample children of a node, say so in the draft, and return their numbers."""
-    draft.drawn[node] = Drawn(q, replacement=replacement)
-    rest, nodes = q.clone(), []
-    for _ in range(count):
-        if float(rest.sum()) <= 0:
-            break
-        token = draw(rest, coins.draw())
-        nodes.append(add(draft, token, node))
-        if not replacement:
-            rest[token] = 0
-    return nodes
-
-
-def sampled(table: Tensor, widths: tuple[int, ...], replacement: bool = True, stop: float = 0.0) -> Propose:
-    """A tree of `widths[level]` children per node drawn from `table`; branches end behind tokens below `stop`."""
-
-    def propose(context: tuple[int, ...], coins: Uniforms) -> Draft:
-        draft = Draft()
-        level = [(ROOT, context)]
-        for width in widths:
-            below = []
-            for node, above in level:
-                q = table[above[-2], above[-1]]
-                for child in draw_children(draft, node, q, width, coins, replacement):
-                    token = draft.tokens[child]
-                    if q[token] >= stop:
-                        below.append((child, (*above, token)))
-            level = below
-        return draft
-
-    return propose
-
-
-def likeliest(table: Tensor, widths: tuple[int, ...]) -> Propose:
-    """A deterministic tree of the likeliest tokens."""
-
-    def propose(context: tuple[int, ...], coins: Uniforms) -> Draft:
-        draft = Draft()
-        level = [(ROOT, context)]
-        for width in widths:
-            level = [
-                (add(draft, token, node), (*above, token))
-                for node, above in level
-                for token in table[above[-2], above[-1]].topk(width).indices.tolist()
-            ]
-        return draft
-
-    return propose
-
-
-def drawn_above_likeliest(context: tuple[int, ...], coins: Uniforms) -> Draft:
-    draft = Draft()
-    for child in draw_children(draft, ROOT, Q[context[-2], context[-1]], 2, coins, False):
-        for token in Q[context[-1], draft.tokens[child]].topk(2).indices.tolist():
-            add(draft, token, child)
-    return draft
-
-
-def likeliest_above_drawn(context: tuple[int, ...], coins: Uniforms) -> Draft:
-    draft = Draft()
-    for token in P[context[-2], context[-1]].topk(2).indices.tolist():
-        child = add(draft, token, ROOT)
-        draw_children(draft, child, Q[context[-1], token], 2, coins, True)
-    return draft
-
-
-def lookup_beside_sample(context: tuple[int, ...], coins: Uniforms) -> Draft:
-    """Two sampled children, and deterministic siblings after them: one of them was perhaps drawn, too."""
-    draft = Draft()
-    q = Q[context[-2], context[-1]]
-    draw_children(draft, ROOT, q, 2, coins, False)
-    draft.drawn[ROOT] = Drawn(q, replacement=False, count=2)
-    for token in (3, 3, context[-1]):
-        draw_children(draft, add(draft, token, ROOT), Q[context[-1], token], 1, coins, True)
-    return draft
-
-
-def sparse(context: tuple[int, ...], coins: Uniforms) -> Draft:
-    """Drawn from three tokens only, with their ids."""
-    draft = Draft()
-    values, ids = Q[context[-2], context[-1]].topk(3)
-    q = values / values.sum()
-    for _ in range(2):
-        add(draft, int(ids[draw(q, coins.draw())]), ROOT)
-    draft.drawn[ROOT] = Drawn(q, ids)
-    return draft
-
-
 NARROW = OTHER.table(top_k=2)
 RULES: dict[str, Propose] = {
-    "empty": lambda context, coins: Draft(),
-    "deterministic chain": likeliest(Q, (1, 1)),
     "deterministic tree": likeliest(Q, (3, 2)),
-    "deterministic tree of everything": likeliest(Q, (5,)),
     "B: chain": sampled(Q, (1, 1, 1)),
-    "B: draft temperature": sampled(LAW.table(temperature=0.4), (1, 1)),
-    "B: drafter that knows two tokens": sampled(NARROW, (1, 1)),
-    "B: drafter that agrees": sampled(P, (1, 1)),
-    "B: chain that loses confidence": sampled(Q, (1, 1, 1), stop=0.4),
     "C: tree with replacement": sampled(Q, (3, 2)),
-    "C: drafter that agrees": sampled(P, (2, 2)),
-    "D: tree without replacement": sampled(Q, (3, 2), replacement=False),
     "D: exhausted drafter": sampled(NARROW, (3, 1), replacement=False),
-    "D: everything drawn": sampled(Q, (5,), replacement=False),
-    "mixed: sampled above deterministic": drawn_above_likeliest,
-    "mixed: deterministic above sampled": likeliest_above_drawn,
-    "mixed: deterministic siblings after sampled ones": lookup_beside_sample,
-    "sparse q": sparse,
 }
 
 

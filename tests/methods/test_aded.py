@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter, defaultdict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from conformance.laws import Law, by_engine, check_law, joint
 from hasten import LLM, SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Target
 from hasten.engine.sampling import Sampler
-from hasten.methods.drafters.aded import Aded, AdedParameters, TrigramTable, build_table, read_texts
+from hasten.methods.drafters.aded import SEARCH_PURPOSE, Aded, AdedParameters, TrigramTable, build_table, read_texts
 from hasten.model import OracleModel
 from helpers import END, same
 
@@ -274,6 +276,94 @@ def test_puct_visits_what_is_likely():
     draft = made.propose(request([1, 2], number=1), 64)
     assert prefixes(draft)[:4] == [(3,), (3, 4), (3, 4, 5), (3, 4, 5, 6)]
     assert (9,) in prefixes(draft)
+
+
+def puct(made: Aded, asked, iterations: int, depth: int, paths: int, c1: float, c2: float):
+    """The search as the paper has it: the prefix that each iteration selects, and those that are kept."""
+    selected = []
+    luck = random.Random(asked.sampler.coins(len(asked.tokens), SEARCH_PURPOSE).draw())
+    visits: Counter[tuple[int, ...]] = Counter()
+    value: dict[tuple[int, ...], float] = defaultdict(float)
+
+    def after(prefix: tuple[int, ...]) -> dict[int, float]:
+        return known(made, *(*asked.tokens[-2:], *prefix)[-2:])
+
+    def share(prefix: tuple[int, ...]) -> float:
+        return after(prefix[:-1])[prefix[-1]]
+
+    def promise(child: tuple[int, ...]) -> float:
+        """Mean value, and what speaks for looking again: its prior, the parent's visits, and few of its own."""
+        if not visits[child]:
+            return math.inf
+        above = visits[child[:-1]]
+        explore = (c1 + math.log((above + c2 + 1) / c2)) * share(child) * math.sqrt(above) / (1 + visits[child])
+        return value[child] / visits[child] + explore
+
+    for _ in range(iterations):
+        leaf: tuple[int, ...] = ()
+        while len(leaf) < depth - 1 and (leaf == () or visits[leaf]) and after(leaf):
+            leaf = max(((*leaf, token) for token in after(leaf)), key=promise)
+        selected.append(leaf)
+        path = leaf
+        while len(path) < depth - 1 and after(path):
+            path = (*path, luck.choices(list(after(path)), list(after(path).values()))[0])
+        for length in range(len(leaf) + 1):
+            visits[leaf[:length]] += 1
+            value[leaf[:length]] += 1 + sum(share(path[:step]) for step in range(1, len(path) + 1))
+
+    def chance(prefix: tuple[int, ...]) -> float:
+        return math.prod(share(prefix[:step]) for step in range(1, len(prefix) + 1))
+
+    ranked = sorted((each for each in visits if each), key=lambda each: (-visits[each], -chance(each), len(each)))
+    kept = ranked[:paths]
+    return selected, {*kept, *((*each, next(iter(after(each)))) for each in kept if after(each))}
+
+
+def selections(made: Aded, asked) -> tuple[list[tuple[int, ...]], set[tuple[int, ...]]]:
+    """What the drafter's own search selects and keeps."""
+    selected = []
+    descend = made._descend
+
+    def watched(owner, node):
+        found = descend(owner, node)
+        prefix, at = (), found
+        while at.parent is not None:
+            prefix, at = (at.pair[1], *prefix), at.parent
+        selected.append(prefix)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "_descend", watched)
+        draft = made.propose(asked, 64)
+    return selected, set(prefixes(draft))
+
+
+SURE_BELOW = [[0, 1, 2, token] for token in range(4, 9)] * 6 + [[0, 1, 3, 9]] * 20
+"""Behind 0, 1 stands 2 three times of five, and then one of five; or 3, and then always 9: the better value."""
+
+
+@pytest.mark.parametrize(("c1", "c2"), [(0.0, 1e9), (0.3, 1e9), (0.0, 0.5), (1.0, 8.0), (32.0, 8.0)])
+@pytest.mark.parametrize("iterations", [40, 150])
+def test_puct_is_the_papers_search(c1: float, c2: float, iterations: int):
+    made = drafter(
+        search="puct", iterations=iterations, paths=3, depth=4, nodes=64, c1=c1, c2=c2, increment=0.02, cap=100.0
+    )
+    for sequence in SURE_BELOW:
+        made.end(request(sequence))
+    for number in range(4):
+        asked = request([*range(20, 20 + number), 0, 1], number=number)
+        assert selections(made, asked) == puct(made, asked, iterations, 4, 3, c1, c2)
+
+
+def test_puct_exploits_without_the_exploration_term_and_follows_the_prior_with_it():
+    """The sure continuation has the better value, the other one the larger share: the constant decides between them."""
+    most = {}
+    for c1 in (0.0, 32.0):
+        made = drafter(search="puct", iterations=150, paths=1, depth=4, c1=c1, c2=1e9, increment=0.02, cap=100.0)
+        for sequence in SURE_BELOW:
+            made.end(request(sequence))
+        most[c1] = prefixes(made.propose(request([0, 1], number=1), 64))[0]
+    assert most == {0.0: (3,), 32.0: (2,)}
 
 
 @pytest.mark.parametrize("search", ["heap", "puct"])

@@ -698,6 +698,6 @@ def test_a_skipped_model_without_finite_logits(deep, monkeypatch, settings):
         return torch.full((len(rows.tokens), model.config.vocab_size), torch.nan)
 
     monkeypatch.setattr("hasten.methods.skipping.swift.forward", broken)
-    engine, request = running(deep, drafter_of(deep, **OFF), **settings)
+    engine, (request,) = running(deep, drafter_of(deep, **OFF), **settings)
     engine.step()
     assert "the model's logits are not finite" in str(request.error)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten import LLM, SamplingParams
+from hasten import LLM, SamplingParams, UserError
 from hasten.cache import Cache, Sequence
 from hasten.model import Decoder, LayerConfig, Rows, Span, Taps, load_model
 from hasten.model.attention import additive, attend, reference_kernel
@@ -33,7 +33,7 @@ if find_spec("triton") is None:
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
 
-from hasten.model.cuda import backend  # noqa: E402
+from hasten.model.cuda import attention, backend, part  # noqa: E402
 from hasten.model.cuda.attention import MAX_PENDING  # noqa: E402
 from hasten.model.cuda.backend import SHORT, CudaBackend  # noqa: E402
 from hasten.model.cuda.packing import MAX_VIEWS  # noqa: E402
@@ -148,6 +148,33 @@ def test_a_unified_maximum_is_exact_wherever_scores_lie(name: str, slots: int) -
     same_as_reference(queries, keys, values, None, phi=0.5)
     seen = random_seen(3, 9, slots)
     same_as_reference(queries, keys, values, additive(seen, torch.float32), phi=0.5)
+
+
+@pytest.mark.skipif(GPU, reason="looks into Triton's interpreter")
+@pytest.mark.parametrize(
+    ("shift", "phi", "again"), [(0.0, 0.5, 0), (59.0, 59.0, 0), (0.0, 59.0, 0), (0.0, 200.0, 1), (0.0, -200.0, 1)]
+)
+def test_the_unified_maximum_is_what_weights_are_taken_from(
+    shift: float, phi: float, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is the same with any: so the sums themselves are looked at, and what is computed a second time."""
+    advance, sums, passes = part.advance, [], []
+
+    def watched(acc: Any, total: Any, most: Any, *rest: Any) -> Any:
+        result = advance(acc, total, most, *rest)
+        passes.append(bool(rest[-1]))
+        sums.append(result[1].handle.data.copy())
+        return result
+
+    monkeypatch.setattr(part, "advance", watched)
+    queries, keys, values = noise(0, 1, 3, 16), noise(1, 1, 20, 16), noise(2, 1, 20, 16)
+    queries[..., 0], keys[..., 0] = 4.0, shift
+    same_as_reference(queries, keys, values, None, phi)
+    walks = len(passes) // (1 + again)
+    assert passes == [True] * walks + [False] * walks * again
+    scores = (queries[0] @ keys[0].T).double() * 16**-0.5
+    unified = (scores - phi).exp().sum(1)
+    torch.testing.assert_close(torch.tensor(sums[walks - 1][:3]), unified.float(), rtol=1e-3, atol=1e-37)
 
 
 def test_rows_near_the_unified_maximum_are_not_touched_by_those_beyond_it() -> None:
@@ -408,9 +435,21 @@ def test_rows_that_are_not_there_are_refused(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("phi", [0.0, 200.0])
-def test_a_unified_maximum_gives_the_same_logits(make_checkpoint: Callable[..., Any], phi: float) -> None:
+def test_a_unified_maximum_gives_the_same_logits(
+    make_checkpoint: Callable[..., Any], phi: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance, passes = attention.advance, []
+
+    def watched(*arguments: Any) -> Any:
+        passes.append((float(arguments[-2]), bool(arguments[-1])))
+        return advance(*arguments)
+
+    if not GPU:
+        monkeypatch.setattr(attention, "advance", watched)
     model = load(make_checkpoint, "qwen3", phi=phi)
     agree(model, batch(model), [0, -1])
+    # Far from the scores, all is computed again with running maxima; near them, nothing.
+    assert GPU or set(passes) == ({(phi, True)} if phi == 0.0 else {(phi, True), (phi, False)})
 
 
 # Rows that do not depend on each other
@@ -469,8 +508,34 @@ def test_large_masks_in_pieces(invariant: Decoder) -> None:
     mask, depths = tree([0] + [node // 2 for node in range(count - 1)])
     sequence = behind(invariant, cache_of(invariant), 10)
     agree(invariant, rows_of((sequence, some_tokens(count), [10 + depth for depth in depths], mask)))
+
+
+@pytest.mark.parametrize("count", [FIXED + 1, FIXED + 5])
+def test_invariance_is_refused_rather_than_lost(
+    invariant: Decoder, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that all see each other cannot be cut; PyTorch serves them where nothing else was promised."""
+    sequence = behind(invariant, cache_of(invariant), 10)
+    places = list(range(10, 10 + count))
     ahead = torch.ones(count, count, dtype=torch.bool, device=DEVICE)
-    agree(invariant, rows_of((sequence, some_tokens(count), [10 + depth for depth in depths], ahead)))
+    rows = rows_of((sequence, some_tokens(count), places, ahead))
+    with pytest.raises(UserError, match=f"{count} rows see each other, as those of a canvas do, and {FIXED} at most"):
+        invariant.forward(rows)
+    few = rows_of((sequence, some_tokens(FIXED), places[:FIXED], ahead[:FIXED, :FIXED]))
+    agree(invariant, few)
+    monkeypatch.setattr(backend, "fits", lambda rows: False)
+    with pytest.raises(UserError, match="invariant numerics on a GPU: a mask may have"):
+        invariant.forward(few)
+    invariant.backend = CudaBackend()
+    agree(invariant, rows)
+
+
+def test_a_row_that_is_wanted_twice_keeps_its_bits(invariant: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = behind(invariant, cache_of(invariant), 10)
+    rows = rows_of((sequence, some_tokens(5), list(range(10, 15)), None))
+    once = invariant.forward(rows)
+    monkeypatch.setattr(TorchBackend, "forward", lambda *arguments: pytest.fail("another library computes other bits"))
+    assert torch.equal(invariant.forward(rows, [3, 0, 3, -1]), once[[3, 0, 3, 4]])
 
 
 @pytest.mark.parametrize("options", [{}, {"invariant": True}])

@@ -233,6 +233,10 @@ def _share(key: str) -> Cell:
     return _number(key, "{:.0f} %", 100)
 
 
+def _interval(key: str) -> Cell:
+    return lambda row: "-" if row[key] is None else "{:.0f} to {:.0f} %".format(*(100 * end for end in row[key]))
+
+
 OVERALL_COLUMNS: dict[str, Cell] = {
     "method": _text("method"),
     "speed-up": _gain("speedup"),
@@ -270,6 +274,7 @@ SWEEP_COLUMNS: dict[str, Cell] = {
     "category": _text("category"),
     "tokens per step": _number("tokens_per_step"),
     "right": _share("accuracy"),
+    "95 %": _interval("accuracy_interval"),
     "rows per token": _number("rows_per_token"),
     "speed-up": _gain("speedup"),
     "same tokens": _share("agreement"),

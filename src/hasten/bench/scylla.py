@@ -4,14 +4,13 @@ Yan et al. 2025, "Scaling Laws for Speculative Decoding", 2505.07858. The laws a
 and what is not the paper's); nothing is claimed beyond the range that was measured. A drafter is used as a chain of a
 fixed length, verified exactly, so a family's members differ in speed only.
 
-What follows from the fits is a plan: tokens per step at each draft length from the measured acceptance of each
-position, and the cost of both models' steps from their measured curves, give the length that is fastest at each batch
-size, zero included. The plan is set against what was measured.
+The fits plan nothing. Which draft length is fastest depends on what lies between the passes of a small drafter, on the
+part that its attention gets while a draft grows and on the reading of prompts, which no curve of forward passes holds:
+it is measured at each batch size instead, and at run time by `--method auto`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from typing import Any
 from hasten.bench.lane import engine_for
 from hasten.bench.laws import bootstrap_error, law
 from hasten.engine import Limits, Request, SamplingParams
-from hasten.engine.cost import VerifyCost, measure
 from hasten.llm import LLM
-from hasten.model import Decoder, load_model
+from hasten.model import load_model
 
 ROUNDS = 3
 """Times that a throughput is measured; the median counts."""
@@ -44,14 +42,6 @@ class Acceptance:
     tokens_per_step: float
     error: float
     positions: list[float]
-
-    def at_length(self, length: int) -> float:
-        """Tokens per step of a chain of another length, from the positions' acceptance; the last goes on."""
-        total, reached = 1.0, 1.0
-        for position in range(length):
-            reached *= self.positions[min(position, len(self.positions) - 1)]
-            total += reached
-        return total
 
 
 def method(drafter: Path, length: int) -> str:
@@ -121,28 +111,6 @@ def throughput(llm: LLM, specs: Sequence[str], prompts: Sequence[str], batch: in
     return [sorted(own)[len(own) // 2] for own in rates]
 
 
-def predicted(
-    target: VerifyCost, drafter: VerifyCost, accepted: Acceptance, batch: int, length: int, context: int
-) -> float:
-    """Tokens per second of a batch with drafts of a length; 0 is plain decoding."""
-    seconds = target.of(batch * (length + 1), context, batch)
-    if length:
-        # The first draft step also reads what was accepted before; the others one token each.
-        fresh = math.ceil(accepted.at_length(length))
-        seconds += drafter.of(batch * fresh, context, batch) + (length - 1) * drafter.of(batch, context, batch)
-    return batch * accepted.at_length(length) / seconds
-
-
-def plan(
-    target: VerifyCost, drafter: VerifyCost, accepted: Acceptance, batches: Sequence[int], longest: int, context: int
-) -> dict[int, int]:
-    """The fastest draft length at each batch size, 0 where plain decoding is."""
-    return {
-        batch: max(range(longest + 1), key=lambda n: predicted(target, drafter, accepted, batch, n, context))
-        for batch in batches
-    }
-
-
 @dataclass(frozen=True)
 class Family:
     """Drafters along the two axes: (value, folder), the value being training tokens or layers."""
@@ -160,7 +128,7 @@ def scylla(
     max_tokens: int,
     report: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Measure a family, fit the laws, plan, and compare the plan with what was measured.
+    """Measure a family and fit the laws.
 
     Raises:
         UserError: too few points on an axis, a drafter that does not fit.
@@ -184,7 +152,7 @@ def scylla(
 
     best = max(measured, key=lambda folder: measured[folder].tokens_per_step)
     report(f"batches with {best.name}")
-    batch = _by_batch(llm, best, measured[best], prompts, length, batches, max_tokens)
+    batch = _by_batch(llm, best, prompts, length, batches, max_tokens)
     return {
         "length": length,
         "prompts": len(prompts),
@@ -198,32 +166,25 @@ def scylla(
 def _by_batch(
     llm: LLM,
     drafter: Path,
-    accepted: Acceptance,
     prompts: Sequence[str],
     length: int,
     batches: Sequence[int],
     max_tokens: int,
 ) -> dict[str, Any]:
-    """Speed at each batch size, plain and with drafts of each length up to `length`, beside what the plan says."""
-    target, small = measure(llm.model), measure(_small(drafter, llm))
-    context = max_tokens // 2 + sum(len(llm.encode(prompt)) for prompt in prompts) // len(prompts)
+    """Speed at each batch size, plain and with drafts of each length up to `length`."""
     # The same prompts at every batch size, a few from every task.
     sample = prompts[:: max(1, len(prompts) // SAMPLE)]
     lengths = range(1, length + 1)
-    planned = plan(target, small, accepted, batches, length, context)
     points = []
     for batch in batches:
         plain, *rates = throughput(llm, ["plain", *(method(drafter, n) for n in lengths)], sample, batch, max_tokens)
         fastest = max([(plain, 0), *zip(rates, lengths, strict=True)])
-        expected = predicted(target, small, accepted, batch, length, context)
         points.append(
             {
                 "x": batch,
                 "plain_tokens_per_second": plain,
                 "tokens_per_second": rates[-1],
                 "speedup": rates[-1] / plain,
-                "predicted_speedup": expected / predicted(target, small, accepted, batch, 0, context),
-                "planned_length": planned[batch],
                 "fastest_length": fastest[1],
             }
         )
@@ -231,10 +192,6 @@ def _by_batch(
     for name, key in (("law", "tokens_per_second"), ("speedup_law", "speedup")):
         document[name] = law([point["x"] for point in points], [point[key] for point in points]).document()
     return document
-
-
-def _small(drafter: Path, llm: LLM) -> Decoder:
-    return load_model(drafter, dtype="auto", device=str(llm.model.device))
 
 
 def render(document: dict[str, Any], command: str) -> str:
@@ -264,10 +221,7 @@ def render(document: dict[str, Any], command: str) -> str:
             f"| {axis} | {figure} | {slope} | {low:.3g} to {high:.3g} | {law_['r2']:.3f} "
             f"| {100 * law_['held_out_error']:.1f} % | {law_['best_form']} |"
         )
-    lines += ["", "| batch | speed-up | predicted | fastest length | planned |", "|---|---|---|---|---|"]
+    lines += ["", "| batch | speed-up | fastest length |", "|---|---|---|"]
     for point in document["batch"]["points"]:
-        lines.append(
-            f"| {point['x']} | {point['speedup']:.2f} | {point['predicted_speedup']:.2f} "
-            f"| {point['fastest_length']} | {point['planned_length']} |"
-        )
+        lines.append(f"| {point['x']} | {point['speedup']:.2f} | {point['fastest_length']} |")
     return "\n".join([*lines, ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ from hasten.errors import UserError
 from hasten.llm import LLM
 
 Report = Callable[[int], None]
+NORMAL = 1.96
+"""Standard deviations to either side that hold 95 % of a normal law."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,25 @@ def sweep(
 
 
 def _row(setting: Setting, row: dict[str, Any]) -> dict[str, Any]:
-    """The figures that make a trade-off, without those of drafting."""
+    """The figures that make a trade-off, without those of drafting; and how far the accuracy can be trusted."""
     keys = (
         "method", "category", "prompts", "accuracy", "tokens_per_step", "rows_per_token", "speedup", "agreement",
         "identical",
     )  # fmt: skip
     named = {"decoder": setting.decoder, "knob": setting.knob, "value": setting.value}
-    return named | {key: row.get(key) for key in keys}
+    accuracy = row.get("accuracy")
+    interval = None if accuracy is None else list(wilson(accuracy, row["prompts"]))
+    return named | {key: row.get(key) for key in keys} | {"accuracy_interval": interval}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` answers, to four places.
+
+    Scores between wrong and right spread less than these two do, so that theirs is rather too wide.
+    """
+    centre = (share + NORMAL**2 / (2 * count)) / (1 + NORMAL**2 / count)
+    reach = NORMAL * math.sqrt(share * (1 - share) / count + (NORMAL / (2 * count)) ** 2) / (1 + NORMAL**2 / count)
+    return round(max(0.0, centre - reach), 4), round(min(1.0, centre + reach), 4)
 
 
 def _ideal(

@@ -100,7 +100,7 @@ def _print(document: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("decoder")
-    for head in ("tokens\n/step", "right", "rows\n/token", "agrees"):
+    for head in ("tokens\n/step", "right", "95 %", "rows\n/token", "agrees"):
         table.add_column(head, justify="right")
     for category in dict.fromkeys(row["category"] for row in document["rows"]):
         table.add_row(category, style="bold")
@@ -118,4 +118,7 @@ def _print(document: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     patterns = {"tokens_per_step": "{:.2f}", "accuracy": "{:.0%}", "rows_per_token": "{:.0f}", "agreement": "{:.0%}"}
-    return ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in patterns.items()]
+    cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in patterns.items()]
+    interval = row["accuracy_interval"]
+    cells.insert(2, "-" if interval is None else "{:.0%}-{:.0%}".format(*interval))
+    return cells

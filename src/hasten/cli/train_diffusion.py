@@ -196,7 +196,7 @@ def _run(
     data: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Train, and write the card of an adapted model. `data` is what the summary says of the data."""
-    from hasten.train.diffusion.card import write_card
+    from hasten.train.diffusion.card import scored_models, write_card
 
-    decodings = len(recipe.decoders) * (1 + recipe.compared)
+    decodings = sum(len(decoders) for _, _, decoders in scored_models(recipe, output))
     training.run(recipe, output, partial(write_card, recipe), decodings, resume, per_task, threads, json, data)

@@ -46,9 +46,11 @@ def learn2pd(
     write_text(
         card,
         f"# Learn2PD's filter for {llm.folder.name}\n\n    {shlex.join(['hasten', *sys.argv[1:]])}\n\n"
-        f"Blocks of {summary['block']}; {summary['records']:,} steps of {prompts} prompts; loss {summary['loss']}. Of "
-        f"the held-out tenth's masked positions, at the method's own threshold, {summary['precision']:.1%} of what is "
-        f"accepted is right, and {summary['recall']:.1%} of what is right is accepted.\n",
+        f"Blocks of {summary['block']}; {summary['records']:,} steps of {prompts} prompts, none behind the end of the "
+        f"text; loss {summary['loss']}. On a tenth of the prompts that was held out, at masked positions and the "
+        f"method's own threshold, {summary['precision']:.1%} of what is accepted is right, and {summary['recall']:.1%} "
+        f"of what is right is accepted; of predictions that the text ends, {summary['end_precision']:.1%} and "
+        f"{summary['end_recall']:.1%}.\n",
     )
     if json:
         options.emit({"card": str(card), **summary})

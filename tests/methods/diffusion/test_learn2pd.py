@@ -166,7 +166,7 @@ def test_where_nothing_more_becomes_right_the_reference_is_taken(name: str, answ
     """Everything is predicted to be 0. It takes two looks at a block to be stuck: two blocks may well say the same."""
     request, replay = replayed(oracle(name, by_position({}, {})), PROMPTS[2], answer)
     assert request.output == answer
-    assert len(replay.records) == looks
+    assert len(replay.looks) == looks
 
 
 # The end of the text

@@ -126,20 +126,34 @@ def test_a_view_is_what_a_decoder_meets(teacher: str, batch: Batch, seed: int, m
             assert torch.equal(hidden[row] & inside, expected)
 
 
-def test_without_entropy_the_loss_is_masked_cross_entropy(parent: str, batch: Batch):
+@pytest.mark.parametrize("beta", [0.0, 2.0, 5.0])
+def test_the_loss_is_masked_cross_entropy_and_beta_times_the_entropy_of_what_is_right(
+    parent: str, batch: Batch, beta: float
+):
     recipe = MaskedDiffusion(parent=parent, **SMALL)
     model, text = recipe.build(recipe.tokenizer()).eval(), Text.of(batch, 12, 0)
     model.set_attn_implementation("eager")
     blocks = answer_blocks(text.start, 12, 4, torch.zeros_like(text.start))
-    loss = certainty_loss(recipe, model, text, blocks, 0.0, 0.5, torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
     segment, later = draw_block(text.answer, (text.labels >= 0).sum(1), blocks, generator)
-    expected = 0.0
-    for view in two_views(segment, generator):
-        whole = model(text.ids.masked_fill(view | later, MASK), attention_mask=torch.zeros(1, 1, 1, 1)).logits
-        expected += mean_cross_entropy(whole[view], text.ids[view]).item()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert certainty_loss(recipe, model, text, blocks, 2.0, 0.5, torch.Generator().manual_seed(5)) >= loss
+    views = two_views(segment, generator)
+
+    def predicted(view: torch.Tensor) -> torch.Tensor:
+        hidden = text.ids.masked_fill(view | later, MASK)
+        with torch.no_grad():
+            return model(hidden, attention_mask=torch.zeros(1, 1, 1, 1)).logits[view]
+
+    # What is hidden in the second view is what the model says there: that is right, and what it is to be sure of.
+    text.ids[views[1]] = predicted(views[1]).argmax(-1)
+    surprise = entropy = 0.0
+    for view in views:
+        surprise += mean_cross_entropy(predicted(view), text.ids[view]).item()
+        right = predicted(view)[predicted(view).argmax(-1) == text.ids[view]]
+        log_p = (right / 0.5).log_softmax(-1)
+        entropy += -(log_p.exp() * log_p).sum().item() / max(1, len(right))
+    assert entropy > 0.1
+    loss = certainty_loss(recipe, model, text, blocks, beta, 0.5, torch.Generator().manual_seed(5))
+    assert loss.item() == pytest.approx(surprise + beta * entropy, rel=1e-5)
 
 
 def test_a_run_resumes_to_the_same_weights_in_the_teachers_layout(teacher: str, tmp_path: Path):

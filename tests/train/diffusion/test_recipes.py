@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from hasten import LLM
 from hasten.errors import UserError
 from hasten.tasks import TASKS
 from hasten.train.data import Batch
@@ -153,6 +154,39 @@ def test_masked_diffusion_counts_every_token_of_an_answer_once(
         monkeypatch.undo()
 
 
+def test_complementary_blocks_count_every_token_of_an_answer_once_and_no_padding(
+    parent: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = ComplementaryBlocks(parent=parent, block=4, **SMALL)
+    model = built(recipe)
+    seen: list[tuple[Text, torch.Tensor, torch.Tensor]] = []
+
+    def sure_of_answers(
+        self: ComplementaryBlocks, model: object, text: Text, hidden: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Right of what is an answer, wrong of what is padding."""
+        seen.append((text, hidden, wanted))
+        rows = text.ids.shape[0] // 2
+        labelled = Text.of(batch, text.ids.shape[1], 0).labels.repeat(2, 1)
+        assert rows == len(batch.ids)
+        said = torch.where(labelled >= 0, text.ids, text.ids + 1)
+        return 100.0 * torch.nn.functional.one_hot(said[wanted], MASK + 1)
+
+    monkeypatch.setattr(ComplementaryBlocks, "predict", sure_of_answers)
+    for seed in range(20):
+        loss = recipe.loss(model, batch, 0.5, torch.Generator().manual_seed(seed))
+        text, hidden, wanted = seen.pop()
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        labelled = Text.of(batch, text.ids.shape[1], 0).labels >= 0
+        # Nothing stands before the first position of a text to read it off.
+        labelled[:, 0] = False
+        assert torch.equal(sum(wanted.long().chunk(2)), labelled.long())
+        one, other = hidden.chunk(2)
+        padding = text.answer.chunk(2)[0] & ~labelled
+        padding[:, 0] = False
+        assert padding.any() and torch.equal(one ^ other, one | other) and (one | other)[padding].all()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_killed_run_ends_in_the_same_weights(recipe: type[Adaptation], parent: str, tmp_path: Path):
     run = recipe(parent=parent, **SMALL)
@@ -225,3 +259,29 @@ def test_card(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     document = json.loads((tmp_path / "card.json").read_text())
     assert document["tasks"].keys() == {"copy", "reverse"}
     assert written.read_text() == card.render(tmp_path.name, document, recipe)
+
+
+def test_the_card_says_what_the_parent_could(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a model that still reads from left to right, beside it and by length; another one has no such parent."""
+    monkeypatch.setattr(card, "TASKS", {name: TASKS[name] for name in ("copy", "reverse")})
+    asked: list[tuple[str, str]] = []
+
+    def scores(llm: LLM, per_task: int, report: object, method: str) -> dict[str, object]:
+        asked.append((llm.folder.name, method))
+        long = 9 if llm.folder.name == "parent" else 2
+        figures = {"right": 20 + long, "of": 40, "tokens": 80, "steps": 40, "category": "lists"}
+        return {name: {**figures, "by_length": {"0-128": [20, 20], "256-512": [long, 20]}} for name in card.TASKS}
+
+    monkeypatch.setattr(card, "task_scores", scores)
+    (tmp_path / "parent").symlink_to(parent)
+    for kind, expected in (
+        (NextBlock, [("child", "plain"), ("child", "nbdiff"), ("parent", "plain")]),
+        (MaskedDiffusion, [("child", "threshold")]),
+    ):
+        asked.clear()
+        recipe = kind(parent=str(tmp_path / "parent"), **{**SMALL, "tokens": 600})
+        summary = train(recipe, tmp_path / kind.__name__ / "child")
+        text = card.write_card(recipe, tmp_path / kind.__name__ / "child", summary, "hasten train", 3).read_text()
+        assert asked == expected
+        assert ("| `parent, plain` | 100 % of 40 |  | 45 % of 40 |  |" in text) == (kind is NextBlock)
+        assert "| 100 % of 40 |  | 10 % of 40 |  |" in text

@@ -6,7 +6,8 @@ of more than `SHORT` rows) go to PyTorch, whose matrix products and attention in
 
 With `invariant`, all passes run in pieces of `FIXED` rows, prompts too: the matrix products then always have the same
 shape, attention sums in an order that is the row's own, and a row gets the same bits whatever stands beside it. The
-price is that one row costs what `FIXED` rows cost, and that prompts are read slowly.
+price is that one row costs what `FIXED` rows cost, and that prompts are read slowly. A pass that cannot be cut so is
+refused: PyTorch would compute it, and its rows would depend on each other.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.model.cuda.attention import Packed, Shape, attend_cache
-from hasten.model.cuda.packing import Room, fits, sees_ahead
+from hasten.errors import UserError
+from hasten.model.cuda.attention import MAX_PENDING, Packed, Shape, attend_cache
+from hasten.model.cuda.packing import MAX_VIEWS, Room, fits, sees_ahead
 from hasten.model.cuda.pointwise import add_norm, gate, open_pass, rotate_and_store
 from hasten.model.decoder import Decoder, TorchBackend
 from hasten.model.layers import Attention, GatedMLP, Rotary
@@ -41,6 +43,9 @@ class CudaBackend:
     Args:
         invariant: a row's result never depends on the rows beside it.
         phi: a unified maximum for attention's softmax (`hasten.model.cuda.softmax`), or None.
+
+    Raises:
+        UserError: by `forward`, with `invariant`, of a pass whose rows would depend on each other.
 
     On CPU, where the kernels run in Triton's interpreter, nothing is captured.
     """
@@ -64,8 +69,12 @@ class CudaBackend:
         count = rows.tokens.shape[0]
         # A range counts negative numbers from the end, and refuses those beyond it.
         numbers = list(range(count)) if wanted is None else [range(count)[number] for number in wanted]
+        once = list(dict.fromkeys(numbers))
+        if len(once) < len(numbers):
+            again = torch.tensor([once.index(number) for number in numbers], device=model.device)
+            return self.forward(model, rows, once, taps)[again]
         rows = _on_device(rows, model)
-        cuts = self._cuts(rows) if count and len({*numbers}) == len(numbers) and fits(rows) else None
+        cuts = self._cuts(rows) if count else None
         if cuts is None:
             return self._torch.forward(model, rows, wanted, taps)
         with torch.cuda.device_of(model.embedding):  # type: ignore[no-untyped-call]
@@ -89,11 +98,20 @@ class CudaBackend:
             return ascending[torch.tensor([places[number] for number in numbers], device=model.device)]
 
     def _cuts(self, rows: Rows) -> list[tuple[int, int]] | None:
-        """The pieces `low:high` in which the graphs compute a pass; None: PyTorch does."""
+        """The pieces `low:high` in which the graphs compute a pass; None: PyTorch does.
+
+        Raises:
+            UserError: no pieces give what `invariant` promises.
+        """
         total = rows.tokens.shape[0]
         if not self.invariant:
             short = all(span.stop - span.start <= SHORT for span in rows.spans)
-            return [(0, total)] if short and total <= BUCKETS[-1] else None
+            return [(0, total)] if short and total <= BUCKETS[-1] and fits(rows) else None
+        if not fits(rows):
+            raise UserError(
+                f"invariant numerics on a GPU: a mask may have {MAX_PENDING} columns at most, and a sequence fewer "
+                f"than {MAX_VIEWS} blocks"
+            )
         starts = [0]
         for span in rows.spans:
             if isinstance(span.mask, Tensor) and span.stop - starts[-1] > FIXED:
@@ -101,7 +119,10 @@ class CudaBackend:
                     # A row may see any other of its span, so that these must be in one piece.
                     starts.append(span.start)
                 elif sees_ahead(span.mask):
-                    return None
+                    raise UserError(
+                        f"invariant numerics on a GPU: {span.stop - span.start} rows see each other, as those of a "
+                        f"canvas do, and {FIXED} at most can"
+                    )
             while span.stop - starts[-1] > FIXED:
                 starts.append(starts[-1] + FIXED)
         return list(zip(starts, [*starts[1:], total], strict=True))

@@ -59,12 +59,12 @@ class BenchTask(ABC):
         return self.with_example(rng, self.ask(rng, size), size)
 
     def with_example(self, rng: random.Random, question: Question, size: int) -> Question:
-        """The question with another one shown before it, if the task shows one."""
+        """The question with another one shown before it, if the task shows one: never one of a test's."""
         other = self.example_size(rng, size)
         if other is None:
             return question
         shown = self.ask(rng, other)
-        while shown.prompt == question.prompt:
+        while shown.prompt == question.prompt or split_of(shown.text) == "test":
             shown = self.ask(rng, other)
         return replace(question, example=(shown.prompt, shown.answer))
 
@@ -89,7 +89,8 @@ def questions(task: BenchTask, split: Split = "test", seed: int | str = 0) -> It
         for _ in range(task.per_size):
             for _ in range(PATIENCE):
                 question = task.ask(rng, size)
-                if split_of(question.prompt) == split and question.prompt not in seen:
+                # As the text that is read: questions on words are ones that training asks, too.
+                if split_of(question.text) == split and question.prompt not in seen:
                     break
             else:
                 raise UserError(f"{task.name}: too few different questions of size {size} for {task.per_size} of them.")

@@ -14,7 +14,7 @@ from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED, by_category, opening, percent, task_scores
+from hasten.train.card import EVALUATION_SEED, LENGTHS, by_category, opening, percent, task_scores
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -60,11 +60,15 @@ def masked_accuracy(
     return {"category": TASKS[name].category, "of": len(fitting), "hidden": shares}
 
 
-def scored_models(recipe: Adaptation, folder: Path) -> dict[str, Path]:
-    """Folders of the models that are decoded, by what is put before the decoders' names: the new one, and its parent
-    where the recipe asks for a comparison."""
+def scored_models(recipe: Adaptation, folder: Path) -> list[tuple[str, Path, tuple[str, ...]]]:
+    """What is put before the decoders' names, folder and decoders of the models that are decoded.
+
+    These are the new one and its parent: with the same decoders where the recipe asks for a comparison, else with those
+    of a model that reads from left to right, if the new one still is such a model: what its adaptation cost.
+    """
     parent = resolve(recipe.parent)
-    return {"": folder} | ({f"{parent.name}, ": parent} if recipe.compared else {})
+    shared = recipe.decoders if recipe.compared else tuple(d for d in recipe.decoders if d == "plain")
+    return [("", folder, recipe.decoders), (f"{parent.name}, ", parent, shared)]
 
 
 def write_card(
@@ -88,9 +92,11 @@ def write_card(
     model, tokenizer = load(folder), load_tokenizer(folder)
     tasks = {name: masked_accuracy(recipe, model, tokenizer, name, per_task) for name in TASKS}
     decoded = {}
-    for label, scored in scored_models(recipe, folder).items():
+    for label, scored, decoders in scored_models(recipe, folder):
+        if not decoders:
+            continue
         llm = LLM(scored, dtype="float32")
-        for method in recipe.decoders:
+        for method in decoders:
             decoded[label + method] = task_scores(llm, per_task, report, method)
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
@@ -120,6 +126,12 @@ def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:
         "|---|---|---|",
         *[f"| `{method}` | " + " | ".join(_total(scores)) + " |" for method, scores in document["decoded"].items()],
         "",
+        "Of these, by length of prompt and answer in tokens:",
+        "",
+        "| decoder | " + " | ".join(f"{low}-{high}" for low, high in LENGTHS) + " |",
+        "|---|" + "---|" * len(LENGTHS),
+        *[f"| `{method}` | " + " | ".join(_lengths(scores)) + " |" for method, scores in document["decoded"].items()],
+        "",
         "By task and decoder; then, of the same answers, what is right in one forward pass with all or half of their",
         "positions hidden: tokens, and whole answers.",
         "",
@@ -144,3 +156,13 @@ def _total(scores: dict[str, dict[str, Any]]) -> tuple[str, str]:
         sum(score[name] for score in scores.values()) for name in ("right", "of", "tokens", "steps")
     )
     return percent(right, of), f"{tokens / max(1, steps):.2f}"
+
+
+def _lengths(scores: dict[str, dict[str, Any]]) -> list[str]:
+    """Right answers over all tasks, for each of `LENGTHS`."""
+    cells = []
+    for low, high in LENGTHS:
+        pairs = [score["by_length"].get(f"{low}-{high}", (0, 0)) for score in scores.values()]
+        right, of = map(sum, zip(*pairs, strict=True))
+        cells.append(f"{percent(right, of)} of {of}" if of else "")
+    return cells

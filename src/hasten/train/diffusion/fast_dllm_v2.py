@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hasten.train.data import Batch
+from hasten.train.data import IGNORE, Batch
 from hasten.train.diffusion.adapt import BlockAdaptation, Text, ceil_to, end_id
 from hasten.train.diffusion.copies import Copies
 from hasten.train.diffusion.corruption import complement, per_block
@@ -27,13 +27,17 @@ class ComplementaryBlocks(BlockAdaptation):
     decoders: ClassVar[tuple[str, ...]] = ("fast-dllm-v2:part=0",)
 
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
-        """Mean cross-entropy over the hidden positions of two views that hide each position of the answer once."""
+        """Mean cross-entropy over the hidden positions of two views that hide each position of the answer once.
+
+        What pads a text to whole blocks is hidden as a decoder meets it, and not learned.
+        """
         text = self.canvas(model, batch, generator)
         text.answer[:, 0] = False
         one = per_block(text.answer, self.blocks(text), generator)
         hidden = torch.cat([one, complement(text.answer, one)])
         twice = replace(text, ids=text.ids.repeat(2, 1), answer=text.answer.repeat(2, 1), start=text.start.repeat(2))
-        return mean_cross_entropy(self.predict(model, twice, hidden, hidden), twice.ids[hidden])
+        wanted = hidden & (text.labels != IGNORE).repeat(2, 1)
+        return mean_cross_entropy(self.predict(model, twice, hidden, wanted), twice.ids[wanted])
 
     def predict(self, model: LlamaForCausalLM, text: Text, hidden: Tensor, wanted: Tensor) -> Tensor:
         """A position is read off the noised row before it, which for a block's first token is of the block before."""
