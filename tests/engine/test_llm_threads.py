@@ -194,3 +194,14 @@ def test_models_with_unequal_threads_at_the_same_time(tiny: Path) -> None:
     finally:
         torch.set_num_threads(known)
     assert got == [[expected] * 8] * 3
+
+
+def test_models_that_share_a_drafter_at_the_same_time(tiny: Path) -> None:
+    """Engines load a small model once between them; what it holds for a request is that engine's own."""
+    llms = [LLM(tiny, dtype="float32") for _ in range(3)]
+    assert len({id(llm.engine.drafter("draft-model")[1].model) for llm in llms}) == 1
+    jobs = [(prompt, asked(number, ignore_eos=True), "draft-model") for number, prompt in enumerate(WORDS)]
+    expected = [generated(llms[0], prompt, params, "plain") for prompt, params, _ in jobs]
+    for _ in range(3):
+        got = at_once([lambda llm=llm: [generated(llm, *job) for job in jobs] for llm in llms])
+        assert got == [expected] * 3

@@ -39,6 +39,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
+    kept: list[Any]
     _fields_: ClassVar[Any] = [
         *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")),
         ("norm_eps", c_float),
@@ -129,7 +130,6 @@ class NativeBackend:
         self.format: Format = format
         self.head: Format = head
         self._described: tuple[Decoder, _Model | None] | None = None
-        self._kept: list[Any] = []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
         """See `hasten.model.decoder.Backend`."""
@@ -233,47 +233,53 @@ class NativeBackend:
 
     def _describe(self, model: Decoder) -> _Model | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
-        if self._described is None or self._described[0] is not model:
-            self._kept = []
-            self._described = model, self._description(model)
-        return self._described[1]
+        known = self._described
+        if known is None or known[0] is not model:
+            # Several threads may come here at once: each holds on to what it made.
+            known = self._described = model, _description(model)
+        return known[1]
 
-    def _description(self, model: Decoder) -> _Model | None:
-        config, shape = model.config, model.config.layers[0]
 
-        def pointer(values: Tensor | None) -> int | None:
-            if values is None:
-                return None
-            self._kept.append(values.detach().float().contiguous())
-            return int(self._kept[-1].data_ptr())
+def _description(model: Decoder) -> _Model | None:
+    """See `NativeBackend._describe`; the structure keeps alive what it points to."""
+    config, shape = model.config, model.config.layers[0]
+    kept: list[Any] = []
 
-        if type(model.head) is not PanelLinear:
+    def pointer(values: Tensor | None) -> int | None:
+        if values is None:
             return None
-        layers = (_Layer * len(model.layers))()
-        for index, layer in enumerate(model.layers):
-            attention, mlp = layer.mixer, layer.mlp
-            # Exactly these: a subclass computes something else.
-            if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
-                return None
-            pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
-            structs = [piece.struct for piece in pieces if type(piece) is PanelLinear]
-            if len(structs) < len(pieces):
-                return None
-            layers[index] = _Layer(
-                pointer(layer.mixer_norm.weight),
-                pointer(None if attention.query_norm is None else attention.query_norm.weight),
-                pointer(None if attention.key_norm is None else attention.key_norm.weight),
-                pointer(layer.mlp_norm.weight),
-                *structs,
-                config.layers[index].window or 0,
-            )
-        self._kept.append(layers)
-        return _Model(
-            *(len(layers), config.hidden_size, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn),
-            *(model.embedding.shape[0], config.norm_eps, config.rope_factor),
-            pointer(torch.tensor(config.inverse_frequencies)),
-            *(model.embedding.data_ptr(), FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16")),
-            pointer(model.norm.weight),
-            model.head.struct,
-            ctypes.addressof(layers),
+        kept.append(values.detach().float().contiguous())
+        return int(kept[-1].data_ptr())
+
+    if type(model.head) is not PanelLinear:
+        return None
+    layers = (_Layer * len(model.layers))()
+    for index, layer in enumerate(model.layers):
+        attention, mlp = layer.mixer, layer.mlp
+        # Exactly these: a subclass computes something else.
+        if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
+            return None
+        pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
+        structs = [piece.struct for piece in pieces if type(piece) is PanelLinear]
+        if len(structs) < len(pieces):
+            return None
+        layers[index] = _Layer(
+            pointer(layer.mixer_norm.weight),
+            pointer(None if attention.query_norm is None else attention.query_norm.weight),
+            pointer(None if attention.key_norm is None else attention.key_norm.weight),
+            pointer(layer.mlp_norm.weight),
+            *structs,
+            config.layers[index].window or 0,
         )
+    kept.append(layers)
+    described = _Model(
+        *(len(layers), config.hidden_size, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn),
+        *(model.embedding.shape[0], config.norm_eps, config.rope_factor),
+        pointer(torch.tensor(config.inverse_frequencies)),
+        *(model.embedding.data_ptr(), FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16")),
+        pointer(model.norm.weight),
+        model.head.struct,
+        ctypes.addressof(layers),
+    )
+    described.kept = kept
+    return described
