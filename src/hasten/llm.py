@@ -12,6 +12,7 @@ from typing import Any
 
 from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.memory import parse_bytes
+from hasten.engine.prompt import Embedded, Segment
 from hasten.engine.text import decode
 from hasten.engine.turn import Driver
 from hasten.errors import Notice, UserError
@@ -19,7 +20,7 @@ from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
 from hasten.model.tokenizer import load_tokenizer, render_chat
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[Segment]
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,16 @@ class LLM:
             repetition_penalty=config.get("repetition_penalty", 1.0),
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are."""
         if isinstance(prompt, str):
             with self._encoding:
                 ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
             return ids
         return list(prompt)
+
+    def _segments(self, prompt: Prompt) -> Sequence[Segment]:
+        return self.encode(prompt) if isinstance(prompt, str) else prompt
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
@@ -206,7 +210,7 @@ class LLM:
         groups: list[list[Request]] = []
         try:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
-                groups.append(self.engine.add(self.encode(prompt), own_params, own_method))
+                groups.append(self.engine.add(self._segments(prompt), own_params, own_method))
             requests = [request for group in groups for request in group]
             self._driver.until(lambda: all(request.finish_reason for request in requests))
         finally:
@@ -224,7 +228,7 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Complete one prompt, step by step; closing the iterator ends the request."""
         requests = self.engine.add(
-            self.encode(prompt),
+            self._segments(prompt),
             params or self.default_params,
             method if method is not None else self.method,
             read=True,
@@ -290,7 +294,7 @@ def _check(requests: Sequence[Request]) -> None:
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, Embedded))):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ import torch
 
 from hasten.bench.lane import engine_for, reference
 from hasten.engine import Engine, SamplingParams
-from hasten.llm import LLM, Prompt
+from hasten.llm import LLM
 from hasten.model import Rows
 
 BATCH = 8
@@ -46,7 +46,7 @@ def modes_of(max_tokens: int, seed: int) -> dict[str, SamplingParams]:
 def verify(
     llm: LLM,
     method: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[str | Sequence[int]],
     max_tokens: int = 64,
     seed: int = 1,
     report: Callable[[int], None] = lambda done: None,

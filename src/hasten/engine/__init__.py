@@ -7,6 +7,7 @@ from hasten.engine.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
 from hasten.engine.grammar import Constraint
 from hasten.engine.params import SamplingParams
+from hasten.engine.prompt import Embedded
 from hasten.engine.registry import Method, Target, decoders, methods, register
 from hasten.engine.report import Statistics, TokenLogprobs
 from hasten.engine.request import Progress, Request
@@ -23,6 +24,7 @@ __all__ = [
     "Draft",
     "Drafter",
     "Drawn",
+    "Embedded",
     "Engine",
     "FullWindow",
     "Hypothesis",

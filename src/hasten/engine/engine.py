@@ -23,6 +23,7 @@ from hasten.engine.grammar import Grammars, GrammarState
 from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
+from hasten.engine.prompt import EMBEDDED, Segment, laid_out
 from hasten.engine.request import Progress, Request
 from hasten.engine.sampling import Sampler, likeliest, usable
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
@@ -108,7 +109,7 @@ class Engine:
 
     def add(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[Segment],
         params: SamplingParams,
         method: str | Drafter = "plain",
         read: bool = False,
@@ -116,36 +117,35 @@ class Engine:
         """Queue a prompt and return its choices (`params.n` requests).
 
         Args:
-            prompt: token ids, at least one.
+            prompt: token ids, and spans of embeddings; at least one.
             params: sampling, stopping, reporting.
             method: specification or drafter, for this prompt only.
             read: keep `Progress.text` up to date, and all progress in `Request.unread` (streaming).
 
         Raises:
-            UserError: an empty prompt, ids outside the vocabulary (of prompt or logit_bias), no room left in the
-                context, unknown method, a constraint that cannot be used; a forked process.
+            UserError: an empty prompt, ids outside the vocabulary (of prompt or logit_bias), embeddings that do not
+                fit, no room left in the context, unknown method, a constraint that cannot be used; a forked process.
         """
         refuse_fork()
         with self._turn:
             return self._add(prompt, params, method, read)
 
-    def _add(self, prompt: Sequence[int], params: SamplingParams, method: str | Drafter, read: bool) -> list[Request]:
+    def _add(
+        self, prompt: Sequence[Segment], params: SamplingParams, method: str | Drafter, read: bool
+    ) -> list[Request]:
         config = self.model.config
-        room = config.max_positions - len(prompt)
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token")
+        tokens, spans = laid_out(prompt, config.vocab_size, config.hidden_size, self.model.device)
+        room = config.max_positions - len(tokens)
         if room <= 0:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the context of {config.max_positions}"
+                f"the prompt has {len(tokens)} tokens, which leaves no room in the context of {config.max_positions}"
             )
-        outside = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
-        if outside is not None:
-            raise UserError(f"token id {outside} is outside the vocabulary of {config.vocab_size}")
         if params.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this model has none")
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(63))
         name, drafter = self.drafter(method)
+        words = [token for token in tokens if token != EMBEDDED]
         requests: list[Request] = []
         unread: deque[Progress] | None = deque() if read else None
         for choice in range(params.n):
@@ -153,15 +153,16 @@ class Engine:
             sequence = self.cache.sequence()
             request = Request(
                 id=self._next_id,
-                tokens=list(prompt),
-                prompt_length=len(prompt),
+                tokens=list(tokens),
+                prompt_length=len(tokens),
                 params=params,
                 choice=choice,
                 drafter=drafter,
                 method=name,
                 sequence=sequence,
-                sampler=Sampler(params, choice, prompt, config.vocab_size, self._grammar(params)),
+                sampler=Sampler(params, choice, words, config.vocab_size, self._grammar(params)),
                 stopper=stopper,
+                spans=spans,
                 leader=requests[0] if requests else None,
                 unread=unread,
             )
@@ -400,7 +401,13 @@ class Engine:
             mask = passage.mask.to(device) if isinstance(passage.mask, Tensor) else passage.mask
             spans.append(Span(scheduled.request.sequence, start, len(tokens), mask))
         numbers = torch.tensor([tokens, positions], device=device)
-        return Rows(numbers[0], numbers[1], spans), wanted
+        embeddings = None
+        if any(passage.embedded for passage in passages):
+            embeddings = torch.zeros(len(tokens), self.model.config.hidden_size, device=device)
+            for span, passage in zip(spans, passages, strict=True):
+                for first, states in passage.embedded:
+                    embeddings[span.start + first : span.start + first + len(states)] = states
+        return Rows(numbers[0], numbers[1], spans, embeddings), wanted
 
     def _taps(self, plan: Sequence[Scheduled]) -> Taps | None:
         """Taps for all sites any drafter of this step asks for."""

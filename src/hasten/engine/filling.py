@@ -36,8 +36,8 @@ class Filling:
     def __init__(self, request: Request, denoiser: Denoiser, config: ModelConfig, end_ids: Collection[int]) -> None:
         params = request.params
         assert config.diffusion is not None
-        if params.constraint is not None or params.logprobs is not None:
-            what = "a constraint" if params.constraint is not None else "logprobs"
+        if params.constraint is not None or params.logprobs is not None or request.spans:
+            what = "embeddings" if request.spans else "a constraint" if params.constraint is not None else "logprobs"
             raise UserError(f"{what} cannot be had from a model that fills masked positions in any order")
         length = denoiser.canvas_length(request, config)
         ends = () if params.ignore_eos else end_ids

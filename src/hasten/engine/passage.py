@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -17,6 +17,7 @@ class Passage:
         tokens, positions: one per row.
         wanted: numbers of the rows whose logits are wanted, ascending.
         mask: which rows see which, as in `hasten.model.rows.Span`.
+        embedded: of the rows that are no tokens, the number of the first of each run, and its states [rows, hidden].
         prompt: whether the rows only bring finished text into the cache.
     """
 
@@ -25,3 +26,4 @@ class Passage:
     wanted: Sequence[int]
     mask: Tensor | Literal["all"] | None = None
     prompt: bool = False
+    embedded: list[tuple[int, Tensor]] = field(default_factory=list)

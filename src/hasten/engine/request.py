@@ -10,6 +10,7 @@ from hasten.cache import Sequence
 from hasten.engine.decoding import Decoding, TokenKind
 from hasten.engine.drafter import Drafter
 from hasten.engine.params import SamplingParams
+from hasten.engine.prompt import EmbeddedSpan
 from hasten.engine.report import Statistics, TokenLogprobs
 from hasten.engine.sampling import Sampler
 from hasten.engine.speculation import Speculation
@@ -33,7 +34,7 @@ class Request:
 
     Attributes:
         id: unique within the engine.
-        tokens: prompt and committed output.
+        tokens: prompt and committed output; `EMBEDDED` where the prompt has an embedding.
         prompt_length: how many of them are the prompt.
         sequence: its cache. How many slots it has says nothing of positions: a policy may keep fewer.
         decoding: how it comes to its tokens.
@@ -41,6 +42,7 @@ class Request:
         shown: so many of the prompt's the drafter has been shown: after a preemption they are only read again.
         drafter: proposes for it.
         method: the drafter's specification, for reports.
+        spans: embeddings in the prompt.
         leader: the sibling choice whose prompt cache this one forks, until it has.
         unread: what steps gave it and its sibling choices and nobody has taken yet; None where nobody reads along.
         error: what ended it, if its finish reason is `error`.
@@ -59,6 +61,7 @@ class Request:
     decoding: Decoding = field(default_factory=Speculation)
     read: int = 0
     shown: int = 0
+    spans: tuple[EmbeddedSpan, ...] = ()
     leader: Request | None = None
     unread: deque[Progress] | None = None
     error: Exception | None = None

@@ -17,6 +17,7 @@ from hasten.engine.decoding import Answer, TokenKind
 from hasten.engine.draft import ROOT, Draft
 from hasten.engine.drafter import Observation
 from hasten.engine.passage import Passage
+from hasten.engine.prompt import embedded_in
 from hasten.engine.report import TokenLogprobs
 from hasten.engine.verification import Verdict
 from hasten.errors import UserError
@@ -56,7 +57,8 @@ class Speculation:
         if piece:
             stop = read + piece
             wanted = [piece - 1] if stop == len(request.tokens) else []
-            return Passage(request.tokens[read:stop], range(read, stop), wanted)
+            embedded = list(embedded_in(request.spans, read, stop)) if request.spans else []
+            return Passage(request.tokens[read:stop], range(read, stop), wanted, embedded=embedded)
         draft = self.draft
         probes, offsets = draft.probed()
         tokens = [request.tokens[read], *draft.tokens, *probes]

@@ -343,7 +343,8 @@ class SmallModelDrafter(Drafter):
                 # Asked again about the same tokens: the last one is read anew for its logits.
                 sequence.crop(len(known) - 1)
             cached = sequence.length
-            tokens += known[cached:]
+            # Another model's embeddings say nothing to this one: it reads some word in their place.
+            tokens += [max(token, 0) for token in known[cached:]] if growth.request.spans else known[cached:]
             positions += range(cached, len(known))
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])

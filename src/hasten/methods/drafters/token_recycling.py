@@ -35,6 +35,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.prompt import EMBEDDED
 from hasten.errors import UserError
 
 CHILDREN = (
@@ -202,7 +203,7 @@ class TokenRecycling(Drafter):
 
     def begin(self, request: Request) -> None:
         if self.parameters.warm_prompt:
-            _warm(self._memory(request).successors, request.tokens)
+            _warm(self._memory(request).successors, [token for token in request.tokens if token != EMBEDDED])
 
     def propose(self, request: Request, budget: int) -> Draft:
         memory = self._memory(request)
@@ -230,8 +231,12 @@ class TokenRecycling(Drafter):
         memory = self._memory(request)
         root = request.tokens[-len(seen.tokens) - 1]
         rows = likeliest(seen.logits, self.candidates).to(torch.int32).cpu().numpy()
+        fed = [root, *seen.draft.tokens]
+        if root == EMBEDDED:
+            # A prompt may end in an embedding, which is no token's row.
+            fed, rows = fed[1:], rows[1:]
         # Of several assignments to one row NumPy keeps the last.
-        memory.successors[[root, *seen.draft.tokens]] = rows
+        memory.successors[fed] = rows
         proposal = self._proposals.pop(request.id, None)
         # One that was not judged in its step, since nobody showed that, says nothing of a later one.
         if proposal is not None and proposal.start == len(request.tokens) - len(seen.tokens):
