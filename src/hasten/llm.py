@@ -97,6 +97,8 @@ class LLM:
         numerics: `invariant` for rows whose results never depend on the rows beside them, also on a GPU.
         cache_bytes: limit of the KV cache, in bytes or as text (`2GiB`); by default the environment variable
             `HASTEN_CACHE_BYTES`, and without it none. Where it is full, younger requests wait, and are read again.
+        prefix_bytes: of it, what finished texts may keep, so that a prompt that goes on from one of them (the next turn
+            of a conversation) is read from there on only; by default `HASTEN_PREFIX_BYTES`, and without it nothing.
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
@@ -113,6 +115,7 @@ class LLM:
         weights: str = "dense",
         numerics: str = "default",
         cache_bytes: int | str | None = None,
+        prefix_bytes: int | str | None = None,
     ) -> None:
         folder = resolve(model)
         self.folder = folder
@@ -121,9 +124,8 @@ class LLM:
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
         )
-        limit = os.environ.get("HASTEN_CACHE_BYTES") if cache_bytes is None else cache_bytes
-        allowed = None if limit is None else parse_bytes(str(limit), "cache_bytes")
-        self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder), allowed)
+        allowed, kept = _bytes("cache_bytes", cache_bytes), _bytes("prefix_bytes", prefix_bytes)
+        self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder), allowed, kept or 0)
         self.method = method
         self.engine.drafter(method)
         self._driver = Driver(self.engine.step)
@@ -277,6 +279,16 @@ class LLM:
             statistics=request.statistics,
             logprobs=request.logprobs,
         )
+
+
+def _bytes(name: str, given: int | str | None) -> int | None:
+    """A size that was given, or that the environment gives as HASTEN_NAME.
+
+    Raises:
+        UserError: it is no size.
+    """
+    size = os.environ.get(f"HASTEN_{name.upper()}") if given is None else given
+    return None if size is None else parse_bytes(str(size), name)
 
 
 def _check(requests: Sequence[Request]) -> None:

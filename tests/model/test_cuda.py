@@ -412,7 +412,6 @@ def test_what_the_graphs_do_not_know_goes_to_pytorch(model: Decoder, monkeypatch
     monkeypatch.setattr(CudaBackend, "_step", refuse)
     cache = cache_of(model)
     agree(model, rows_of((cache.sequence(), some_tokens(SHORT + 1), list(range(SHORT + 1)), None)))
-    agree(model, rows_of((cache.sequence(), [3, 4], [0, 1], None)), [1, 1])
     shape = (2, MAX_PENDING + 1)
     sequence = cache.sequence()
     TorchBackend().forward(model, Rows.of(sequence, some_tokens(MAX_PENDING - 1), 0, DEVICE), [0], None)

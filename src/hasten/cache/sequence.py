@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.cache.block import Block
 from hasten.cache.recurrent import State
+from hasten.errors import UserError
 from hasten.model.attention import Part
 from hasten.model.config import LayerConfig
 from hasten.model.rows import PendingStates
@@ -319,6 +320,27 @@ class Sequence:
         self._views, self.length, self.pending, self._released = [], 0, 0, True
         self.states, self._left, self._latest = {}, {}, None
         self._bands.clear()
+
+    def trim(self) -> None:
+        """Give back slots behind the last one, where nobody else reads the block and the copy still fits beside it."""
+        self._refuse_released()
+        self.pending, self._left = 0, {}
+        tail = self._views[-1] if self._views else None
+        if tail is None or tail.block.references > 1:
+            return
+        try:
+            smaller = self._cache.block(tail.length)
+        except UserError:
+            return
+        if smaller.capacity >= tail.block.capacity:
+            return self._cache.drop(smaller)
+        smaller.copy_from(tail.block, 0, tail.length)
+        self._cache.drop(tail.block)
+        tail.block = smaller
+
+    def nbytes(self) -> int:
+        """Of all blocks that it reads, those that it shares included."""
+        return sum(view.block.nbytes() for view in self._views)
 
     def snapshot(self) -> Snapshot:
         """The states of all recurrent layers at the present length, pending rows left out."""

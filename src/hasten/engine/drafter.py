@@ -93,7 +93,10 @@ class Drafter:
         return [self.propose(request, budget) for request, budget in zip(requests, budgets, strict=True)]
 
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
-        """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows."""
+        """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows.
+
+        Rows before the first `start` were in the cache already, and are never shown; a drafter with taps sees all.
+        """
 
     def observe(self, request: Request, seen: Observation) -> None:
         """A step of the request was verified and committed.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.cache import Cache
+from hasten.cache import Cache, Prefixes
 from hasten.engine import registry
 from hasten.engine.decoding import Answer, TokenKind
 from hasten.engine.denoiser import Denoiser
@@ -50,6 +50,8 @@ class Engine:
         limits: of batch and step.
         folder: the checkpoint's, for methods that want to know.
         cache_bytes: limit of the KV cache.
+        prefix_bytes: of it, what texts may take that outlive their requests: a prompt that begins as one of them is not
+            read again. Tenants share none; a drafter with taps reads all of its prompts.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class Engine:
         limits: Limits | None = None,
         folder: str | None = None,
         cache_bytes: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.end_ids = model, tokenizer, frozenset(end_ids)
         self.scheduler = Scheduler(limits or Limits())
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
+        self.prefixes = Prefixes(prefix_bytes)
         self.target = registry.Target(model, tokenizer, folder, self.end_ids)
         self.ledger = Ledger()
         self._drafters: dict[str, Drafter] = {}
@@ -170,6 +174,8 @@ class Engine:
             requests.append(request)
             if isinstance(drafter, Denoiser):
                 request.leader, request.decoding = None, Filling(request, drafter, config, self.end_ids)
+            elif request.leader is None:
+                self._recall(request)
             self.scheduler.add(request)
         try:
             for request in requests:
@@ -179,6 +185,15 @@ class Engine:
                 self._end(request, "abort")
             raise
         return requests
+
+    def _recall(self, request: Request) -> None:
+        """Begin a request behind what an earlier text has in common with its prompt."""
+        if not self.prefixes.limit_bytes or request.spans or request.drafter.taps:
+            return
+        sequence = self.prefixes.fork(request.params.tenant, request.tokens)
+        if sequence is not None:
+            request.sequence = sequence
+            request.read = request.shown = request.statistics.recalled_rows = sequence.length
 
     def abort(self, request: Request) -> None:
         """End a request, at the latest after the step that another thread is taking; harmless if it has ended."""
@@ -343,6 +358,8 @@ class Engine:
                     placed[request.id] = scheduled, passage
                     break
                 except UserError as error:
+                    if self.prefixes.evict():
+                        continue
                     if isinstance(request.decoding, Speculation) and request.decoding.draft:
                         # Before anybody makes place for it.
                         request.decoding.draft = Draft()
@@ -483,7 +500,14 @@ class Engine:
         self.scheduler.remove(request)
         request.decoding.close()
         request.drafter.end(request)
-        request.sequence.release()
+        # What was evicted, or never was a token, is no text to begin behind.
+        whole = request.sequence.length == request.read and not request.spans
+        if self.prefixes.limit_bytes and whole and isinstance(request.decoding, Speculation):
+            # The last draft may have been accepted beyond where the text was ended.
+            request.sequence.crop(min(request.read, len(request.tokens)))
+            self.prefixes.keep(request.params.tenant, request.tokens[: request.read], request.sequence)
+        else:
+            request.sequence.release()
 
 
 def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps | None:

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Statistics:
-    """What a request cost. Rows and forwards of the prompt are counted apart from those of decoding.
+    """What a request cost.
 
-    `steps` are forwards that gave tokens, or worked on a canvas; `tokens` counts them up to end of text. Seconds of a
-    batch's shared forward are counted in full for each of its requests.
+    Rows and forwards of the prompt are counted apart from those of decoding; `recalled_rows` of it were in the cache
+    already. `steps` are forwards that gave tokens, or worked on a canvas; `tokens` counts them up to end of text.
+    Seconds of a batch's shared forward are counted in full for each of its requests.
     """
 
     steps: int = 0
     tokens: int = 0
     prompt_rows: int = 0
+    recalled_rows: int = 0
     rows: int = 0
     proposed: int = 0
     accepted: int = 0
