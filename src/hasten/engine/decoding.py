@@ -52,6 +52,10 @@ class Decoding(Protocol):
     def exhausted(self) -> bool:
         """Whether nothing more can come, whatever the stopping rules say."""
 
+    @property
+    def drafted(self) -> int:
+        """Rows of the next passage that others made up, to be looked at beside the request's own."""
+
     def backlog(self, request: Request) -> int:
         """Tokens still to be read before new ones come, in pieces of any size; 0 where the passages say it all."""
 

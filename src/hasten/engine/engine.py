@@ -74,6 +74,8 @@ class Engine:
         self._grammars: Grammars | None = None
         self._next_id = 0
         self._turn = Turn()
+        # Whose drafts wait for the next pass.
+        self._late: list[Request] = []
 
     # Requests
 
@@ -240,7 +242,7 @@ class Engine:
 
     def _step(self) -> list[Progress]:
         plan = self.scheduler.plan()
-        progress = self._propose([scheduled.request for scheduled in plan if not scheduled.piece])
+        progress = self._propose([each.request for each in plan if not each.piece and each.request not in self._late])
         plan, passages, failed = self._place([each for each in plan if each.request.finish_reason is None])
         progress += failed
         if not plan:
@@ -349,8 +351,15 @@ class Engine:
         """
         placed: dict[int, tuple[Scheduled, Passage]] = {}
         refused: dict[int, tuple[Request, UserError]] = {}
-        for scheduled in plan:
+        drafted, late = 0, self._late
+        self._late = []
+        for scheduled in sorted(plan, key=lambda each: each.request not in late) if late else plan:
             request = scheduled.request
+            draft = 0 if scheduled.piece else request.decoding.drafted
+            if drafted and drafted + draft > self.scheduler.limits.draft_rows:
+                self._late.append(request)
+                continue
+            drafted += draft
             while request in self.scheduler.running:
                 try:
                     passage = request.decoding.passage(request, scheduled.piece)

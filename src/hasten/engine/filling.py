@@ -50,6 +50,10 @@ class Filling:
     def exhausted(self) -> bool:
         return self._passage is None or self.canvas.finished
 
+    @property
+    def drafted(self) -> int:
+        return 0
+
     def backlog(self, request: Request) -> int:
         return 0
 

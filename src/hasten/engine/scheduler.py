@@ -15,8 +15,10 @@ class Limits:
 
     Attributes:
         sequences: requests that run at the same time.
-        rows: prompt rows of one forward pass, less those of decoding requests (one each, drafts aside: what a request
-            drafts never depends on its neighbours). A long prompt is processed in chunks of what is left, at least one.
+        rows: prompt rows of one forward pass, less those of decoding requests (one each, drafts aside). A long prompt
+            is processed in chunks of what is left, at least one.
+        draft_rows: drafted rows of one forward pass. What a request drafts never depends on its neighbours: those whose
+            drafts do not fit have them verified in the next pass, and a larger draft is alone with prompts.
 
     Raises:
         UserError: a limit below 1.
@@ -24,10 +26,11 @@ class Limits:
 
     sequences: int = 32
     rows: int = 1024
+    draft_rows: int = 512
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or self.rows < 1:
-            raise UserError("limits: sequences and rows must be at least 1")
+        if min(self.sequences, self.rows, self.draft_rows) < 1:
+            raise UserError("limits: sequences, rows and draft_rows must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class Speculation:
     def exhausted(self) -> bool:
         return False
 
+    @property
+    def drafted(self) -> int:
+        return len(self.draft)
+
     def backlog(self, request: Request) -> int:
         # The root is read with its draft. After a preemption the rest of the output is read as the prompt is.
         return len(request.tokens) - request.read - (1 if request.started else 0)
