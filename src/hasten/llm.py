@@ -214,7 +214,7 @@ class LLM:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
                 groups.append(self.engine.add(self._segments(prompt), own_params, own_method))
             requests = [request for group in groups for request in group]
-            self._driver.until(lambda: all(request.finish_reason for request in requests))
+            self._driver.until(lambda: all(map(_over, requests)))
         finally:
             # Anything unfinished (bad input, Ctrl-C) gives its memory back.
             for request in (request for group in groups for request in group):
@@ -239,7 +239,7 @@ class LLM:
         assert unread is not None
         try:
             while True:
-                self._driver.until(lambda: bool(unread) or all(request.finish_reason for request in requests))
+                self._driver.until(lambda: bool(unread) or all(map(_over, requests)))
                 if not unread:
                     break
                 progress = unread.popleft()
@@ -289,6 +289,11 @@ def _bytes(name: str, given: int | str | None) -> int | None:
     """
     size = os.environ.get(f"HASTEN_{name.upper()}") if given is None else given
     return None if size is None else parse_bytes(str(size), name)
+
+
+def _over(request: Request) -> bool:
+    """Whether nothing more comes: its last progress is reported before."""
+    return request.finished_at is not None
 
 
 def _check(requests: Sequence[Request]) -> None:

@@ -205,3 +205,40 @@ def test_models_that_share_a_drafter_at_the_same_time(tiny: Path) -> None:
     for _ in range(3):
         got = at_once([lambda llm=llm: [generated(llm, *job) for job in jobs] for llm in llms])
         assert got == [expected] * 3
+
+
+@pytest.mark.parametrize("way", [generated, streamed])
+def test_a_drafter_that_fails_at_the_end_keeps_nobody_waiting(tiny: Path, way: Callable[..., Any]) -> None:
+    llm, drafter = LLM(tiny, dtype="float32"), Scripted(lambda request: Draft())
+
+    def fail(request: Any) -> None:
+        raise ValueError("no end")
+
+    drafter.end = fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no end"):
+        way(llm, "the cat", asked(0), drafter)
+    assert llm.engine.cache.used_bytes == 0
+    assert not llm.engine.busy
+
+
+def test_no_stream_loses_its_end(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that looks while another one is ending its request sees it as unfinished until all is reported."""
+    llm = LLM(tiny, dtype="float32")
+    expected = generated(llm, "the cat and", asked(0), "plain")
+    reading, slow = threading.Event(), llm.engine._progress
+
+    def late(request: Any, tokens: list[int], kinds: list[Any]) -> Any:
+        if request.finish_reason is not None and request.unread is not None:
+            reading.wait(0.5)
+        return slow(request, tokens, kinds)
+
+    monkeypatch.setattr(llm.engine, "_progress", late)
+
+    def read() -> list[int]:
+        tokens: list[int] = []
+        for chunk in llm.stream("the cat and", asked(0)):
+            tokens += chunk.token_ids
+        return tokens
+
+    got = at_once([read, lambda: generated(llm, "the moon", asked(0, max_tokens=30, ignore_eos=True), "plain"), read])
+    assert got[0] == got[2] == expected

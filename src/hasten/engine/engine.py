@@ -356,7 +356,7 @@ class Engine:
         for scheduled in sorted(plan, key=lambda each: each.request not in late) if late else plan:
             request = scheduled.request
             draft = 0 if scheduled.piece else request.decoding.drafted
-            if drafted and drafted + draft > self.scheduler.limits.draft_rows:
+            if draft and drafted and drafted + draft > self.scheduler.limits.draft_rows:
                 self._late.append(request)
                 continue
             drafted += draft
@@ -394,7 +394,8 @@ class Engine:
         Raises:
             UserError: the cache is full.
         """
-        if not request.sequence.length or request.read == request.prompt_length:
+        begun_at = (0, request.statistics.recalled_rows, request.prompt_length)
+        if request.read in begun_at if isinstance(request.decoding, Speculation) else not request.sequence.length:
             known = max(rows, request.decoding.slots(request))
             request.sequence.reserve(known, request.drafter.headroom(request))
         request.sequence.make_room(rows)
@@ -504,11 +505,17 @@ class Engine:
         return [progress]
 
     def _finish(self, request: Request) -> None:
-        """Release everything a request holds."""
-        request.finished_at = time.perf_counter()
+        """Release everything a request holds; only then it is over, for those who wait for it."""
         self.scheduler.remove(request)
-        request.decoding.close()
-        request.drafter.end(request)
+        try:
+            request.decoding.close()
+            request.drafter.end(request)
+        finally:
+            self._give_back(request)
+            request.finished_at = time.perf_counter()
+
+    def _give_back(self, request: Request) -> None:
+        """Release a request's slots, or keep them for prompts that begin as its text."""
         # What was evicted, or never was a token, is no text to begin behind.
         whole = request.sequence.length == request.read and not request.spans
         if self.prefixes.limit_bytes and whole and isinstance(request.decoding, Speculation):

@@ -45,6 +45,7 @@ class Request:
         spans: embeddings in the prompt.
         leader: the sibling choice whose prompt cache this one forks, until it has.
         unread: what steps gave it and its sibling choices and nobody has taken yet; None where nobody reads along.
+        finished_at: when all that it held was given back; until then its last progress may be missing.
         error: what ended it, if its finish reason is `error`.
     """
 
