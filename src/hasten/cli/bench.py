@@ -12,7 +12,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.options import Loading
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 
@@ -38,7 +38,7 @@ def bench(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
-    loading: Loading = Loading(),
+    loading: ForDecoding = ForDecoding(),
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots here.")] = None,
     json: options.Json = False,
 ) -> None:

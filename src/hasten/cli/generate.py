@@ -9,7 +9,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.options import Loading
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
-    loading: Loading = Loading(),
+    loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
     """Complete a prompt, streaming the text as it comes."""

@@ -60,6 +60,18 @@ class Loading:
         return LLM(model, **given)
 
 
+@dataclass(frozen=True)
+class ForDecoding(Loading):
+    """The same, of a model that decodes."""
+
+    cache_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-bytes", help="Limit of the KV cache, such as 2GiB (default: $HASTEN_CACHE_BYTES, or none)."
+        ),
+    ] = None
+
+
 def set_threads(count: int) -> None:
     """PyTorch computes on so many threads from now on; 0 leaves it at all cores.
 

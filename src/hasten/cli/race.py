@@ -11,7 +11,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.options import Loading
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def race(
     rounds: Annotated[int, typer.Option(help="Timed rounds (the median counts).")] = 5,
     slow: Annotated[float, typer.Option(help="Slow the live view down by this factor.")] = 0.0,
     svg: Annotated[Path | None, typer.Option(help="Save the final picture here.")] = None,
-    loading: Loading = Loading(),
+    loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
     """Decode a prompt plainly and with a method, side by side, live.

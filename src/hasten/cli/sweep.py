@@ -11,7 +11,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.options import Loading
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 ORACLE = "oracle"
@@ -34,7 +34,7 @@ def sweep(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; the theory is of 1.")] = 1.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
-    loading: Loading = Loading(),
+    loading: ForDecoding = ForDecoding(),
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with curves and tables here.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the curves into this SVG file.")] = None,
     json: options.Json = False,

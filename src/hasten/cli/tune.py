@@ -10,7 +10,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.options import Loading
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 
@@ -25,7 +25,7 @@ def tune(
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
-    loading: Loading = Loading(),
+    loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
     """Find the method that decodes these prompts fastest on this machine, in a given time.

@@ -9,7 +9,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.options import Loading
+from hasten.cli.options import ForDecoding
 
 
 @grouped
@@ -20,7 +20,7 @@ def verify(
     per_task: Annotated[int, typer.Option(help="Prompts of each shipped task.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
-    loading: Loading = Loading(dtype="float32"),
+    loading: ForDecoding = ForDecoding(dtype="float32"),
     json: options.Json = False,
 ) -> None:
     """Check that a method gives the tokens of plain decoding: greedy and sampling, alone and in mixed batches.
