@@ -33,7 +33,7 @@ if find_spec("triton") is None:
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
 
-from hasten.model.cuda import attention, backend, part  # noqa: E402
+from hasten.model.cuda import backend, part  # noqa: E402
 from hasten.model.cuda.attention import MAX_PENDING  # noqa: E402
 from hasten.model.cuda.backend import SHORT, CudaBackend  # noqa: E402
 from hasten.model.cuda.packing import MAX_VIEWS  # noqa: E402
@@ -412,7 +412,6 @@ def test_what_the_graphs_do_not_know_goes_to_pytorch(model: Decoder, monkeypatch
     monkeypatch.setattr(CudaBackend, "_step", refuse)
     cache = cache_of(model)
     agree(model, rows_of((cache.sequence(), some_tokens(SHORT + 1), list(range(SHORT + 1)), None)))
-    agree(model, rows_of((cache.sequence(), [3, 4], [0, 1], None)), [1, 1])
     shape = (2, MAX_PENDING + 1)
     sequence = cache.sequence()
     TorchBackend().forward(model, Rows.of(sequence, some_tokens(MAX_PENDING - 1), 0, DEVICE), [0], None)
@@ -432,24 +431,6 @@ def test_what_the_graphs_do_not_know_goes_to_pytorch(model: Decoder, monkeypatch
 def test_rows_that_are_not_there_are_refused(model: Decoder) -> None:
     with pytest.raises(IndexError):
         model.forward(Rows.of(cache_of(model).sequence(), [3, 4], 0, DEVICE), [2])
-
-
-@pytest.mark.parametrize("phi", [0.0, 200.0])
-def test_a_unified_maximum_gives_the_same_logits(
-    make_checkpoint: Callable[..., Any], phi: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    advance, passes = attention.advance, []
-
-    def watched(*arguments: Any) -> Any:
-        passes.append((float(arguments[-2]), bool(arguments[-1])))
-        return advance(*arguments)
-
-    if not GPU:
-        monkeypatch.setattr(attention, "advance", watched)
-    model = load(make_checkpoint, "qwen3", phi=phi)
-    agree(model, batch(model), [0, -1])
-    # Far from the scores, all is computed again with running maxima; near them, nothing.
-    assert GPU or set(passes) == ({(phi, True)} if phi == 0.0 else {(phi, True), (phi, False)})
 
 
 # Rows that do not depend on each other
@@ -591,8 +572,8 @@ from hasten.model.cuda.backend import CudaBackend
 model = load_model(sys.argv[1], dtype="bfloat16", device="cpu", backend="torch")
 model.cache_dtype = torch.bfloat16
 cache = Cache(model.config.layers, model.cache_dtype, model.device)
-# The code for a unified maximum holds the one for running maxima.
-CudaBackend(phi=0.0).forward(model, Rows.of(cache.sequence(), [3, 4, 5], 0), None, None)
+for unified in (True, False):
+    CudaBackend(unified=unified).forward(model, Rows.of(cache.sequence(), [3, 4, 5], 0), None, None)
 few, many = (torch.zeros(2, rows, 64, dtype=torch.bfloat16) for rows in (5, 200))
 triton_kernel(few, few, few, causal_mask(5, few.dtype, few.device), 0.0)
 triton_kernel(many, many, many, "causal", 0.0)
