@@ -62,7 +62,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class ForDecoding(Loading):
-    """The same, of a model that decodes."""
+    """How a model is loaded that decodes: its KV cache may have a limit, too."""
 
     cache_bytes: Annotated[
         str | None,
@@ -104,7 +104,7 @@ def constraint(json_schema: str | None, regex: str | None, grammar: str | None) 
 
 
 def _read(path: str) -> str:
-    """A file's text."""
+    """A file's text; a `UserError` names one that cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

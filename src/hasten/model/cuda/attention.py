@@ -23,14 +23,15 @@ from hasten.model.cuda.unified import Unified
 MAX_PENDING = 1024
 """Pending rows up to which a span may have a mask."""
 TILE_WORDS = 3
-"""Of a tile: first row, rows, span."""
+"""Words of a tile: first row, rows, span."""
 SPAN_WORDS = 7
-"""Of a span: first row, pending rows before it, committed slots, address and row stride of its mask, first view, views.
+"""Words of a span: first row, pending rows before it, committed slots, its mask's address and row stride, first view,
+views.
 
 The mask is bytes [rows, pending], from the first row on; address 0 means causal.
 """
 VIEW_WORDS = 3
-"""Of a view: number of its first slot in the sequence, address and capacity of its block's storage."""
+"""Words of a view: number of its first slot in the sequence, address and capacity of its block's storage."""
 
 _SPLIT = tl.constexpr(SPLIT)
 _PENDING = tl.constexpr(MAX_PENDING)
@@ -217,7 +218,7 @@ def _cache_kernel(
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's attention layers: `dtype` is that of queries, keys and values."""
+    """What all attention layers of a model have: `dtype` is that of queries, keys and values."""
 
     layers: int
     heads: int
