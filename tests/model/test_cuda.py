@@ -568,6 +568,7 @@ from hasten.model import Rows, load_model
 from hasten.model.attention import causal_mask
 from hasten.model.cuda.part import triton_kernel
 from hasten.model.cuda.backend import CudaBackend
+from hasten.model.cuda.flat import flat, vector
 
 model = load_model(sys.argv[1], dtype="bfloat16", device="cpu", backend="torch")
 model.cache_dtype = torch.bfloat16
@@ -577,6 +578,11 @@ for unified in (True, False):
 few, many = (torch.zeros(2, rows, 64, dtype=torch.bfloat16) for rows in (5, 200))
 triton_kernel(few, few, few, causal_mask(5, few.dtype, few.device), 0.0)
 triton_kernel(many, many, many, "causal", 0.0)
+weight = torch.zeros(20000, 4096, dtype=torch.bfloat16)
+for product, counts in ((vector, (1, 2, 4)), (flat, (1, 32, 64))):
+    for count in counts:
+        product(torch.zeros(count, 4096, dtype=torch.bfloat16), weight, None)
+flat(torch.zeros(64, 512), torch.zeros(20000, 512), torch.zeros(20000))
 """
 
 
@@ -589,7 +595,7 @@ def test_kernels_compile(make_checkpoint: Callable[..., Any], tmp_path: Path) ->
         [sys.executable, "-c", COMPILE, str(folder)], env=environment, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 7
+    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 9
 
 
 # On a GPU only

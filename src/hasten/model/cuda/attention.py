@@ -205,7 +205,7 @@ def _cache_kernel(
         acc, base = tl.where(failed[:, None], exact, acc), tl.where(failed, most, base)
         total = tl.where(failed, exact_total, total)
         if UNIFIED:
-            lse = most + tl.log(exact_total)
+            lse = most + tl.log(tl.where(failed, exact_total, 1.0))
             # NaN is no part of a range.
             known = failed & (calibrated == 0) & (tl.abs(lse) < float("inf"))
             tl.atomic_min(ranges + 2 * at_head, lse, mask=known)

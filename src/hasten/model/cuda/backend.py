@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UserError
+from hasten.model.cuda import dataflow
 from hasten.model.cuda.attention import MAX_PENDING, Packed, Shape, attend_cache
 from hasten.model.cuda.packing import MAX_VIEWS, Room, fits, sees_ahead
 from hasten.model.cuda.pointwise import add_norm, gate, open_pass, rotate_and_store
@@ -64,10 +65,13 @@ class CudaBackend:
         self._pool: Any = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """With the kernels that were measured to be the fastest, except where one kernel must serve all passes."""
+        if not self.invariant and dataflow.serves(weight):
+            return dataflow.measured(weight, bias)
         return self._torch.linear(weight, bias)
 
     def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return self._torch.head_linear(weight, bias)
+        return self.linear(weight, bias)
 
     @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
