@@ -259,3 +259,22 @@ def test_options_that_are_no_numbers(hasten, tmp_path: Path, value: str):
     out = str(tmp_path / "model")
     assert_refused(hasten("train", "lm", "--output", out, "--lr", value), "lr must be a finite number")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "hi"],
+        ["race", "hi", "--rounds", "1", "--json"],
+        ["verify", "--per-task", "1"],
+        ["bench", "--suite", "copy", "--per-task", "1"],
+        ["tune", "--prompts", "copy", "--seconds", "1"],
+        ["sweep", "--model", "tiny-block", "--suite", "copy", "--per-task", "1", "--methods", "threshold"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_cache_that_holds_no_request(hasten, monkeypatch: pytest.MonkeyPatch, command: list[str]):
+    assert_refused(hasten(*command, "--cache-bytes", "much"), "cache_bytes must be a size", "'much'")
+    assert_refused(hasten(*command, "--max-tokens", "4", "--cache-bytes", "1KiB"), "cache is full", "1,024 allowed")
+    monkeypatch.setenv("HASTEN_CACHE_BYTES", "2kB")
+    assert_refused(hasten(*command, "--max-tokens", "4"), "cache is full", "2,000 allowed")

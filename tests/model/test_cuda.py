@@ -33,7 +33,7 @@ if find_spec("triton") is None:
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
 
-from hasten.model.cuda import attention, backend, part  # noqa: E402
+from hasten.model.cuda import backend, part  # noqa: E402
 from hasten.model.cuda.attention import MAX_PENDING  # noqa: E402
 from hasten.model.cuda.backend import SHORT, CudaBackend  # noqa: E402
 from hasten.model.cuda.packing import MAX_VIEWS  # noqa: E402
@@ -433,24 +433,6 @@ def test_rows_that_are_not_there_are_refused(model: Decoder) -> None:
         model.forward(Rows.of(cache_of(model).sequence(), [3, 4], 0, DEVICE), [2])
 
 
-@pytest.mark.parametrize("phi", [0.0, 200.0])
-def test_a_unified_maximum_gives_the_same_logits(
-    make_checkpoint: Callable[..., Any], phi: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    advance, passes = attention.advance, []
-
-    def watched(*arguments: Any) -> Any:
-        passes.append((float(arguments[-2]), bool(arguments[-1])))
-        return advance(*arguments)
-
-    if not GPU:
-        monkeypatch.setattr(attention, "advance", watched)
-    model = load(make_checkpoint, "qwen3", phi=phi)
-    agree(model, batch(model), [0, -1])
-    # Far from the scores, all is computed again with running maxima; near them, nothing.
-    assert GPU or set(passes) == ({(phi, True)} if phi == 0.0 else {(phi, True), (phi, False)})
-
-
 # Rows that do not depend on each other
 
 
@@ -586,15 +568,21 @@ from hasten.model import Rows, load_model
 from hasten.model.attention import causal_mask
 from hasten.model.cuda.part import triton_kernel
 from hasten.model.cuda.backend import CudaBackend
+from hasten.model.cuda.flat import flat, vector
 
 model = load_model(sys.argv[1], dtype="bfloat16", device="cpu", backend="torch")
 model.cache_dtype = torch.bfloat16
 cache = Cache(model.config.layers, model.cache_dtype, model.device)
-# The code for a unified maximum holds the one for running maxima.
-CudaBackend(phi=0.0).forward(model, Rows.of(cache.sequence(), [3, 4, 5], 0), None, None)
+for unified in (True, False):
+    CudaBackend(unified=unified).forward(model, Rows.of(cache.sequence(), [3, 4, 5], 0), None, None)
 few, many = (torch.zeros(2, rows, 64, dtype=torch.bfloat16) for rows in (5, 200))
 triton_kernel(few, few, few, causal_mask(5, few.dtype, few.device), 0.0)
 triton_kernel(many, many, many, "causal", 0.0)
+weight = torch.zeros(20000, 4096, dtype=torch.bfloat16)
+for product, counts in ((vector, (1, 2, 4)), (flat, (1, 32, 64))):
+    for count in counts:
+        product(torch.zeros(count, 4096, dtype=torch.bfloat16), weight, None)
+flat(torch.zeros(64, 512), torch.zeros(20000, 512), torch.zeros(20000))
 """
 
 
@@ -607,7 +595,7 @@ def test_kernels_compile(make_checkpoint: Callable[..., Any], tmp_path: Path) ->
         [sys.executable, "-c", COMPILE, str(folder)], env=environment, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 7
+    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 9
 
 
 # On a GPU only

@@ -43,7 +43,7 @@ class _Pair:
 
     @property
     def positions(self) -> int:
-        """Of the longer one of the two outputs."""
+        """Tokens of the longer one of the two outputs."""
         return max(len(self.run.tokens), len(self.plain.tokens))
 
     @property

@@ -110,7 +110,10 @@ def ideal_points(prompts: Sequence[BenchPrompt]) -> list[dict[str, float | str]]
 
 @lru_cache(maxsize=1024)
 def _accuracy(operation: str, size: int, per_step: int) -> float:
-    """Of one problem. `shuffle` may not give back the list: counted for short lists, negligible for long ones."""
+    """How likely one problem is solved.
+
+    `shuffle` may not give back the list: counted for short lists, negligible for long ones.
+    """
     if per_step == 1:
         return 1.0
     if operation == "shuffle" and size <= COUNTED:

@@ -151,8 +151,10 @@ class Lane:
 
 
 def engine_for(llm: LLM, limits: Limits | None = None) -> Engine:
-    """A further engine over a loaded model, with the limits of its own engine unless others are given."""
-    return Engine(llm.model, llm.tokenizer, llm.engine.end_ids, limits or llm.engine.scheduler.limits, str(llm.folder))
+    """A further engine over a loaded model: `limits`, or those of its own engine, and the limit of that one's cache."""
+    own = llm.engine
+    limits = limits or own.scheduler.limits
+    return Engine(llm.model, llm.tokenizer, own.end_ids, limits, str(llm.folder), own.cache.limit_bytes)
 
 
 def reference(engine: Engine, method: str) -> str:

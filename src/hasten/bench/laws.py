@@ -49,7 +49,7 @@ class Fit:
     high: float
 
     def __call__(self, x: float) -> float:
-        """The form's value."""
+        """What the law says at x."""
         return _value(self.form, self.parameters, x)
 
 
@@ -87,7 +87,7 @@ class Law:
         return self.fits[0]
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON: the slope, and all forms with the best first."""
         return {
             "slope_per_decade": self.slope,
             "interval": list(self.interval),
@@ -211,7 +211,7 @@ def bootstrap_error(
 
 
 def tokens_per_step(acceptance: float, length: int) -> float:
-    """Of a chain of `length` tokens that are each accepted with the same probability (Leviathan et al. 2211.17192)."""
+    """What a chain gives whose tokens are each accepted with the same probability (Leviathan et al. 2211.17192)."""
     if acceptance >= 1:
         return length + 1.0
     return (1 - acceptance ** (length + 1)) / (1 - acceptance)

@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 COLOURS = (
     "#2f6db5", "#dd7a2b", "#2f9d72", "#b0508e", "#8c6f3d", "#58b3cc", "#c2484d", "#6c6f7a", "#9a8fd1", "#a4b53a",
 )  # fmt: skip
-"""Of methods, in the order of their rows."""
+"""A method's colour, in the order of their rows."""
 PARTS = {"prompt": "#c3c8d0", "draft": "#dd7a2b", "forward": "#2f6db5", "verify": "#2f9d72", "other": "#8d95a3"}
 INK, FAINT = "#3a3f4a", "#e3e6eb"
 WIDTH = 8.6
@@ -221,7 +221,7 @@ def laws(document: Mapping[str, Any]) -> str:
 
 
 def step_costs(document: Mapping[str, Any]) -> str:
-    """Of `hasten doctor`: per precision a step against the time its weights take to read, v(n), and a further row."""
+    """The picture of `hasten doctor`: per precision a step against reading its weights, v(n), and a further row."""
     precisions = document["precisions"]
 
     def draw(figure: Figure) -> None:
@@ -250,8 +250,9 @@ def step_costs(document: Mapping[str, Any]) -> str:
 
 
 def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
-    """Of `hasten sweep`: accuracy by tokens per step, a panel per category, a curve per decoder; the theory in grey.
+    """The picture of `hasten sweep`: accuracy by tokens per step, a panel per category, a curve per decoder.
 
+    The theory is grey.
     What all decoders are told alike is left out of their names, and of the scale what no decoder comes near.
     """
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))

@@ -52,7 +52,7 @@ class RaceResult:
     text: str
 
     def document(self) -> dict[str, Any]:
-        """The JSON document."""
+        """The document of `hasten race --json`."""
         return {"lanes": self.lanes, "identical": self.identical, "speedup": self.speedup, "text": self.text}
 
 

@@ -29,7 +29,7 @@ class Knob:
     scaled: tuple[tuple[str, float], ...] = ()
 
     def written(self, value: float) -> str:
-        """As it stands in a specification."""
+        """The setting as parameters of a specification: `threshold=0.9`."""
         if self.scaled:
             return ",".join(f"{key}={value * base:g}" for key, base in self.scaled)
         return f"{self.name}={value:g}"

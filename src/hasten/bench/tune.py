@@ -32,9 +32,9 @@ GROUP = 7
 WORTHWHILE = 1.02
 """A speed-up below this is within the noise."""
 HELD_OUT_SHARE = 0.25
-"""Of the time: for the prompts that had no part in the choice."""
+"""Share of the time for the prompts that had no part in the choice."""
 LOADING_SHARE = 0.4
-"""Of the time: for loading candidates; those that are not ready by then are skipped."""
+"""Share of the time for loading candidates; those that are not ready by then are skipped."""
 NO_GAIN = "nothing beat plain decoding on these prompts"
 NOT_MEASURED = "nothing was measured in the time there was"
 NO_CANDIDATES = "there was no candidate to try"
@@ -83,7 +83,7 @@ class TuneResult:
     seconds: float
 
     def document(self) -> dict[str, Any]:
-        """The JSON document."""
+        """The document of `hasten tune --json`, up to what the command adds."""
         return {
             "choice": self.choice,
             "reason": self.reason,

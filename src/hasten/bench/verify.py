@@ -29,7 +29,7 @@ class VerifyResult:
     proposed: int
 
     def document(self) -> dict[str, Any]:
-        """The JSON document."""
+        """The document of `hasten verify --json`."""
         return self.__dict__.copy()
 
 

@@ -200,7 +200,7 @@ def query(table: Table, columns: list[str], rng: random.Random) -> Example:
 # Prose
 
 PROSE_CHARACTERS = 900
-"""Of a piece, at most."""
+"""Length of a piece, at most."""
 
 
 def prose(count: int) -> list[BenchPrompt]:

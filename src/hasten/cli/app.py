@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """The exit status."""
+    """Run a command, and say in one sentence why it failed; the exit status."""
     try:
         status = app(standalone_mode=False)
     except UserError as error:

@@ -11,9 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 
+@grouped
 def bench(
     methods: Annotated[
         str | None,
@@ -35,12 +38,7 @@ def bench(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: ForDecoding = ForDecoding(),
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots here.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -52,7 +50,7 @@ def bench(
         from hasten.bench.report import write_report
 
         plots.check_target(report)
-    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+    llm = loading.load(model)
 
     from hasten.bench.compare import bench as measure
     from hasten.bench.race import default_method

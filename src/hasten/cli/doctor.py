@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,25 +10,23 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import Loading
 from hasten.errors import UserError
 
-PRECISIONS = {
-    "float32": ("float32", "dense"),
-    "bfloat16": ("bfloat16", "dense"),
-    "int8": ("bfloat16", "int8"),
-    "int4": ("bfloat16", "int4"),
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32", "weights": "dense"},
+    "bfloat16": {"dtype": "bfloat16", "weights": "dense"},
+    "int8": {"dtype": "bfloat16", "weights": "int8"},
+    "int4": {"dtype": "bfloat16", "weights": "int4"},
 }
-"""dtype and weights of those that a picture compares."""
+"""How those are loaded that a picture compares."""
 
 
+@grouped
 def doctor(
     model: options.Model = "tiny",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: Loading = Loading(),
     picture: Annotated[
         Path | None, typer.Option(help="Compare steps in all precisions, and draw them into this SVG file.")
     ] = None,
@@ -41,18 +40,18 @@ def doctor(
 
     if picture is not None:
         plots.check_target(picture)
-    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+    llm = loading.load(model)
     precisions = None
     if picture is not None:
         if llm.model.backend.name != "native":
             raise UserError("a picture compares precisions of the native backend, which cannot run this model here")
         precisions = {
-            name: partial(options.load, model, kind, "cpu", threads, "native", rounded)
-            for name, (kind, rounded) in PRECISIONS.items()
+            name: partial(replace(loading, device="cpu", backend="native", numerics="default", **precision).load, model)
+            for name, precision in PRECISIONS.items()
         }
     invariant = None
     if llm.model.device.type == "cuda":
-        invariant = partial(options.load, model, dtype, device, threads, backend, weights, "invariant")
+        invariant = partial(replace(loading, numerics="invariant").load, model)
     console = Console(stderr=True)
     with console.status("starting") as status:
         document = examine(llm, precisions, invariant, status.update if not json else (lambda stage: None))

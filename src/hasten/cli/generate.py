@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from hasten.llm import LLM, Completion
 
 
+@grouped
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from stdin.")],
     model: options.Model = "tiny",
@@ -38,12 +41,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
     """Complete a prompt, streaming the text as it comes."""
@@ -53,7 +51,7 @@ def generate(
     if not text:
         raise UserError("the prompt is empty")
     constraint = options.constraint(json_schema, regex, grammar)
-    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+    llm = loading.load(model)
     llm.engine.drafter(method)
     given: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,

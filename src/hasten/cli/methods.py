@@ -35,7 +35,7 @@ KEYS = ("slug", "aliases", "role", "family", "exactness", "paper", "title", "nee
 
 
 def _entry(method: Method) -> dict[str, Any]:
-    """As JSON."""
+    """What `--json` says of one: the registry's fields, and its parameters with their defaults."""
     entry = {key: getattr(method, key) for key in KEYS}
     return entry | {"aliases": list(method.aliases), "parameters": _defaults(method)}
 
@@ -63,7 +63,7 @@ def _order(role: str) -> int:
 
 
 def _show(method: Method) -> None:
-    """All that the registry knows of one."""
+    """Facts a line each, then parameters with their defaults."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True, markup=False)

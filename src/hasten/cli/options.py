@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,13 +19,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or a shipped model's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
 Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU), cuda or torch.")]
-Numerics = Annotated[
-    str, typer.Option("--numerics", help="default, or invariant: no row depends on those beside it, on a GPU, too.")
-]
-Weights = Annotated[str, typer.Option("--weights", help="dense, or rounded at loading: int8 or int4 (native only).")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]
 Method = Annotated[str, typer.Option("--method", help="slug, or slug:key=value,key=value (see `hasten methods`).")]
 Chosen = Annotated[
@@ -34,27 +29,47 @@ Chosen = Annotated[
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most.")]
 
 
-def load(
-    model: str,
-    dtype: str,
-    device: str,
-    threads: int,
-    backend: str = "auto",
-    weights: str = "dense",
-    numerics: str = "default",
-) -> LLM:
-    """The model, with threads set.
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: as a command's default, an option each (`hasten.cli.groups`)."""
 
-    Raises:
-        UserError: from loading, or a thread count that cannot be.
-    """
-    from transformers.utils import logging
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")] = "auto"
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")] = "auto"
+    backend: Backend = "auto"
+    weights: Annotated[
+        str, typer.Option("--weights", help="dense, or rounded at loading: int8 or int4 (native only).")
+    ] = "dense"
+    numerics: Annotated[
+        str, typer.Option("--numerics", help="default, or invariant: no row depends on those beside it, on a GPU, too.")
+    ] = "default"
+    threads: Threads = 0
 
-    from hasten.llm import LLM
+    def load(self, model: str) -> LLM:
+        """The model, with PyTorch's threads set.
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    set_threads(threads)
-    return LLM(model, dtype=dtype, device=device, backend=backend, weights=weights, numerics=numerics)
+        Raises:
+            UserError: from loading, or a thread count that cannot be.
+        """
+        from transformers.utils import logging
+
+        from hasten.llm import LLM
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        given = dict(vars(self))
+        set_threads(given.pop("threads"))
+        return LLM(model, **given)
+
+
+@dataclass(frozen=True)
+class ForDecoding(Loading):
+    """How a model is loaded that decodes: its KV cache may have a limit, too."""
+
+    cache_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-bytes", help="Limit of the KV cache, such as 2GiB (default: $HASTEN_CACHE_BYTES, or none)."
+        ),
+    ] = None
 
 
 def set_threads(count: int) -> None:
@@ -89,7 +104,7 @@ def constraint(json_schema: str | None, regex: str | None, grammar: str | None) 
 
 
 def _read(path: str) -> str:
-    """A file's text."""
+    """A file's text; a `UserError` names one that cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

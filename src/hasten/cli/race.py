@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 COLOURS = {"plain": "white", "accepted": "green", "correction": "yellow"}
 
 
+@grouped
 def race(
     prompt: Annotated[str | None, typer.Argument(help="What to complete (default: an edit that ships).")] = None,
     method: options.Chosen = None,
@@ -32,12 +35,7 @@ def race(
     rounds: Annotated[int, typer.Option(help="Timed rounds (the median counts).")] = 5,
     slow: Annotated[float, typer.Option(help="Slow the live view down by this factor.")] = 0.0,
     svg: Annotated[Path | None, typer.Option(help="Save the final picture here.")] = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
     """Decode a prompt plainly and with a method, side by side, live.
@@ -48,7 +46,7 @@ def race(
     if rounds < 1 or not 0 <= slow < inf:
         raise UserError("rounds must be at least 1, slow finite and not negative")
     text = sys.stdin.read() if prompt == "-" else prompt
-    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+    llm = loading.load(model)
 
     from hasten.bench import race as racing
     from hasten.engine import SamplingParams

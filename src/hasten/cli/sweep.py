@@ -10,11 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 ORACLE = "oracle"
 
 
+@grouped
 def sweep(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A diffusion model; oracle is the ideal one, which needs no weights.")
@@ -31,12 +34,7 @@ def sweep(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; the theory is of 1.")] = 1.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: ForDecoding = ForDecoding(),
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with curves and tables here.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the curves into this SVG file.")] = None,
     json: options.Json = False,
@@ -56,7 +54,7 @@ def sweep(
             plots.check_target(target)
     llm = None
     if model != ORACLE:
-        llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+        llm = loading.load(model)
 
     from hasten.bench.ideal import ideal_points
     from hasten.bench.suite import load_suite

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import options, train_diffusion, train_learn2pd, training
+from hasten.cli import options, train_diffusion, train_learn2pd
+from hasten.cli.groups import grouped
+from hasten.cli.training import Run
 from hasten.errors import UserError
 from hasten.files import write_text
 
@@ -26,6 +28,7 @@ def family(context: typer.Context) -> None:
 
 
 @app.command()
+@grouped
 def lm(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new model.")],
     hidden: Annotated[int, typer.Option(help="Width.")] = 256,
@@ -43,10 +46,7 @@ def lm(
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "bf16",
     tokenizer: Annotated[str | None, typer.Option(help="Take the tokenizer of this model (drafters must).")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True,
-    per_task: Annotated[int, typer.Option(help="Held-out examples of each task for the card.")] = 50,
-    threads: options.Threads = 0,
-    json: options.Json = False,
+    run: Run = Run(),
 ) -> None:
     """Pre-train a Llama-architecture language model on hasten's tasks and the standard library's prose.
 
@@ -60,7 +60,7 @@ def lm(
         tokens=tokens, batch_tokens=batch_tokens, lr=lr, opening=opening, curriculum=curriculum, seed=seed,
         precision=precision, tokenizer_of=tokenizer,
     )  # fmt: skip
-    training.run(recipe, output, write_card, 1, resume, per_task, threads, json)
+    run.train(recipe, output, write_card)
 
 
 @app.command()
@@ -87,7 +87,7 @@ def scylla(
     already are not trained again; one that was interrupted is trained to its end.
     """
     axes = {name: _numbers(name, text) for name, text in (("tokens", tokens), ("layers", layers), ("batches", batches))}
-    llm = options.load(model, "float32", "auto", threads, backend)
+    llm = options.Loading(dtype="float32", backend=backend, threads=threads).load(model)
 
     from rich.console import Console
 

@@ -35,7 +35,7 @@ def learn2pd(
 
     It takes minutes, and begins anew if it is interrupted; a filter that is there stays until the new one is whole.
     """
-    llm = options.load(model, "auto", "auto", threads, backend)
+    llm = options.Loading(backend=backend, threads=threads).load(model)
 
     from hasten.train.learn2pd import FilterConfig, train_filter
 

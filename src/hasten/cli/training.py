@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from hasten.cli import options
 
@@ -18,32 +21,38 @@ WriteCard = Callable[[Path, dict[str, Any], str, int, Callable[[int], None]], Pa
 """Folder, summary, command, held-out examples of each task, and what is told of each task that was decoded."""
 
 
-def run(
-    recipe: Recipe,
-    output: Path,
-    write_card: WriteCard,
-    decodings: int,
-    resume: bool,
-    per_task: int,
-    threads: int,
-    json: bool,
-    data: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Train, score, and say where the model is.
+@dataclass(frozen=True)
+class Run:
+    """How a recipe is run: as a command's default, an option each (`hasten.cli.groups`)."""
 
-    Args:
-        decodings: how often the card has all tasks decoded.
-        data: what the summary says of the data.
-    """
-    from hasten.tasks import TASKS
-    from hasten.train.trainer import train
+    resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
+    per_task: Annotated[int, typer.Option(help="Held-out examples of each task for the card.")] = 50
+    threads: options.Threads = 0
+    json: options.Json = False
 
-    options.set_threads(threads)
-    summary = {**train(recipe, output, resume), **data}
-    command = shlex.join(["hasten", *sys.argv[1:]])
-    with options.progress("scoring", decodings * len(TASKS), quiet=json) as advance:
-        card = write_card(output, summary, command, per_task, advance)
-    if json:
-        options.emit({"output": str(output), "card": str(card), **summary})
-    else:
-        print(f"{output}: {summary['parameters']:,} parameters, loss {summary['loss']}; card: {card}")
+    def train(
+        self,
+        recipe: Recipe,
+        output: Path,
+        write_card: WriteCard,
+        decodings: int = 1,
+        data: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Train, score, and say where the model is.
+
+        Args:
+            decodings: how often the card has all tasks decoded.
+            data: what the summary says of the data.
+        """
+        from hasten.tasks import TASKS
+        from hasten.train.trainer import train
+
+        options.set_threads(self.threads)
+        summary = {**train(recipe, output, self.resume), **data}
+        command = shlex.join(["hasten", *sys.argv[1:]])
+        with options.progress("scoring", decodings * len(TASKS), quiet=self.json) as advance:
+            card = write_card(output, summary, command, self.per_task, advance)
+        if self.json:
+            options.emit({"output": str(output), "card": str(card), **summary})
+        else:
+            print(f"{output}: {summary['parameters']:,} parameters, loss {summary['loss']}; card: {card}")

@@ -9,9 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 
+@grouped
 def tune(
     prompts: Annotated[str, typer.Option(help="JSONL or text file of prompts, or a shipped suite (see bench).")],
     model: options.Model = "tiny",
@@ -22,12 +25,7 @@ def tune(
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
     """Find the method that decodes these prompts fastest on this machine, in a given time.
@@ -40,7 +38,7 @@ def tune(
     from hasten.engine.specification import split_methods
 
     names = None if candidates is None else split_methods(candidates)
-    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+    llm = loading.load(model)
 
     from hasten.bench import tune as tuning
     from hasten.bench.suite import load_suite

@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.options import ForDecoding
 
 
+@grouped
 def verify(
     method: options.Chosen = None,
     model: options.Model = "tiny",
@@ -17,19 +20,14 @@ def verify(
     per_task: Annotated[int, typer.Option(help="Prompts of each shipped task.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    weights: options.Weights = "dense",
-    numerics: options.Numerics = "default",
-    threads: options.Threads = 0,
+    loading: ForDecoding = ForDecoding(dtype="float32"),
     json: options.Json = False,
 ) -> None:
     """Check that a method gives the tokens of plain decoding: greedy and sampling, alone and in mixed batches.
 
     Exits with status 1 if any prompt differs.
     """
-    llm = options.load(model, dtype, device, threads, backend, weights, numerics)
+    llm = loading.load(model)
 
     from hasten.bench import verify as check
     from hasten.bench.prompts import encode, load_prompts

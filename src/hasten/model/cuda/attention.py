@@ -3,7 +3,7 @@
 
 The slots that a row sees are counted in order: first the committed ones, then those pending rows that its tree lets it
 see. A program takes `SPLIT` of them for the rows of one tile and all query heads that share a key head, so a key is
-read once for these; a second kernel merges the splits by their log-sum-exp. Chunks and splits begin at fixed counts,
+read once for these; a second kernel merges the splits. Chunks and splits begin at fixed counts,
 and a row's sums run in that order alone: its result never depends on the rows beside it, nor on where in a tree it
 stands.
 """
@@ -17,30 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.model.cuda.softmax import (
-    LEAST,
-    MOST,
-    SPLIT,
-    TL_DTYPES,
-    advance,
-    check_phi,
-    chunk_slots,
-    close,
-    merge_splits,
-    tile_width,
-)
+from hasten.model.cuda.softmax import LEAST, MOST, SPLIT, TL_DTYPES, Partial, advance, chunk_slots, tile_width
+from hasten.model.cuda.unified import Unified
 
 MAX_PENDING = 1024
 """Pending rows up to which a span may have a mask."""
 TILE_WORDS = 3
-"""Of a tile: first row, rows, span."""
+"""Words of a tile: first row, rows, span."""
 SPAN_WORDS = 7
-"""Of a span: first row, pending rows before it, committed slots, address and row stride of its mask, first view, views.
+"""Words of a span: first row, pending rows before it, committed slots, its mask's address and row stride, first view,
+views.
 
 The mask is bytes [rows, pending], from the first row on; address 0 means causal.
 """
 VIEW_WORDS = 3
-"""Of a view: number of its first slot in the sequence, address and capacity of its block's storage."""
+"""Words of a view: number of its first slot in the sequence, address and capacity of its block's storage."""
 
 _SPLIT = tl.constexpr(SPLIT)
 _PENDING = tl.constexpr(MAX_PENDING)
@@ -140,13 +131,16 @@ def _cache_kernel(
     views,
     visible,
     table,
-    partial,
-    partial_lse,
+    sums,
+    totals,
+    bases,
     units_per_split,
     layer,
     layers,
     scale,
-    phi,
+    phis,
+    ranges,
+    counts,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -183,28 +177,48 @@ def _cache_kernel(
     query = tl.load(queries + units[:, None] * HEAD_DIM + channels[None, :], mask=inside, other=0.0)
     plane, planes = layer * KV_HEADS + kv_head, layers * KV_HEADS
     own_table = table + first * _PENDING
-    acc, total, most = _walk(
-        query, seen, owners, own_table, rows, low, cut, high, committed, own_views, held, plane, planes, scale, phi,
-        HEAD_DIM, DTYPE, LINES, WIDTH, CHUNK, VIEWS, UNIFIED,
-    )  # fmt: skip
-    out, lse = close(acc, total, most, phi, UNIFIED)
+    failed = seen > low
+    acc = tl.zeros([LINES, WIDTH], tl.float32)
+    total = tl.zeros([LINES], tl.float32)
+    phi = total
+    base = total
+    at_head = layer * HEADS + kv_head * group + lines % group
+    calibrated = False
     if UNIFIED:
-        failed = (seen > low) & ((total > LEAST) & (total < MOST) == 0)
-        if tl.max(failed.to(tl.int32), 0) > 0:
-            acc, total, most = _walk(
-                query, seen, owners, own_table, rows, low, cut, high, committed, own_views, held, plane, planes, scale,
-                phi, HEAD_DIM, DTYPE, LINES, WIDTH, CHUNK, VIEWS, False,
-            )  # fmt: skip
-            exact, exact_lse = close(acc, total, most, phi, False)
-            out, lse = tl.where(failed[:, None], exact, out), tl.where(failed, exact_lse, lse)
+        phi = tl.load(phis + at_head)
+        # All query heads of a key head have one, or none.
+        calibrated = tl.max(phi, 0) < float("inf")
+    if calibrated:
+        acc, total, _ = _walk(
+            query, seen, owners, own_table, rows, low, cut, high, committed, own_views, held, plane, planes, scale, phi,
+            HEAD_DIM, DTYPE, LINES, WIDTH, CHUNK, VIEWS, True,
+        )  # fmt: skip
+        base = phi
+        tl.atomic_add(counts + 2 * at_head, 1, mask=failed)
+        failed = failed & ((total > LEAST) & (total < MOST) == 0)
+        tl.atomic_add(counts + 2 * at_head + 1, 1, mask=failed)
+    if tl.max(failed.to(tl.int32), 0) > 0:
+        exact, exact_total, most = _walk(
+            query, seen, owners, own_table, rows, low, cut, high, committed, own_views, held, plane, planes, scale, phi,
+            HEAD_DIM, DTYPE, LINES, WIDTH, CHUNK, VIEWS, False,
+        )  # fmt: skip
+        acc, base = tl.where(failed[:, None], exact, acc), tl.where(failed, most, base)
+        total = tl.where(failed, exact_total, total)
+        if UNIFIED:
+            lse = most + tl.log(tl.where(failed, exact_total, 1.0))
+            # NaN is no part of a range.
+            known = failed & (calibrated == 0) & (tl.abs(lse) < float("inf"))
+            tl.atomic_min(ranges + 2 * at_head, lse, mask=known)
+            tl.atomic_max(ranges + 2 * at_head + 1, lse, mask=known)
     units += split.to(tl.int64) * units_per_split
-    tl.store(partial + units[:, None] * HEAD_DIM + channels[None, :], out, mask=inside)
-    tl.store(partial_lse + units, lse, mask=used)
+    tl.store(sums + units[:, None] * HEAD_DIM + channels[None, :], acc, mask=inside)
+    tl.store(totals + units, total, mask=used)
+    tl.store(bases + units, base, mask=used)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's attention layers: `dtype` is that of queries, keys and values."""
+    """What all attention layers of a model have: `dtype` is that of queries, keys and values."""
 
     layers: int
     heads: int
@@ -244,7 +258,7 @@ class Packed:
     view_count: int
 
 
-def attend_cache(queries: Tensor, packed: Packed, shape: Shape, layer: int, phi: float | None = None) -> Tensor:
+def attend_cache(queries: Tensor, packed: Packed, shape: Shape, layer: int, unified: Unified | None = None) -> Tensor:
     """Attention of a packed pass over the cache's own memory.
 
     Args:
@@ -252,16 +266,15 @@ def attend_cache(queries: Tensor, packed: Packed, shape: Shape, layer: int, phi:
         packed: the pass.
         shape: of the layers.
         layer: which one.
-        phi: a unified maximum near the scores' own (scaled by head_dim ** -0.5), or None for running maxima.
+        unified: the heads' unified maxima, or None for running maxima everywhere.
 
     Returns:
         [R, heads * head_dim] in the queries' dtype; zeros for padding.
     """
-    check_phi(phi, shape.dtype)
     rows, units = queries.shape[0], queries.shape[0] * shape.heads
     width = tile_width(shape.head_dim)
-    partial = queries.new_empty((packed.splits, units, shape.head_dim), dtype=torch.float32)
-    partial_lse = queries.new_empty((packed.splits, units), dtype=torch.float32)
+    partial = Partial.empty(queries, packed.splits, units, shape.head_dim)
+    memory = [partial.totals] * 3 if unified is None else [unified.phi, unified.ranges, unified.counts]
     _cache_kernel[(rows, shape.kv_heads, packed.splits)](
         queries,
         packed.tiles,
@@ -269,13 +282,14 @@ def attend_cache(queries: Tensor, packed: Packed, shape: Shape, layer: int, phi:
         packed.views,
         packed.visible,
         packed.table,
-        partial,
-        partial_lse,
+        partial.sums,
+        partial.totals,
+        partial.bases,
         units,
         layer,
         shape.layers,
         shape.head_dim**-0.5,
-        phi or 0.0,
+        *memory,
         HEADS=shape.heads,
         KV_HEADS=shape.kv_heads,
         HEAD_DIM=shape.head_dim,
@@ -284,9 +298,9 @@ def attend_cache(queries: Tensor, packed: Packed, shape: Shape, layer: int, phi:
         WIDTH=width,
         CHUNK=chunk_slots(shape.head_dim, shape.dtype),
         VIEWS=packed.view_count,
-        UNIFIED=phi is not None,
+        UNIFIED=unified is not None,
         num_warps=4,
         num_stages=2,
     )
-    out, _ = merge_splits(partial, partial_lse, packed.visible, SPLIT, queries.dtype)
+    out, _ = partial.merge(packed.visible, SPLIT, queries.dtype, unified is not None)
     return out.view(rows, -1)

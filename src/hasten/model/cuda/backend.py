@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UserError
+from hasten.model.cuda import dataflow
 from hasten.model.cuda.attention import MAX_PENDING, Packed, Shape, attend_cache
 from hasten.model.cuda.packing import MAX_VIEWS, Room, fits, sees_ahead
 from hasten.model.cuda.pointwise import add_norm, gate, open_pass, rotate_and_store
+from hasten.model.cuda.unified import Unified
 from hasten.model.decoder import Decoder, TorchBackend
 from hasten.model.layers import Attention, GatedMLP, Rotary
 from hasten.model.linear import Linear
@@ -38,11 +40,13 @@ FIXED = 64
 
 
 class CudaBackend:
-    """See the module. Serves one model, whose weights must stay where they are.
+    """Captures and replays the steps of one model, whose weights must stay where they are.
 
     Args:
         invariant: a row's result never depends on the rows beside it.
-        phi: a unified maximum for attention's softmax (`hasten.model.cuda.softmax`), or None.
+        unified: attention takes a unified maximum per head where it serves (`hasten.model.cuda.unified`). With
+            `invariant` it never does, because what it makes of a row would depend on the passes before; nor in float16,
+            which has no room for weights above 1.
 
     Raises:
         UserError: by `forward`, with `invariant`, of a pass whose rows would depend on each other.
@@ -50,19 +54,24 @@ class CudaBackend:
     On CPU, where the kernels run in Triton's interpreter, nothing is captured.
     """
 
-    def __init__(self, invariant: bool = False, phi: float | None = None) -> None:
+    def __init__(self, invariant: bool = False, unified: bool = True) -> None:
         self.name = "cuda-invariant" if invariant else "cuda"
-        self.invariant, self.phi = invariant, phi
+        self.invariant = invariant
+        self.unified: Unified | None = None
+        self._unify = unified and not invariant
         self._torch = TorchBackend()
         self._rooms: dict[int, Room] = {}
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """With the kernels that were measured to be the fastest, except where one kernel must serve all passes."""
+        if not self.invariant and dataflow.serves(weight):
+            return dataflow.measured(weight, bias)
         return self._torch.linear(weight, bias)
 
     def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return self._torch.head_linear(weight, bias)
+        return self.linear(weight, bias)
 
     @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
@@ -138,11 +147,15 @@ class CudaBackend:
         inputs = [rows.tokens[low:].data_ptr(), rows.positions[low:].data_ptr(), 0]
         if rows.embeddings is not None:
             inputs[2] = rows.embeddings[low:].data_ptr()
+        if self._unify and self.unified is None and shape.dtype != torch.float16:
+            self.unified = Unified(shape.layers, shape.heads, shape.kv_heads, model.device)
         packed = room.fill(inputs, rows, low, high, wanted, shape.tile)
         if taps is not None or model.device.type != "cuda":
             self._step(model, room, packed, shape, taps, high - low)
         else:
             self._replay(model, room, packed, shape)
+        if self.unified is not None:
+            self.unified.passed(high - low)
         if list(wanted) == list(range(high - low)):
             return room.logits[: high - low].clone()
         return room.logits.index_select(0, room.wanted[: len(wanted)])
@@ -183,7 +196,7 @@ class CudaBackend:
                 norms = attention.query_norm, attention.key_norm
             qkv = attention.qkv.forward(normed)
             queries = rotate_and_store(qkv, angles, norms, room.owners, packed, shape, index)
-            mixed = attend_cache(queries, packed, shape, index, self.phi).to(model.dtype)
+            mixed = attend_cache(queries, packed, shape, index, self.unified).to(model.dtype)
             attended, mlp_input = add_norm(x, attention.out.forward(mixed), layer.mlp_norm)
             inner = gate(mlp.gate_up.forward(mlp_input))
             result, next_normed = add_norm(attended, mlp.down.forward(inner), next_norm)

@@ -16,11 +16,10 @@ from hasten.model.cuda.softmax import (
     MOST,
     SPLIT,
     TL_DTYPES,
+    Partial,
     advance,
     check_phi,
     chunk_slots,
-    close,
-    merge_splits,
     tile_width,
 )
 
@@ -76,8 +75,9 @@ def _part_kernel(
     keys,
     values,
     mask,
-    partial,
-    partial_lse,
+    sums,
+    totals,
+    bases,
     rows,
     slots,
     per_split,
@@ -108,24 +108,26 @@ def _part_kernel(
     high = tl.minimum(slots, low + per_split)
     if MASK == 2:
         high = tl.minimum(high, (tile + 1) * LINES)
-    acc, total, most = _walk_part(
-        query, keys, values, mask, lines, rows, low, high, slots, key_slot, value_slot, scale, phi,
+    unified = tl.zeros([LINES], tl.float32) + phi
+    acc, total, base = _walk_part(
+        query, keys, values, mask, lines, rows, low, high, slots, key_slot, value_slot, scale, unified,
         MASK, HEAD_DIM, LINES, WIDTH, CHUNK, UNIFIED,
     )  # fmt: skip
-    out, lse = close(acc, total, most, phi, UNIFIED)
     if UNIFIED:
+        base = unified
         # A row whose mask hides the whole split is computed twice, to the same nothing.
         failed = (lines < rows) & ((total > LEAST) & (total < MOST) == 0)
         if tl.max(failed.to(tl.int32), 0) > 0:
-            acc, total, most = _walk_part(
-                query, keys, values, mask, lines, rows, low, high, slots, key_slot, value_slot, scale, phi,
+            exact, exact_total, most = _walk_part(
+                query, keys, values, mask, lines, rows, low, high, slots, key_slot, value_slot, scale, unified,
                 MASK, HEAD_DIM, LINES, WIDTH, CHUNK, False,
             )  # fmt: skip
-            exact, exact_lse = close(acc, total, most, phi, False)
-            out, lse = tl.where(failed[:, None], exact, out), tl.where(failed, exact_lse, lse)
+            acc, base = tl.where(failed[:, None], exact, acc), tl.where(failed, most, base)
+            total = tl.where(failed, exact_total, total)
     units = (split * tl.num_programs(1) + head) * rows + lines
-    tl.store(partial + units[:, None] * HEAD_DIM + channels[None, :], out, mask=inside)
-    tl.store(partial_lse + units, lse, mask=lines < rows)
+    tl.store(sums + units[:, None] * HEAD_DIM + channels[None, :], acc, mask=inside)
+    tl.store(totals + units, total, mask=lines < rows)
+    tl.store(bases + units, base, mask=lines < rows)
 
 
 def triton_kernel(
@@ -137,7 +139,7 @@ def triton_kernel(
 ) -> tuple[Tensor, Tensor]:
     """One part, as `hasten.model.attention.Kernel`; float64 goes to the reference.
 
-    Additive masks hold 0 and -inf, as parts' do. With `phi`, a unified maximum as in `attend_cache`.
+    Additive masks hold 0 and -inf, as parts' do. With `phi`, a unified maximum near the scaled scores.
     """
     if queries.dtype not in TL_DTYPES or 0 in queries.shape or 0 in keys.shape:
         return reference_kernel(queries, keys, values, mask)
@@ -148,17 +150,17 @@ def triton_kernel(
     per_split = SPLIT if rows <= MANY_ROWS else slots
     splits = -(-slots // per_split)
     lines = 16 if rows <= MANY_ROWS else 64
-    partial = queries.new_empty((splits, units, head_dim), dtype=torch.float32)
-    partial_lse = queries.new_empty((splits, units), dtype=torch.float32)
-    additive = mask.contiguous() if isinstance(mask, Tensor) else partial
+    partial = Partial.empty(queries, splits, units, head_dim)
+    additive = mask.contiguous() if isinstance(mask, Tensor) else partial.sums
     kind = 0 if mask is None else 1 if isinstance(mask, Tensor) else 2
     _part_kernel[(-(-rows // lines), heads, splits)](
         queries,
         keys,
         values,
         additive,
-        partial,
-        partial_lse,
+        partial.sums,
+        partial.totals,
+        partial.bases,
         rows,
         slots,
         per_split,
@@ -179,8 +181,6 @@ def triton_kernel(
         num_warps=4,
         num_stages=2,
     )
-    if splits == 1:
-        return partial.view(heads, rows, head_dim).to(queries.dtype), partial_lse.view(heads, rows)
     lengths = torch.full((1,), slots, dtype=torch.int32, device=queries.device)
-    out, lse = merge_splits(partial, partial_lse, lengths, per_split, queries.dtype)
+    out, lse = partial.merge(lengths, per_split, queries.dtype, phi is not None)
     return out.view(heads, rows, head_dim), lse.view(heads, rows)

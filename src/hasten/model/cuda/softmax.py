@@ -1,14 +1,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """The softmax that the GPU's attention kernels share: running sums over chunks of slots, and the merge of splits.
 
-With `phi`, weights are exp(score - phi) instead of exp(score - running maximum): no split, and no chunk, waits for
-another one's maximum (FlashDecoding++, arXiv 2311.01282). Where a sum of weights leaves what float32 holds well, that
-split is computed again with the running maximum, for the rows concerned.
+A split's sums are of exp(score - base). With `phi`, that is the base instead of the running maximum: no split, and no
+chunk, waits for another one's maximum, and splits are merged by adding them up (FlashDecoding++, arXiv 2311.01282).
+Where a sum of weights leaves what float32 holds well, that split is computed again with the running maximum, for the
+rows concerned; only these are rescaled when they are merged.
 
 Where TRITON_INTERPRET=1 is set before Triton is imported, all kernels run on CPU, slowly.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,11 +28,14 @@ TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 @triton.jit
 def advance(acc, total, most, queries, keys, values, seen, scale, phi, UNIFIED: tl.constexpr):
-    """Take one chunk of slots into the running sums; lines that see none of it keep theirs to the bit."""
+    """Take one chunk of slots into the running sums; lines that see none of it keep theirs to the bit.
+
+    `phi` is a line's own [lines], and read if UNIFIED.
+    """
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     scores = tl.where(seen, scores, float("-inf"))
     if UNIFIED:
-        weights = tl.exp(scores - phi)
+        weights = tl.exp(scores - phi[:, None])
     else:
         higher = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -42,18 +48,10 @@ def advance(acc, total, most, queries, keys, values, seen, scale, phi, UNIFIED: 
 
 
 @triton.jit
-def close(acc, total, most, phi, UNIFIED: tl.constexpr):
-    """(normalised output, log-sum-exp) of running sums; 0 and -inf for lines that saw nothing."""
-    some = tl.where(total > 0, total, 1.0)
-    reference = phi if UNIFIED else most
-    lse = tl.where(total > 0, reference + tl.log(some), float("-inf"))
-    return acc / some[:, None], lse
-
-
-@triton.jit
 def _merge_kernel(
     partial,
-    partial_lse,
+    totals,
+    bases,
     lengths,
     out,
     lse,
@@ -62,6 +60,8 @@ def _merge_kernel(
     UNITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    UNIFIED: tl.constexpr,
 ):
     """One program per unit: joins its splits, first to last. `UNITS` units share an entry of `lengths`."""
     unit = tl.program_id(0).to(tl.int64)
@@ -69,49 +69,84 @@ def _merge_kernel(
     splits = tl.cdiv(tl.load(lengths + unit // UNITS), per_split)
     acc = tl.zeros([WIDTH], tl.float32)
     total, most = 0.0, float("-inf")
-    for split in range(splits):
-        at = unit + split * units_per_split
-        own = tl.load(partial_lse + at)
-        higher = tl.maximum(most, own)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        share, shrink = tl.exp(own - base), tl.exp(most - base)
-        value = tl.load(partial + at * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
-        acc, total, most = acc * shrink + share * value, total * shrink + share, higher
+    plain = False
+    if UNIFIED:
+        number = tl.arange(0, SPLITS)
+        most = tl.load(bases + unit)
+        every = tl.load(bases + unit + number * units_per_split, mask=number < splits, other=most)
+        plain = (tl.min(every, 0) == most) & (tl.max(every, 0) == most)
+    if plain:
+        for split in range(splits):
+            at = unit + split * units_per_split
+            acc += tl.load(partial + at * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+            total += tl.load(totals + at)
+    else:
+        most = float("-inf")
+        for split in range(splits):
+            at = unit + split * units_per_split
+            own = tl.load(bases + at)
+            higher = tl.maximum(most, own)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            share, shrink = tl.exp(own - base), tl.exp(most - base)
+            value = tl.load(partial + at * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+            acc, total, most = acc * shrink + share * value, total * shrink + share * tl.load(totals + at), higher
     some = tl.where(total > 0, total, 1.0)
     tl.store(out + unit * HEAD_DIM + channels, acc / some, mask=channels < HEAD_DIM)
     tl.store(lse + unit, tl.where(total > 0, most + tl.log(some), float("-inf")))
 
 
-def merge_splits(
-    partial: Tensor, partial_lse: Tensor, lengths: Tensor, per_split: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Joins the splits of each unit (a row's head), in order.
+@dataclass(frozen=True)
+class Partial:
+    """What the splits of each unit (a row's head) add up to, before they are merged; all float32.
 
-    Args:
-        partial: float32 [splits, units, head_dim], normalised outputs. partial_lse: float32 [splits, units].
-        lengths: int32, the slots of each run of units of equal length: splits beyond them are not read.
-        per_split: slots of a split.
-        dtype: of the output.
-
-    Returns:
-        (out [units, head_dim], lse float32 [units]); 0 and -inf where there are no slots.
+    Attributes:
+        sums: [splits, units, head_dim], of values times their weights.
+        totals: [splits, units], of the weights.
+        bases: [splits, units]: a weight is exp(score - base).
     """
-    _, units, head_dim = partial.shape
-    out, lse = partial.new_empty((units, head_dim), dtype=dtype), partial.new_empty(units)
-    _merge_kernel[(units,)](
-        partial,
-        partial_lse,
-        lengths,
-        out,
-        lse,
-        units,
-        per_split,
-        UNITS=units // lengths.shape[0],
-        HEAD_DIM=head_dim,
-        WIDTH=tile_width(head_dim),
-        num_warps=1,
-    )
-    return out, lse
+
+    sums: Tensor
+    totals: Tensor
+    bases: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, splits: int, units: int, head_dim: int) -> Partial:
+        """Memory for them where `like` is, as it comes."""
+        sums = like.new_empty((splits, units, head_dim), dtype=torch.float32)
+        totals, bases = like.new_empty((2, splits, units), dtype=torch.float32)
+        return cls(sums, totals, bases)
+
+    def merge(self, lengths: Tensor, per_split: int, dtype: torch.dtype, unified: bool) -> tuple[Tensor, Tensor]:
+        """Joins the splits of each unit, in order.
+
+        Args:
+            lengths: int32, the slots of each run of units of equal length: splits beyond them are not read.
+            per_split: slots of a split.
+            dtype: of the output.
+            unified: many units may have the same base everywhere: theirs are added up as they are.
+
+        Returns:
+            (out [units, head_dim], lse float32 [units]); 0 and -inf where there are no slots.
+        """
+        splits, units, head_dim = self.sums.shape
+        out, lse = self.sums.new_empty((units, head_dim), dtype=dtype), self.sums.new_empty(units)
+        _merge_kernel[(units,)](
+            self.sums,
+            self.totals,
+            self.bases,
+            lengths,
+            out,
+            lse,
+            units,
+            per_split,
+            UNITS=units // lengths.shape[0],
+            HEAD_DIM=head_dim,
+            WIDTH=tile_width(head_dim),
+            SPLITS=int(triton.next_power_of_2(splits)),
+            UNIFIED=unified,
+            num_warps=1,
+        )
+        return out, lse
 
 
 def chunk_slots(head_dim: int, dtype: torch.dtype) -> int:
