@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from hasten.errors import UserError
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
+from hasten.model.assembly import assemble
 from hasten.model.checkpoint import Tensors, one_line, read_json, resolve, weight_bytes
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend
 from hasten.model.threads import settle
+from hasten.model.weights import Transform
 
 DTYPES = {
     "float32": torch.float32,
@@ -91,6 +94,7 @@ def load_model(
     backend: str = "auto",
     weights: str = "dense",
     numerics: str = "default",
+    transforms: Sequence[Transform] = (),
 ) -> Decoder:
     """Load a model for decoding.
 
@@ -103,6 +107,7 @@ def load_model(
         weights: `dense`, or rounded to `int8` or `int4` (the head to int8) as they are loaded; native only.
         numerics: `invariant` for rows whose results never depend on the rows beside them: the native backend, whose
             rows never do, or the cuda backend with passes of a fixed size.
+        transforms: what is made of the weights, one after the other, before the backend stores them.
 
     Raises:
         UserError: anything wrong with the checkpoint or the arguments, in one sentence.
@@ -115,7 +120,11 @@ def load_model(
     # A bf16 model's cache on CPU is float32: for few rows attention is several times as fast on it.
     cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
     runner = choose_backend(backend, weights, numerics, config, chosen, target)
-    return ARCHITECTURES[config.architecture].build(config, Tensors(folder, chosen, target), runner, cache_dtype)
+    pieces = ARCHITECTURES[config.architecture].pieces(config, Tensors(folder, chosen, target))
+    loaded = assemble(config, pieces, runner, cache_dtype, transforms)
+    if numerics == "invariant" and isinstance(runner, NativeBackend) and not runner.runs(loaded):
+        raise UserError("invariant numerics: transforms made layers that the native step does not know")
+    return loaded
 
 
 def choose_backend(

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
-from hasten.model.layers import Attention, GatedMLP, Layer
+from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
 from hasten.model.rows import Rows, SequenceState
 from hasten.model.taps import Site, Taps
+from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
@@ -131,13 +132,13 @@ class NativeBackend:
         self.head: Format = head
         self._described: tuple[Decoder, _Model | None] | None = None
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
+    def linear(self, piece: Piece, source: Source) -> PanelLinear:
         """See `hasten.model.decoder.Backend`."""
-        return PanelLinear(weight, bias, self.format)
+        return PanelLinear(piece.weight, piece.bias, self.head if source == HEAD else self.format)
 
     def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
         """See `hasten.model.decoder.Backend`."""
-        return PanelLinear(weight, bias, self.head)
+        return self.linear(Piece(weight, bias), HEAD)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         count = rows.tokens.shape[0]
@@ -251,7 +252,11 @@ def _description(model: Decoder) -> _Model | None:
         kept.append(values.detach().float().contiguous())
         return int(kept[-1].data_ptr())
 
-    if type(model.head) is not PanelLinear:
+    hidden, width = config.hidden_size, shape.heads * shape.head_dim
+    # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
+    sizes = [(width + 2 * shape.kv_heads * shape.head_dim, hidden), (hidden, width)]
+    sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
+    if type(model.head) is not PanelLinear or type(model.norm) is not RMSNorm or shape.ffn % LANES:
         return None
     layers = (_Layer * len(model.layers))()
     for index, layer in enumerate(model.layers):
@@ -260,8 +265,13 @@ def _description(model: Decoder) -> _Model | None:
         if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
             return None
         pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
-        structs = [piece.struct for piece in pieces if type(piece) is PanelLinear]
-        if len(structs) < len(pieces):
+        structs = [
+            piece.struct
+            for piece, size in zip(pieces, sizes, strict=True)
+            if type(piece) is PanelLinear and (piece.out_features, piece.in_features) == size
+        ]
+        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm or model.norm, attention.key_norm or model.norm
+        if len(structs) < len(pieces) or any(type(norm) is not RMSNorm for norm in norms):
             return None
         layers[index] = _Layer(
             pointer(layer.mixer_norm.weight),
