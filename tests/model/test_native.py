@@ -55,6 +55,32 @@ def dense_twin(native: Decoder, twin: Decoder) -> Decoder:
     return twin
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("place", ["qkv", "out", "gate_up", "down", "head"])
+def test_a_linear_layer_of_another_kind_runs_through_its_own_forward(place, layer, make_checkpoint):
+    """One dense twin among panels: the pieces are composed, and the other layers keep their panels."""
+    folder = make_checkpoint("llama", intermediate_size=80).folder
+    native, mixed = (load_model(folder, "float32", "cpu", "native") for _ in range(2))
+    calls = []
+
+    class Counted(DenseLinear):
+        def forward(self, rows):
+            calls.append(rows.shape[0])
+            return super().forward(rows)
+
+    holder = mixed if place == "head" else mixed.layers[layer]
+    if place != "head":
+        holder = holder.mixer if place in ("qkv", "out") else holder.mlp
+    setattr(holder, place, Counted(getattr(holder, place).dequant()))
+    assert native.backend.runs(native) and not mixed.backend.runs(mixed)
+    logits = []
+    for model in (native, mixed):
+        cache = Cache(model.config.layers, model.cache_dtype, model.device)
+        logits.append(model.forward(Rows.of(behind(model, cache, 20), tokens(7, 1), 20)))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+    assert calls == [20, 7]
+
+
 def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
