@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from hasten.model.linear import DenseLinear
 from hasten.model.loading import read_config
 from hasten.model.native import library, refusal
 from hasten.model.native.library import LIBRARY
+from hasten.model.native.structs import STRUCTS
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
 
@@ -212,6 +214,33 @@ def test_every_instruction_set_agrees_with_pytorch(make_checkpoint, tmp_path):
     finally:
         torch.set_num_threads(known)
     assert "portable" in sets
+
+
+@pytest.mark.parametrize("built", ["none", "fewer", "more", "others"])
+def test_a_library_of_another_version_is_refused(built, make_checkpoint, monkeypatch):
+    """Its structures have other sizes, or it does not even say which."""
+    mine = [ctypes.sizeof(struct) for struct in STRUCTS]
+    theirs = {"fewer": mine[:-1], "more": [*mine, 8], "others": [*mine[:-1], mine[-1] + 8]}.get(built, mine)
+    sizes = (ctypes.c_int64 * (len(theirs) + 1))(*theirs)
+
+    class Sizes:
+        def __call__(self):
+            return ctypes.cast(sizes, self.restype)
+
+    class Built:
+        def __init__(self, path):
+            assert path == str(LIBRARY)
+            if built != "none":
+                self.hasten_sizes = Sizes()
+
+    library.library.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", Built)
+    try:
+        for backend in ("auto", "native"):
+            with pytest.raises(UserError, match="was built from another version of hasten: reinstall hasten"):
+                load_model(make_checkpoint("llama").folder, device="cpu", backend=backend)
+    finally:
+        library.library.cache_clear()
 
 
 def test_threads_borrowed_or_our_own_give_the_same(make_checkpoint, tmp_path, monkeypatch):
