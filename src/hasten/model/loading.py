@@ -15,6 +15,7 @@ from hasten.model.checkpoint import Tensors, one_line, read_json, resolve, weigh
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend
+from hasten.model.quantization import read_quantization
 from hasten.model.threads import settle
 from hasten.model.weights import Transform
 
@@ -32,15 +33,16 @@ def read_config(folder: Path) -> ModelConfig:
     """The model configuration of a checkpoint folder.
 
     Raises:
-        UserError: no or unusable config.json, or an unknown architecture (the message lists the known ones).
+        UserError: no or unusable config.json, an unknown architecture (the message lists the known ones), or quantised
+            weights.
     """
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"architecture {kind!r} is not supported; supported are {known}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{folder} is quantised (quantization_config): hasten loads plain weights only")
+    if quantised := read_quantization(raw.get("quantization_config")):
+        raise UserError(f"{folder} is quantised ({quantised}): not supported yet; hasten loads plain weights only")
     try:
         return ARCHITECTURES[kind].config(raw)
     except UserError:
