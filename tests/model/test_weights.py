@@ -267,6 +267,8 @@ def test_a_transform_may_make_the_head_itself(make_checkpoint: Make) -> None:
     [
         ("qkv", (95, 48)),
         ("qkv", (48, 48)),
+        ("qkv", (96, 40)),
+        ("gate_up", (160, 40)),
         ("attention_out", (48, 36)),
         ("attention_out", (40, 48)),
         ("gate_up", (158, 48)),
@@ -278,3 +280,78 @@ def test_pieces_that_do_not_fit_are_refused(name: str, shape: tuple[int, int], m
     misfit = only(2, lambda pieces: change(pieces, **{name: Piece(torch.zeros(shape))}))
     with pytest.raises(UserError, match=rf"layer 2 was transformed to pieces that do not fit .*{name} \[{shape[0]}, "):
         load(make_checkpoint("llama"), misfit)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "size", "clue"),
+    [
+        (1, "mixer_norm", 40, "layer 1 was transformed to a mixer_norm of"),
+        (1, "mlp_norm", 40, "layer 1 was transformed to a mlp_norm of"),
+        (1, "key_norm", 40, "layer 1 was transformed to a key_norm of"),
+        (None, "norm", 40, "what stands outside the layers was transformed to a norm of"),
+        (None, "head", (97, 40), "was transformed to a head of 40 inputs, not 48"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_and_heads_that_do_not_fit_are_refused(
+    backend: str, layer: int | None, name: str, size: Any, clue: str, make_checkpoint: Make
+) -> None:
+    misfit = only(layer, lambda pieces: change(pieces, **{name: Piece(torch.ones(size))}))
+    with pytest.raises(UserError, match=clue):
+        load(make_checkpoint("qwen3"), misfit, backend=backend)
+
+
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a weight of \[3, 2\] cannot have a bias of \[2\]"):
+        Piece(torch.ones(3, 2), torch.ones(2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_residual_stream_may_become_narrower(backend: str, make_checkpoint: Make) -> None:
+    """Channels that nothing writes are left out; norms make up for the smaller count."""
+    kept, checkpoint = torch.arange(48) % 3 > 0, make_checkpoint("llama", rms_norm_eps=1e-12)
+
+    def zeros(pieces: Pieces) -> Pieces:
+        written = {}
+        for name in {"attention_out", "down"} & set(pieces.weights):
+            written[name] = Piece(pieces.weights[name].weight * kept.unsqueeze(1))
+        if pieces.layer is None:
+            written["embedding"] = Piece(pieces.weights["embedding"].weight * kept)
+        return change(pieces, **written)
+
+    def narrow(pieces: Pieces) -> Pieces:
+        changed = {}
+        for name, piece in pieces.weights.items():
+            if name in ("attention_out", "down"):
+                changed[name] = Piece(piece.weight[kept])
+            elif "norm" in name:
+                changed[name] = Piece(piece.weight[kept] * 1.5**0.5)
+            else:
+                changed[name] = Piece(piece.weight[:, kept])
+        return change(pieces, **changed)
+
+    model = load(checkpoint, zeros, narrow, backend=backend)
+    assert model.config.hidden_size == 32
+    torch.testing.assert_close(logits(model), logits(load(checkpoint, zeros)), atol=1e-4, rtol=0)
+    if isinstance(model.backend, NativeBackend):
+        assert model.backend.runs(model)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_may_compute_in_another_precision_and_layout(backend: str, make_checkpoint: Make) -> None:
+    checkpoint = make_checkpoint("qwen2")
+
+    def double(pieces: Pieces) -> Pieces:
+        wide = {name: piece.to(torch.float64) for name, piece in pieces.weights.items() if name != "embedding"}
+        if pieces.layer is None:
+            wide["embedding"] = Piece(pieces.weights["embedding"].weight.T.contiguous().T)
+        return change(pieces, **wide)
+
+    assert torch.equal(logits(load(checkpoint, double, backend=backend)), logits(load(checkpoint, backend=backend)))
+
+    def whole(pieces: Pieces) -> Pieces:
+        return change(pieces, **{name: piece.to(torch.float64) for name, piece in pieces.weights.items()})
+
+    model = load(checkpoint, whole, backend=backend)
+    assert model.dtype == torch.float64
+    torch.testing.assert_close(logits(model), logits(load(checkpoint)), atol=1e-4, rtol=0)

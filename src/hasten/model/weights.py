@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from hasten.errors import UserError
 from hasten.model.config import ModelConfig
 from hasten.model.linear import Linear
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A weight, [outputs, inputs] of a linear layer, [channels] of a norm; and its bias [outputs], if it has one."""
+    """A weight, [outputs, inputs] of a linear layer, [channels] of a norm; and its bias [outputs], if it has one.
+
+    Raises:
+        UserError: a bias of another size.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            weight, bias = list(self.weight.shape), list(self.bias.shape)
+            raise UserError(f"a piece with a weight of {weight} cannot have a bias of {bias}")
+
+    def to(self, dtype: torch.dtype) -> Piece:
+        """The same in another dtype."""
+        return Piece(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ class Pieces:
 Transform = Callable[[Pieces], Pieces]
 """Is given what stands outside the layers first, then layer by layer, and returns what to build in their place.
 
-Widths may change: how many heads a layer has, and how many channels its MLP, follows from what comes back.
+Widths may change: how many heads a layer has, and how many channels its MLP and the residual stream, follows from what
+comes back. The model gets the embedding's dtype.
 """
 
 

@@ -213,6 +213,8 @@ def _description(model: Decoder) -> ModelStruct | None:
     sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
     if type(model.head) is not PanelLinear or type(model.norm) is not RMSNorm or shape.ffn % LANES:
         return None
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return None
     layers = (LayerStruct * len(model.layers))()
     for index, layer in enumerate(model.layers):
         attention, mlp = layer.mixer, layer.mlp
