@@ -18,6 +18,7 @@ from hasten.model.linear import DenseLinear
 from hasten.model.loading import read_config
 from hasten.model.native import library, refusal
 from hasten.model.native.library import LIBRARY
+from hasten.model.native.linear import PanelLinear
 from hasten.model.native.structs import STRUCTS
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
@@ -59,21 +60,25 @@ def dense_twin(native: Decoder, twin: Decoder) -> Decoder:
 
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("place", ["qkv", "out", "gate_up", "down", "head"])
-def test_a_linear_layer_of_another_kind_runs_through_its_own_forward(place, layer, make_checkpoint):
-    """One dense twin among panels: the pieces are composed, and the other layers keep their panels."""
+@pytest.mark.parametrize(("kind", "options"), [(DenseLinear, {}), (PanelLinear, {"bias": None, "format": "float32"})])
+def test_a_linear_layer_of_another_kind_runs_through_its_own_forward(kind, options, place, layer, make_checkpoint):
+    """One twin among panels, dense or derived from them: the pieces are composed, the other layers keep their panels."""
     folder = make_checkpoint("llama", intermediate_size=80).folder
     native, mixed = (load_model(folder, "float32", "cpu", "native") for _ in range(2))
     calls = []
 
-    class Counted(DenseLinear):
+    class Counted(kind):
         def forward(self, rows):
             calls.append(rows.shape[0])
             return super().forward(rows)
 
+        def forward_add(self, rows, residual):
+            return residual + self.forward(rows)
+
     holder = mixed if place == "head" else mixed.layers[layer]
     if place != "head":
         holder = holder.mixer if place in ("qkv", "out") else holder.mlp
-    setattr(holder, place, Counted(getattr(holder, place).dequant()))
+    setattr(holder, place, Counted(getattr(holder, place).dequant(), **options))
     assert native.backend.runs(native) and not mixed.backend.runs(mixed)
     logits = []
     for model in (native, mixed):
