@@ -62,7 +62,7 @@ def dense_twin(native: Decoder, twin: Decoder) -> Decoder:
 @pytest.mark.parametrize("place", ["qkv", "out", "gate_up", "down", "head"])
 @pytest.mark.parametrize(("kind", "options"), [(DenseLinear, {}), (PanelLinear, {"bias": None, "format": "float32"})])
 def test_a_linear_layer_of_another_kind_runs_through_its_own_forward(kind, options, place, layer, make_checkpoint):
-    """One twin among panels, dense or derived from them: the pieces are composed, the other layers keep their panels."""
+    """One twin among panels, dense or derived from them: the pieces are composed, the others keep their panels."""
     folder = make_checkpoint("llama", intermediate_size=80).folder
     native, mixed = (load_model(folder, "float32", "cpu", "native") for _ in range(2))
     calls = []
