@@ -30,6 +30,7 @@ from hasten.cache import Cache
 from hasten.documents import dumps
 from hasten.model import Decoder, LayerConfig, ModelConfig, Rows
 from hasten.model.architectures import ARCHITECTURES
+from hasten.model.assembly import assemble
 from hasten.model.cuda import refusal
 from hasten.model.decoder import Backend, TorchBackend
 
@@ -93,7 +94,7 @@ def random_model(shape: Shape, contexts: tuple[int, ...], dtype: torch.dtype, de
         inverse_frequencies=tuple(5e5 ** (-index / half) for index in range(half)),
     )
     tensors: Any = RandomTensors(dtype, device)
-    return ARCHITECTURES["llama"].build(config, tensors, TorchBackend(), dtype)
+    return assemble(config, ARCHITECTURES["llama"].pieces(config, tensors), TorchBackend(), dtype)
 
 
 def backends() -> dict[str, Backend]:

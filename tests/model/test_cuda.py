@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,8 @@ from hasten.model import Decoder, LayerConfig, Rows, Span, Taps, load_model
 from hasten.model.attention import additive, attend, reference_kernel
 from hasten.model.cuda import refusal
 from hasten.model.decoder import TorchBackend
+from hasten.model.layers import Layer, RMSNorm
+from hasten.model.linear import DenseLinear
 from hasten.model.rows import SequenceState
 from helpers import Bushy
 
@@ -426,6 +429,40 @@ def test_what_the_graphs_do_not_know_goes_to_pytorch(model: Decoder, monkeypatch
             writer.commit(1)
     assert len(chain.blocks()) >= MAX_VIEWS
     agree(model, rows_of((chain, [3], [chain.length], None)))
+
+
+@pytest.mark.parametrize("strange", ["linear", "norm", "layer", "shape"])
+def test_pieces_that_the_graphs_do_not_know_go_to_pytorch(
+    strange: str, make_checkpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph replays kernels only, and they know one shape; where bits are promised, that is refused."""
+    plain = load(make_checkpoint, "llama")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the step ran")
+
+    monkeypatch.setattr(CudaBackend, "_step", refuse)
+    layer, shape = copy(plain.layers[1]), plain.config.layers[1]
+    if strange == "linear":
+        layer.mlp = copy(layer.mlp)
+        layer.mlp.down = type("Strange", (DenseLinear,), {})(layer.mlp.down.dequant())
+    elif strange == "norm":
+        layer.mlp_norm = type("Strange", (RMSNorm,), {})(layer.mlp_norm.weight, layer.mlp_norm.eps)
+    elif strange == "layer":
+        layer.__class__ = type("Strange", (Layer,), {})
+    else:
+        shape = replace(shape, kv_heads=1)
+        layer.mixer = copy(layer.mixer)
+        layer.mixer.config, qkv = shape, layer.mixer.qkv.dequant()
+        layer.mixer.qkv = DenseLinear(torch.cat([qkv[:60], qkv[72:84]]))
+    model = replace(
+        plain, layers=[plain.layers[0], layer], config=replace(plain.config, layers=(plain.config.layers[0], shape))
+    )
+    rows = rows_of((cache_of(model).sequence(), [3, 4], [0, 1], None))
+    agree(model, rows)
+    model.backend = CudaBackend(invariant=True)
+    with pytest.raises(UserError, match="the graphs do not know"):
+        model.forward(rows)
 
 
 def test_rows_that_are_not_there_are_refused(model: Decoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from hasten.model.linear import DenseLinear
 from hasten.model.loading import read_config
 from hasten.model.native import library, refusal
 from hasten.model.native.library import LIBRARY
+from hasten.model.native.linear import PanelLinear
+from hasten.model.native.structs import STRUCTS
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
 
@@ -53,6 +56,36 @@ def dense_twin(native: Decoder, twin: Decoder) -> Decoder:
             theirs.mixer.key_norm = norm(mine.mixer.key_norm)
     twin.embedding, twin.norm, twin.head = native.embedding.float(), norm(native.norm), dense(native.head)
     return twin
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("place", ["qkv", "out", "gate_up", "down", "head"])
+@pytest.mark.parametrize(("kind", "options"), [(DenseLinear, {}), (PanelLinear, {"bias": None, "format": "float32"})])
+def test_a_linear_layer_of_another_kind_runs_through_its_own_forward(kind, options, place, layer, make_checkpoint):
+    """One twin among panels, dense or derived from them: the pieces are composed, the others keep their panels."""
+    folder = make_checkpoint("llama", intermediate_size=80).folder
+    native, mixed = (load_model(folder, "float32", "cpu", "native") for _ in range(2))
+    calls = []
+
+    class Counted(kind):
+        def forward(self, rows):
+            calls.append(rows.shape[0])
+            return super().forward(rows)
+
+        def forward_add(self, rows, residual):
+            return residual + self.forward(rows)
+
+    holder = mixed if place == "head" else mixed.layers[layer]
+    if place != "head":
+        holder = holder.mixer if place in ("qkv", "out") else holder.mlp
+    setattr(holder, place, Counted(getattr(holder, place).dequant(), **options))
+    assert native.backend.runs(native) and not mixed.backend.runs(mixed)
+    logits = []
+    for model in (native, mixed):
+        cache = Cache(model.config.layers, model.cache_dtype, model.device)
+        logits.append(model.forward(Rows.of(behind(model, cache, 20), tokens(7, 1), 20)))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+    assert calls == [20, 7]
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -186,6 +219,33 @@ def test_every_instruction_set_agrees_with_pytorch(make_checkpoint, tmp_path):
     finally:
         torch.set_num_threads(known)
     assert "portable" in sets
+
+
+@pytest.mark.parametrize("built", ["none", "fewer", "more", "others"])
+def test_a_library_of_another_version_is_refused(built, make_checkpoint, monkeypatch):
+    """Its structures have other sizes, or it does not even say which."""
+    mine = [ctypes.sizeof(struct) for struct in STRUCTS]
+    theirs = {"fewer": mine[:-1], "more": [*mine, 8], "others": [*mine[:-1], mine[-1] + 8]}.get(built, mine)
+    sizes = (ctypes.c_int64 * (len(theirs) + 1))(*theirs)
+
+    class Sizes:
+        def __call__(self):
+            return ctypes.cast(sizes, self.restype)
+
+    class Built:
+        def __init__(self, path):
+            assert path == str(LIBRARY)
+            if built != "none":
+                self.hasten_sizes = Sizes()
+
+    library.library.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", Built)
+    try:
+        for backend in ("auto", "native"):
+            with pytest.raises(UserError, match="was built from another version of hasten: reinstall hasten"):
+                load_model(make_checkpoint("llama").folder, device="cpu", backend=backend)
+    finally:
+        library.library.cache_clear()
 
 
 def test_threads_borrowed_or_our_own_give_the_same(make_checkpoint, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from hasten.model.layers import Layer, Pass, RMSNorm, overflow
 from hasten.model.linear import Linear, fastest_linear
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
+from hasten.model.weights import Piece, Source
 
 NOT_FINITE = "the model's logits are not finite: its weights or constants are damaged, or overflow as it computes"
 """What a user is told of logits that no token can be chosen by."""
@@ -49,11 +50,8 @@ class Backend(Protocol):
 
     name: str
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A linear layer in the backend's storage."""
-
-    def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """The head, which may be stored more precisely than the layers."""
+    def linear(self, piece: Piece, source: Source) -> Linear:
+        """A linear layer in the backend's storage, whose format may depend on which layer it is."""
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         """As `Model.forward`."""
@@ -127,11 +125,8 @@ class TorchBackend:
 
     name = "torch"
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return fastest_linear(weight, bias)
-
-    def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return fastest_linear(weight, bias)
+    def linear(self, piece: Piece, source: Source) -> Linear:
+        return fastest_linear(piece.weight, piece.bias)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         return compose(model, rows, wanted, taps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,11 +10,14 @@ import torch
 from hasten.errors import UserError
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
+from hasten.model.assembly import assemble
 from hasten.model.checkpoint import Tensors, one_line, read_json, resolve, weight_bytes
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend
+from hasten.model.quantization import read_quantization
 from hasten.model.threads import settle
+from hasten.model.weights import Transform
 
 DTYPES = {
     "float32": torch.float32,
@@ -29,15 +33,16 @@ def read_config(folder: Path) -> ModelConfig:
     """The model configuration of a checkpoint folder.
 
     Raises:
-        UserError: no or unusable config.json, or an unknown architecture (the message lists the known ones).
+        UserError: no or unusable config.json, an unknown architecture (the message lists the known ones), or quantised
+            weights.
     """
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"architecture {kind!r} is not supported; supported are {known}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{folder} is quantised (quantization_config): hasten loads plain weights only")
+    if quantised := read_quantization(raw.get("quantization_config")):
+        raise UserError(f"{folder} is quantised ({quantised}): not supported yet; hasten loads plain weights only")
     try:
         return ARCHITECTURES[kind].config(raw)
     except UserError:
@@ -91,6 +96,7 @@ def load_model(
     backend: str = "auto",
     weights: str = "dense",
     numerics: str = "default",
+    transforms: Sequence[Transform] = (),
 ) -> Decoder:
     """Load a model for decoding.
 
@@ -103,6 +109,7 @@ def load_model(
         weights: `dense`, or rounded to `int8` or `int4` (the head to int8) as they are loaded; native only.
         numerics: `invariant` for rows whose results never depend on the rows beside them: the native backend, whose
             rows never do, or the cuda backend with passes of a fixed size.
+        transforms: what is made of the weights, one after the other, before the backend stores them.
 
     Raises:
         UserError: anything wrong with the checkpoint or the arguments, in one sentence.
@@ -115,7 +122,11 @@ def load_model(
     # A bf16 model's cache on CPU is float32: for few rows attention is several times as fast on it.
     cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
     runner = choose_backend(backend, weights, numerics, config, chosen, target)
-    return ARCHITECTURES[config.architecture].build(config, Tensors(folder, chosen, target), runner, cache_dtype)
+    pieces = ARCHITECTURES[config.architecture].pieces(config, Tensors(folder, chosen, target))
+    loaded = assemble(config, pieces, runner, cache_dtype, transforms)
+    if numerics == "invariant" and isinstance(runner, NativeBackend) and not runner.runs(loaded):
+        raise UserError("invariant numerics: transforms made layers that the native step does not know")
+    return loaded
 
 
 def choose_backend(

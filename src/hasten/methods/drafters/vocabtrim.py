@@ -34,6 +34,7 @@ from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.small_model import processed
 from hasten.model import Decoder, Model
+from hasten.model.weights import HEAD, Piece
 
 ANSWER_TOKENS, ANSWERED_PROMPTS = 128, 200
 """How much the target writes for `source=target`."""
@@ -137,7 +138,8 @@ class VocabTrim(DraftModel):
             raise UserError("vocabtrim needs a small model with a head of weights")
         bias = getattr(model.head, "bias", None)
         rows = model.head.dequant()[self.to_full].contiguous()
-        return replace(model, head=model.backend.head_linear(rows, None if bias is None else bias[self.to_full]))
+        piece = Piece(rows, None if bias is None else bias[self.to_full])
+        return replace(model, head=model.backend.linear(piece, HEAD))
 
     def distribution(self, request: Request, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Processed among the kept tokens only, then named by the target's ids."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.architectures.diffusion import read_diffusion
 from hasten.model.checkpoint import Tensors
 from hasten.model.config import LayerConfig, ModelConfig
-from hasten.model.decoder import Backend, Decoder
-from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, Rotary
-from hasten.model.linear import Linear
+from hasten.model.weights import Piece, Pieces, Stored
 
 Fields = SimpleNamespace
 """A configuration's fields as attributes. transformers' configurations have the same ones; importing them takes longer
@@ -30,7 +29,7 @@ class Architecture:
     Attributes:
         defaults: fields that config.json may leave out, with the values that transformers gives them.
         read: the fields that say what the model is made of.
-        build: the model from its configuration and tensors.
+        pieces: those outside the layers, then layer by layer, from the configuration and the tensors.
         spelling: what config.json calls a field, where that is not transformers' name for it.
         diffusion: of an architecture that fills masked positions, what is known of how: see `read_diffusion`.
     """
@@ -38,7 +37,7 @@ class Architecture:
     name: str
     defaults: Mapping[str, Any]
     read: Callable[[Fields], ModelConfig]
-    build: Callable[[ModelConfig, Tensors, Backend, torch.dtype], Decoder]
+    pieces: Callable[[ModelConfig, Tensors], Iterator[Pieces]]
     spelling: Mapping[str, str] = field(default_factory=dict)
     diffusion: Callable[[Fields], Mapping[str, Any]] = lambda config: {}
 
@@ -247,7 +246,7 @@ def layer_windows(config: Fields, window: int | None, first: int = 0) -> list[in
 
 TENSORS: Mapping[str, str] = {
     "embedding": "model.embed_tokens",
-    "attention_norm": "model.layers.{}.input_layernorm",
+    "mixer_norm": "model.layers.{}.input_layernorm",
     "query": "model.layers.{}.self_attn.q_proj",
     "key": "model.layers.{}.self_attn.k_proj",
     "value": "model.layers.{}.self_attn.v_proj",
@@ -264,17 +263,15 @@ TENSORS: Mapping[str, str] = {
 """Llama's names of the pieces, `{}` standing for the layer."""
 
 
-def build_llama_family(
+def llama_pieces(
     config: ModelConfig,
     tensors: Tensors,
-    backend: Backend,
-    cache_dtype: torch.dtype,
     *,
     biases: Literal["config", "qkv", "none"] = "config",
     head_norms: bool = False,
     names: Mapping[str, str] = TENSORS,
-) -> Decoder:
-    """The pieces of a Llama from its tensors.
+) -> Iterator[Pieces]:
+    """The pieces of a Llama: those outside the layers, then layer by layer, read as they are asked for.
 
     Args:
         biases: which projections must have one: those that the configuration names (`attention_bias`,
@@ -286,27 +283,27 @@ def build_llama_family(
         UserError: a tensor is missing, its shape is not what the configuration says, or norms of heads would hide that
             queries or keys overflow.
     """
-    frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float32, device=tensors.device)
-    if tensors.dtype == torch.float64:
-        frequencies = frequencies.double()
-    rotary = Rotary(frequencies, config.rope_factor)
     hidden, vocabulary = config.hidden_size, config.vocab_size
     attention_bias = biases == "config" and bool(config.source.get("attention_bias"))
     mlp_bias = biases == "config" and bool(config.source.get("mlp_bias"))
 
-    def norm(piece: str, width: int, layer: int = 0) -> RMSNorm:
-        return RMSNorm(tensors.get(names[piece].format(layer) + ".weight", width), config.norm_eps)
+    def single(piece: str, *shape: int, layer: int = 0) -> Callable[[], Piece]:
+        return lambda: Piece(tensors.get(names[piece].format(layer) + ".weight", *shape))
 
-    def projection(layer: int, outs: Mapping[str, int], width: int, biased: bool) -> Linear:
+    def projection(layer: int, outs: Mapping[str, int], width: int, biased: bool) -> Callable[[], Piece]:
         called = [names[piece].format(layer) for piece in outs]
-        weight = tensors.stacked([f"{name}.weight" for name in called], [(out, width) for out in outs.values()])
-        read = tensors.stacked if biased else tensors.maybe_stacked
-        return backend.linear(weight, read([f"{name}.bias" for name in called], [(out,) for out in outs.values()]))
+        weights, read = [f"{name}.weight" for name in called], tensors.stacked if biased else tensors.maybe_stacked
 
-    def require_squares(layer: int, shape: LayerConfig, entering: RMSNorm) -> None:
+        def piece() -> Piece:
+            weight = tensors.stacked(weights, [(out, width) for out in outs.values()])
+            return Piece(weight, read([f"{name}.bias" for name in called], [(out,) for out in outs.values()]))
+
+        return piece
+
+    def require_squares(layer: int, shape: LayerConfig, entering: Tensor) -> None:
         """Norms of heads make zeros of queries and keys whose squares overflow. No row of the inputs is longer than
         sqrt(hidden) before its weights, so the lengths of the weights say whether that can be."""
-        longest = entering.weight.abs().amax().double() * hidden**0.5
+        longest = entering.abs().amax().double() * hidden**0.5
         for piece, heads in (("query", shape.heads), ("key", shape.kv_heads)):
             name = names[piece].format(layer)
             rows = tensors.get(f"{name}.weight", heads * shape.head_dim, hidden).double()
@@ -316,41 +313,23 @@ def build_llama_family(
             if 4 * most * most * shape.head_dim > torch.finfo(torch.promote_types(tensors.dtype, torch.float32)).max:
                 raise UserError(f"{name}.weight in {tensors.folder} is so large that what it computes overflows")
 
-    embedding = tensors.get(names["embedding"] + ".weight", vocabulary, hidden)
-    layers = []
+    outside = {"embedding": single("embedding", vocabulary, hidden), "norm": single("norm", hidden)}
+    # A head of its own wins over the configuration's word that there is none, as in transformers.
+    if not config.tied_head or f"{names['head']}.weight" in tensors:
+        outside["head"] = single("head", vocabulary, hidden)
+    yield Pieces(config, None, Stored(outside))
     for index, shape in enumerate(config.layers):
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        entering = norm("attention_norm", hidden, index)
+        qkv = {"query": width, "key": kv_width, "value": kv_width}
+        stored = {
+            "mixer_norm": single("mixer_norm", hidden, layer=index),
+            "qkv": projection(index, qkv, hidden, attention_bias or biases == "qkv"),
+            "attention_out": projection(index, {"attention_out": hidden}, width, attention_bias),
+            "mlp_norm": single("mlp_norm", hidden, layer=index),
+            "gate_up": projection(index, {"gate": shape.ffn, "up": shape.ffn}, hidden, mlp_bias),
+            "down": projection(index, {"down": hidden}, shape.ffn, mlp_bias),
+        }
         if head_norms:
-            require_squares(index, shape, entering)
-        attention = Attention(
-            shape,
-            qkv=projection(
-                index,
-                {"query": width, "key": kv_width, "value": kv_width},
-                hidden,
-                attention_bias or biases == "qkv",
-            ),
-            out=projection(index, {"attention_out": hidden}, width, attention_bias),
-            rotary=rotary,
-            query_norm=norm("query_norm", shape.head_dim, index) if head_norms else None,
-            key_norm=norm("key_norm", shape.head_dim, index) if head_norms else None,
-        )
-        mlp = GatedMLP(
-            gate_up=projection(index, {"gate": shape.ffn, "up": shape.ffn}, hidden, mlp_bias),
-            down=projection(index, {"down": hidden}, shape.ffn, mlp_bias),
-        )
-        layers.append(Layer(index, entering, attention, norm("mlp_norm", hidden, index), mlp))
-    # A head of its own wins over the configuration's word that there is none, as in transformers.
-    own_head = names["head"] + ".weight"
-    tied = config.tied_head and own_head not in tensors
-    head = embedding if tied else tensors.get(own_head, vocabulary, hidden)
-    return Decoder(
-        config=config,
-        embedding=embedding,
-        layers=layers,
-        norm=norm("norm", hidden),
-        head=backend.head_linear(head),
-        backend=backend,
-        cache_dtype=cache_dtype,
-    )
+            stored |= {name: single(name, shape.head_dim, layer=index) for name in ("query_norm", "key_norm")}
+            require_squares(index, shape, stored["mixer_norm"]().weight)
+        yield Pieces(config, index, Stored(stored))

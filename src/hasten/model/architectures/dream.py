@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hasten.model.architectures import qwen2
-from hasten.model.architectures.base import Architecture, Fields, build_llama_family, register
+from hasten.model.architectures.base import Architecture, Fields, llama_pieces, register
 from hasten.model.config import ModelConfig
 
 DEFAULTS = {**qwen2.DEFAULTS, "mask_token_id": 151_666}
@@ -31,4 +31,4 @@ def diffusion(config: Fields) -> Mapping[str, Any]:
     return {"attention": "full", "alignment": "shifted", "mask_token_id": config.mask_token_id}
 
 
-register(Architecture("Dream", DEFAULTS, read, partial(build_llama_family, biases="qkv"), diffusion=diffusion))
+register(Architecture("Dream", DEFAULTS, read, partial(llama_pieces, biases="qkv"), diffusion=diffusion))

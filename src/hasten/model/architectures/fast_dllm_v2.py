@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hasten.model.architectures import qwen2
-from hasten.model.architectures.base import Architecture, Fields, build_llama_family, register
+from hasten.model.architectures.base import Architecture, Fields, llama_pieces, register
 
 DEFAULTS = {**qwen2.DEFAULTS, "mask_token_id": 151_665, "bd_size": 32}
 
@@ -24,6 +24,4 @@ def diffusion(config: Fields) -> Mapping[str, Any]:
     }
 
 
-register(
-    Architecture("Fast_dLLM_Qwen", DEFAULTS, qwen2.read, partial(build_llama_family, biases="qkv"), diffusion=diffusion)
-)
+register(Architecture("Fast_dLLM_Qwen", DEFAULTS, qwen2.read, partial(llama_pieces, biases="qkv"), diffusion=diffusion))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hasten.errors import UserError
-from hasten.model.architectures.base import Architecture, Fields, build_llama_family, read_llama_family, register
+from hasten.model.architectures.base import Architecture, Fields, llama_pieces, read_llama_family, register
 from hasten.model.config import ModelConfig
 
 DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": None}
@@ -49,7 +49,7 @@ LIKE_LLAMA: Mapping[str, Any] = {
 
 TENSORS = {
     "embedding": "model.transformer.wte",
-    "attention_norm": "model.transformer.blocks.{}.attn_norm",
+    "mixer_norm": "model.transformer.blocks.{}.attn_norm",
     "query": "model.transformer.blocks.{}.q_proj",
     "key": "model.transformer.blocks.{}.k_proj",
     "value": "model.transformer.blocks.{}.v_proj",
@@ -86,4 +86,4 @@ def diffusion(config: Fields) -> Mapping[str, Any]:
     return {"attention": "full", "alignment": "same", "mask_token_id": mask}
 
 
-register(Architecture("llada", DEFAULTS, read, partial(build_llama_family, names=TENSORS), FIELDS, diffusion))
+register(Architecture("llada", DEFAULTS, read, partial(llama_pieces, names=TENSORS), FIELDS, diffusion))

@@ -4,8 +4,8 @@ from functools import partial
 
 from hasten.model.architectures.base import (
     Architecture,
-    build_llama_family,
     layer_windows,
+    llama_pieces,
     read_llama_family,
     register,
 )
@@ -22,6 +22,6 @@ register(
         "mistral",
         DEFAULTS,
         lambda config: read_llama_family(config, layer_windows(config, config.sliding_window)),
-        partial(build_llama_family, biases="none"),
+        partial(llama_pieces, biases="none"),
     )
 )

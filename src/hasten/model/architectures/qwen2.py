@@ -5,8 +5,8 @@ from functools import partial
 from hasten.model.architectures.base import (
     Architecture,
     Fields,
-    build_llama_family,
     layer_windows,
+    llama_pieces,
     read_llama_family,
     register,
 )
@@ -27,4 +27,4 @@ def read(config: Fields) -> ModelConfig:
     return read_llama_family(config, layer_windows(config, window, config.max_window_layers))
 
 
-register(Architecture("qwen2", DEFAULTS, read, partial(build_llama_family, biases="qkv")))
+register(Architecture("qwen2", DEFAULTS, read, partial(llama_pieces, biases="qkv")))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hasten.model.architectures import qwen2, qwen3
-from hasten.model.architectures.base import Architecture, Fields, build_llama_family, register
+from hasten.model.architectures.base import Architecture, Fields, llama_pieces, register
 
 DEFAULTS = {**qwen3.DEFAULTS, "mask_token_id": 151_669, "block_size": None}
 
@@ -24,4 +24,4 @@ def diffusion(config: Fields) -> Mapping[str, Any]:
     }
 
 
-register(Architecture("sdar", DEFAULTS, qwen2.read, partial(build_llama_family, head_norms=True), diffusion=diffusion))
+register(Architecture("sdar", DEFAULTS, qwen2.read, partial(llama_pieces, head_norms=True), diffusion=diffusion))

@@ -26,10 +26,11 @@ from hasten.model.cuda.packing import MAX_VIEWS, Room, fits, sees_ahead
 from hasten.model.cuda.pointwise import add_norm, gate, open_pass, rotate_and_store
 from hasten.model.cuda.unified import Unified
 from hasten.model.decoder import Decoder, TorchBackend
-from hasten.model.layers import Attention, GatedMLP, Rotary
-from hasten.model.linear import Linear
+from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, Rotary
+from hasten.model.linear import DenseLinear, Linear, PackedLinear
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
+from hasten.model.weights import Piece, Source
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows of a captured pass."""
@@ -63,15 +64,13 @@ class CudaBackend:
         self._rooms: dict[int, Room] = {}
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self._known: tuple[Decoder, bool] | None = None
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, piece: Piece, source: Source) -> Linear:
         """With the kernels that were measured to be the fastest, except where one kernel must serve all passes."""
-        if not self.invariant and dataflow.serves(weight):
-            return dataflow.measured(weight, bias)
-        return self._torch.linear(weight, bias)
-
-    def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return self.linear(weight, bias)
+        if not self.invariant and dataflow.serves(piece.weight):
+            return dataflow.measured(piece.weight, piece.bias)
+        return self._torch.linear(piece, source)
 
     @torch.inference_mode()
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
@@ -83,7 +82,7 @@ class CudaBackend:
             again = torch.tensor([once.index(number) for number in numbers], device=model.device)
             return self.forward(model, rows, once, taps)[again]
         rows = _on_device(rows, model)
-        cuts = self._cuts(rows) if count else None
+        cuts = self._cuts(rows) if count and self.runs(model) else None
         if cuts is None:
             return self._torch.forward(model, rows, wanted, taps)
         with torch.cuda.device_of(model.embedding):  # type: ignore[no-untyped-call]
@@ -105,6 +104,18 @@ class CudaBackend:
             if list(places) == numbers:
                 return ascending
             return ascending[torch.tensor([places[number] for number in numbers], device=model.device)]
+
+    def runs(self, model: Decoder) -> bool:
+        """Whether the graphs know all pieces of a model; others are composed in PyTorch.
+
+        Raises:
+            UserError: they do not, and PyTorch would break what `invariant` promises.
+        """
+        if self._known is None or self._known[0] is not model:
+            self._known = model, _knows(model)
+        if self.invariant and not self._known[1]:
+            raise UserError("invariant numerics on a GPU: the model has layers that the graphs do not know")
+        return self._known[1]
 
     def _cuts(self, rows: Rows) -> list[tuple[int, int]] | None:
         """The pieces `low:high` in which the graphs compute a pass; None: PyTorch does.
@@ -222,6 +233,23 @@ def _on_device(rows: Rows, model: Decoder) -> Rows:
     embeddings = None if rows.embeddings is None else rows.embeddings.to(model.device, model.dtype).contiguous()
     tokens, positions = (each.to(model.device, torch.int64).contiguous() for each in (rows.tokens, rows.positions))
     return Rows(tokens, positions, spans, embeddings)
+
+
+def _knows(model: Decoder) -> bool:
+    """Whether a model is made of exactly the pieces that `_step` runs, all attention of one shape."""
+    linears, norms = [model.head], [model.norm]
+    for layer in model.layers:
+        attention, mlp = layer.mixer, layer.mlp
+        # Exactly these: a subclass computes something else.
+        if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
+            return False
+        linears += [attention.qkv, attention.out, mlp.gate_up, mlp.down]
+        norms += [layer.mixer_norm, layer.mlp_norm]
+        norms += [norm for norm in (attention.query_norm, attention.key_norm) if norm is not None]
+    # A graph replays what a layer launched once, and what else it does (in Python) never again.
+    plain = all(type(linear) in (DenseLinear, PackedLinear, dataflow.MeasuredLinear) for linear in linears)
+    shapes = {(layer.heads, layer.kv_heads, layer.head_dim) for layer in model.config.layers}
+    return plain and all(type(norm) is RMSNorm for norm in norms) and len(shapes) == 1
 
 
 def _shape(model: Decoder) -> Shape:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float, c_int64
 from math import isnan
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
-from hasten.model.layers import Attention, GatedMLP, Layer
+from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm
 from hasten.model.native.library import library, team
-from hasten.model.native.linear import FORMATS, LANES, Format, LinearStruct, PanelLinear
+from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear
+from hasten.model.native.structs import BatchStruct, LayerStruct, ModelStruct, SpanStruct, TapStruct, ViewStruct
 from hasten.model.rows import Rows, SequenceState
 from hasten.model.taps import Site, Taps
+from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
@@ -30,75 +32,19 @@ if TYPE_CHECKING:
 SITES = get_args(Site)
 
 
-class _Layer(ctypes.Structure):
-    _fields_: ClassVar[Any] = [
-        *((name, c_void_p) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, LinearStruct) for name in ("qkv", "out", "gate_up", "down")),
-        ("window", c_int64),
-    ]
-
-
-class _Model(ctypes.Structure):
-    kept: list[Any]
-    _fields_: ClassVar[Any] = [
-        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")),
-        ("norm_eps", c_float),
-        ("rope_factor", c_float),
-        ("inverse_frequencies", c_void_p),
-        ("embedding", c_void_p),
-        ("embedding_format", c_int64),
-        ("final_norm", c_void_p),
-        ("head", LinearStruct),
-        ("layer", c_void_p),
-    ]
-
-
-class _View(ctypes.Structure):
-    """A cache block: its storage [2, layers, kv_heads, capacity, head_dim], and how many slots are committed."""
-
-    _fields_: ClassVar[Any] = [
-        ("storage", c_void_p),
-        ("positions", c_void_p),
-        ("capacity", c_int64),
-        ("length", c_int64),
-    ]
-
-
-class _Span(ctypes.Structure):
-    """A sequence's rows `start .. stop`; `pending` counts them and those that earlier passes left."""
-
-    _fields_: ClassVar[Any] = [
-        *((name, c_int64) for name in ("start", "stop", "pending")),
-        ("mask", c_void_p),
-        ("views", c_int64),
-        ("view", c_void_p),
-    ]
-
-
-class _Tap(ctypes.Structure):
-    """Where the states [rows, hidden] of a site go; sites by their place in `Site`."""
-
-    _fields_: ClassVar[Any] = [("site", c_int64), ("layer", c_int64), ("states", c_void_p)]
-
-
-class _Batch(ctypes.Structure):
-    _fields_: ClassVar[Any] = [
-        ("rows", c_int64),
-        *((name, c_void_p) for name in ("tokens", "positions", "embedded")),
-        *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
-        *(("taps", c_int64), ("tap", c_void_p)),
-    ]
-
-
-def _views(sequence: SequenceState) -> ctypes.Array[_View]:
+def _views(sequence: SequenceState) -> ctypes.Array[ViewStruct]:
     """A sequence's blocks."""
     blocks = sequence.blocks()
-    return (_View * len(blocks))(
-        *(
-            _View(block.storage[0].data_ptr(), block.positions.data_ptr(), block.capacity, length)
-            for block, length in blocks
+    views = [
+        ViewStruct(
+            storage=block.storage[0].data_ptr(),
+            positions=block.positions.data_ptr(),
+            capacity=block.capacity,
+            length=length,
         )
-    )
+        for block, length in blocks
+    ]
+    return (ViewStruct * len(views))(*views)
 
 
 def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -129,15 +75,11 @@ class NativeBackend:
     def __init__(self, format: Format, head: Format) -> None:
         self.format: Format = format
         self.head: Format = head
-        self._described: tuple[Decoder, _Model | None] | None = None
+        self._described: tuple[Decoder, ModelStruct | None] | None = None
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
+    def linear(self, piece: Piece, source: Source) -> PanelLinear:
         """See `hasten.model.decoder.Backend`."""
-        return PanelLinear(weight, bias, self.format)
-
-    def head_linear(self, weight: Tensor, bias: Tensor | None = None) -> PanelLinear:
-        """See `hasten.model.decoder.Backend`."""
-        return PanelLinear(weight, bias, self.head)
+        return PanelLinear(piece.weight, piece.bias, self.head if source == HEAD else self.format)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         count = rows.tokens.shape[0]
@@ -150,32 +92,42 @@ class NativeBackend:
         if described is None:
             return compose(model, rows, wanted, taps)
         kept: list[Any] = []
-        spans = (_Span * len(rows.spans))()
+        spans = (SpanStruct * len(rows.spans))()
         for index, span in enumerate(rows.spans):
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
             views = _views(span.sequence)
             mask = span.dense_mask(span.sequence.pending)
             mask = None if mask is None else mask.contiguous()
             kept += [views, mask]
-            spans[index] = _Span(
-                span.start,
-                span.stop,
-                span.sequence.pending,
-                None if mask is None else mask.data_ptr(),
-                len(views),
-                ctypes.addressof(views),
+            spans[index] = SpanStruct(
+                start=span.start,
+                stop=span.stop,
+                pending=span.sequence.pending,
+                mask=None if mask is None else mask.data_ptr(),
+                views=len(views),
+                view=ctypes.addressof(views),
             )
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
         logits = torch.empty(len(numbers), model.head.out_features)
         states = {key: torch.empty(count, model.config.hidden_size) for key in (taps.wanted if taps else ())}
-        tapped = (_Tap * len(states))(
-            *(_Tap(SITES.index(site), layer, state.data_ptr()) for (site, layer), state in states.items())
-        )
-        batch = _Batch(
-            *(count, tokens.data_ptr(), positions.data_ptr(), None if embedded is None else embedded.data_ptr()),
-            *(len(spans), ctypes.addressof(spans), len(numbers), ctypes.addressof(row_wanted), logits.data_ptr()),
-            *(len(states), ctypes.addressof(tapped)),
+        sites = [
+            TapStruct(site=SITES.index(site), layer=layer, states=state.data_ptr())
+            for (site, layer), state in states.items()
+        ]
+        tapped = (TapStruct * len(sites))(*sites)
+        batch = BatchStruct(
+            rows=count,
+            tokens=tokens.data_ptr(),
+            positions=positions.data_ptr(),
+            embedded=None if embedded is None else embedded.data_ptr(),
+            spans=len(spans),
+            span=ctypes.addressof(spans),
+            wanted=len(numbers),
+            row_wanted=ctypes.addressof(row_wanted),
+            logits=logits.data_ptr(),
+            taps=len(states),
+            tap=ctypes.addressof(tapped),
         )
         if loaded.hasten_forward(ctypes.addressof(described), team(), ctypes.addressof(batch)):
             raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
@@ -215,7 +167,7 @@ class NativeBackend:
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
         views = _views(sequence)
-        span = _Span(0, 1, 1, None, len(views), ctypes.addressof(views))
+        span = SpanStruct(start=0, stop=1, pending=1, views=len(views), view=ctypes.addressof(views))
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
             *(ctypes.addressof(described), team(), ctypes.addressof(span), token, position, vocabulary),
@@ -231,7 +183,7 @@ class NativeBackend:
         """Whether the native step knows all pieces of a model; others are composed in PyTorch."""
         return self._describe(model) is not None
 
-    def _describe(self, model: Decoder) -> _Model | None:
+    def _describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
         known = self._described
         if known is None or known[0] is not model:
@@ -240,7 +192,7 @@ class NativeBackend:
         return known[1]
 
 
-def _description(model: Decoder) -> _Model | None:
+def _description(model: Decoder) -> ModelStruct | None:
     """See `NativeBackend._describe`; the structure keeps alive what it points to."""
     config, shape = model.config, model.config.layers[0]
     kept: list[Any] = []
@@ -251,35 +203,58 @@ def _description(model: Decoder) -> _Model | None:
         kept.append(values.detach().float().contiguous())
         return int(kept[-1].data_ptr())
 
-    if type(model.head) is not PanelLinear:
+    hidden, width = config.hidden_size, shape.heads * shape.head_dim
+    # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
+    sizes = [(width + 2 * shape.kv_heads * shape.head_dim, hidden), (hidden, width)]
+    sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
+    if type(model.head) is not PanelLinear or type(model.norm) is not RMSNorm or shape.ffn % LANES:
         return None
-    layers = (_Layer * len(model.layers))()
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    layers = (LayerStruct * len(model.layers))()
     for index, layer in enumerate(model.layers):
         attention, mlp = layer.mixer, layer.mlp
         # Exactly these: a subclass computes something else.
         if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
             return None
         pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
-        structs = [piece.struct for piece in pieces if type(piece) is PanelLinear]
-        if len(structs) < len(pieces):
+        structs = [
+            piece.struct
+            for piece, size in zip(pieces, sizes, strict=True)
+            if type(piece) is PanelLinear and (piece.out_features, piece.in_features) == size
+        ]
+        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm or model.norm, attention.key_norm or model.norm
+        if len(structs) < len(pieces) or any(type(norm) is not RMSNorm for norm in norms):
             return None
-        layers[index] = _Layer(
-            pointer(layer.mixer_norm.weight),
-            pointer(None if attention.query_norm is None else attention.query_norm.weight),
-            pointer(None if attention.key_norm is None else attention.key_norm.weight),
-            pointer(layer.mlp_norm.weight),
-            *structs,
-            config.layers[index].window or 0,
+        qkv, out, gate_up, down = structs
+        layers[index] = LayerStruct(
+            attention_norm=pointer(layer.mixer_norm.weight),
+            query_norm=pointer(None if attention.query_norm is None else attention.query_norm.weight),
+            key_norm=pointer(None if attention.key_norm is None else attention.key_norm.weight),
+            mlp_norm=pointer(layer.mlp_norm.weight),
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            window=config.layers[index].window or 0,
         )
     kept.append(layers)
-    described = _Model(
-        *(len(layers), config.hidden_size, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn),
-        *(model.embedding.shape[0], config.norm_eps, config.rope_factor),
-        pointer(torch.tensor(config.inverse_frequencies)),
-        *(model.embedding.data_ptr(), FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16")),
-        pointer(model.norm.weight),
-        model.head.struct,
-        ctypes.addressof(layers),
+    described = ModelStruct(
+        layers=len(layers),
+        hidden=hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        ffn=shape.ffn,
+        vocabulary=model.embedding.shape[0],
+        norm_eps=config.norm_eps,
+        rope_factor=config.rope_factor,
+        inverse_frequencies=pointer(torch.tensor(config.inverse_frequencies)),
+        embedding=model.embedding.data_ptr(),
+        embedding_format=FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16"),
+        final_norm=pointer(model.norm.weight),
+        head=model.head.struct,
+        layer=ctypes.addressof(layers),
     )
     described.kept = kept
     return described

@@ -7,11 +7,13 @@ import os
 import threading
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from hasten.errors import UserError
+from hasten.model.native.structs import STRUCTS
 
 LIBRARY = Path(__file__).with_name("_step.so")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -26,7 +28,8 @@ def library() -> ctypes.CDLL | None:
     """The library; None where it was not built or cannot be loaded.
 
     Raises:
-        UserError: `HASTEN_NATIVE` asks for an instruction set that there is not.
+        UserError: it was built from another version's sources, or `HASTEN_NATIVE` asks for an instruction set that
+            there is not.
     """
     with _loading:
         return _load()
@@ -37,6 +40,7 @@ def _load() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
+    _require_sizes(loaded)
     loaded.hasten_kernels.restype, loaded.hasten_kernels.argtypes = c_char_p, []
     loaded.hasten_borrow.restype, loaded.hasten_borrow.argtypes = c_int, [c_char_p]
     loaded.hasten_team.restype, loaded.hasten_team.argtypes = c_void_p, [c_int]
@@ -58,6 +62,19 @@ def _load() -> ctypes.CDLL | None:
             f"HASTEN_NATIVE is {wanted!r}, which is none of {', '.join(INSTRUCTION_SETS)}, or not in this processor"
         )
     return loaded
+
+
+def _require_sizes(loaded: ctypes.CDLL) -> None:
+    """Refuse a library whose structures have other sizes than ours: it would read something else from them.
+
+    Raises:
+        UserError: it has.
+    """
+    sizes = getattr(loaded, "hasten_sizes", None)
+    if sizes is not None:
+        sizes.restype, sizes.argtypes = ctypes.POINTER(c_int64), []
+    if sizes is None or [*takewhile(bool, sizes())] != [*map(ctypes.sizeof, STRUCTS)]:
+        raise UserError(f"{LIBRARY} was built from another version of hasten: reinstall hasten")
 
 
 def _openmp() -> str | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.model.native.library import library, team
+from hasten.model.native.structs import LinearStruct
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")
@@ -20,17 +20,6 @@ GROUP = 64
 """Inputs of an output that share a scale in int4."""
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 """Int4: shares of a group's largest weight that are tried as the end of its scale."""
-
-
-class LinearStruct(ctypes.Structure):
-    """`struct Linear`."""
-
-    _fields_: ClassVar[Any] = [
-        ("format", c_int64),
-        *((name, c_void_p) for name in ("panels", "scales", "sums", "bias")),
-        ("outputs", c_int64),
-        ("inputs", c_int64),
-    ]
 
 
 class PanelLinear:
@@ -65,9 +54,13 @@ class PanelLinear:
             self.panels = _nibbles(codes)
             self.scales = scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).contiguous()
         self.struct = LinearStruct(
-            *(FORMATS.index(format), self.panels.data_ptr()),
-            *(None if part is None else part.data_ptr() for part in (self.scales, self.sums, self.bias)),
-            *(self.out_features, self.in_features),
+            format=FORMATS.index(format),
+            panels=self.panels.data_ptr(),
+            scales=_address(self.scales),
+            sums=_address(self.sums),
+            bias=_address(self.bias),
+            outputs=self.out_features,
+            inputs=self.in_features,
         )
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -108,6 +101,10 @@ class PanelLinear:
         return round(share * sum(part.nbytes for part in parts if part is not None)) + (
             0 if self.bias is None else self.bias.nbytes
         )
+
+
+def _address(part: Tensor | None) -> int | None:
+    return None if part is None else part.data_ptr()
 
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 // The default forward pass of a Llama-like decoder on CPU: one call per step, over the cache's own memory.
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
-// in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in backend.py and
-// linear.py; the work is in lanes.h, amx.h, linear.h, attention.h and forward.h, compiled once per instruction set.
+// in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in structs.py; the
+// work is in lanes.h, amx.h, linear.h, attention.h and forward.h, compiled once per instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -311,6 +311,12 @@ const Kernels &kernels() {
 
 extern "C" {
 
+// Of the structures that are mirrored, in the order of `STRUCTS`; then 0.
+const int64_t *hasten_sizes() {
+    static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View),
+                                    sizeof(Span),   sizeof(Tap),   sizeof(Batch), 0};
+    return sizes;
+}
 const char *hasten_kernels() { return kernels().name; }
 // Borrow the threads of an OpenMP runtime that the process has loaded from `path`; whether that can be done.
 int hasten_borrow(const char *path) {

@@ -1,0 +1,88 @@
+"""The structures of `step.cpp`. Sizes are compared when the library is loaded; fields go by name."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any, ClassVar
+
+
+class LinearStruct(ctypes.Structure):
+    """`struct Linear`."""
+
+    _fields_: ClassVar[Any] = [
+        ("format", c_int64),
+        *((name, c_void_p) for name in ("panels", "scales", "sums", "bias")),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+    ]
+
+
+class LayerStruct(ctypes.Structure):
+    """`struct Layer`."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_void_p) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
+        *((name, LinearStruct) for name in ("qkv", "out", "gate_up", "down")),
+        ("window", c_int64),
+    ]
+
+
+class ModelStruct(ctypes.Structure):
+    """`struct Model`."""
+
+    kept: list[Any]
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")),
+        ("norm_eps", c_float),
+        ("rope_factor", c_float),
+        ("inverse_frequencies", c_void_p),
+        ("embedding", c_void_p),
+        ("embedding_format", c_int64),
+        ("final_norm", c_void_p),
+        ("head", LinearStruct),
+        ("layer", c_void_p),
+    ]
+
+
+class ViewStruct(ctypes.Structure):
+    """A cache block: its storage [2, layers, kv_heads, capacity, head_dim], and how many slots are committed."""
+
+    _fields_: ClassVar[Any] = [
+        ("storage", c_void_p),
+        ("positions", c_void_p),
+        ("capacity", c_int64),
+        ("length", c_int64),
+    ]
+
+
+class SpanStruct(ctypes.Structure):
+    """A sequence's rows `start .. stop`; `pending` counts them and those that earlier passes left."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in ("start", "stop", "pending")),
+        ("mask", c_void_p),
+        ("views", c_int64),
+        ("view", c_void_p),
+    ]
+
+
+class TapStruct(ctypes.Structure):
+    """Where the states [rows, hidden] of a site go; sites by their place in `Site`."""
+
+    _fields_: ClassVar[Any] = [("site", c_int64), ("layer", c_int64), ("states", c_void_p)]
+
+
+class BatchStruct(ctypes.Structure):
+    """`struct Batch`."""
+
+    _fields_: ClassVar[Any] = [
+        ("rows", c_int64),
+        *((name, c_void_p) for name in ("tokens", "positions", "embedded")),
+        *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
+        *(("taps", c_int64), ("tap", c_void_p)),
+    ]
+
+
+STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ViewStruct, SpanStruct, TapStruct, BatchStruct)
+"""In the order of `hasten_sizes`."""

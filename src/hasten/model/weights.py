@@ -1,0 +1,92 @@
+"""A checkpoint's weights on their way into a model: named pieces, which transforms may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hasten.errors import UserError
+from hasten.model.config import ModelConfig
+from hasten.model.linear import Linear
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A weight, [outputs, inputs] of a linear layer, [channels] of a norm; and its bias [outputs], if it has one.
+
+    Raises:
+        UserError: a bias of another size.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            weight, bias = list(self.weight.shape), list(self.bias.shape)
+            raise UserError(f"a piece with a weight of {weight} cannot have a bias of {bias}")
+
+    def to(self, dtype: torch.dtype) -> Piece:
+        """The same in another dtype."""
+        return Piece(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which linear layer: the name of its piece, and the number of the layer; None outside the layers."""
+
+    name: str
+    layer: int | None = None
+
+
+HEAD = Source("head")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What one layer is made of, or what stands outside the layers.
+
+    Attributes:
+        config: of the model, as the checkpoint has it.
+        layer: its number; None outside the layers.
+        weights: of a layer `mixer_norm`, `qkv` (queries, keys and values one below the other), `query_norm` and
+            `key_norm` where heads have norms, `attention_out`, `mlp_norm`, `gate_up` (gate above up), `down`; outside
+            `embedding`, `norm`, and `head` where it is not the embedding's matrix.
+        linears: linear layers that are ready, by the same names; they go before weights.
+    """
+
+    config: ModelConfig
+    layer: int | None
+    weights: Mapping[str, Piece]
+    linears: Mapping[str, Linear] = field(default_factory=dict)
+
+
+Transform = Callable[[Pieces], Pieces]
+"""Is given what stands outside the layers first, then layer by layer, and returns what to build in their place.
+
+Widths may change: how many heads a layer has, and how many channels its MLP and the residual stream, follows from what
+comes back. The model gets the embedding's dtype.
+"""
+
+
+class Stored(Mapping[str, Piece]):
+    """Pieces that are read each time they are asked for: what is not asked for takes no memory."""
+
+    def __init__(self, read: Mapping[str, Callable[[], Piece]]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> Piece:
+        return self._read[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the piece.
+        return name in self._read
