@@ -27,7 +27,7 @@ class Observation:
         logits: float32 [len(draft) + 1, vocabulary] on the model's device: the root's row, then one per node, rejected
             ones included.
         taps: hidden states of the same rows, where the drafter asked for any.
-        probes: float32 [rows of the draft's probes, vocabulary], one probe's behind the other's.
+        probes: float32 [rows of the draft's probes that are heard, vocabulary], one probe's behind the other's.
         rows: of the whole step: all requests' drafts and prompts.
     """
 
