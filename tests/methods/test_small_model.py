@@ -171,3 +171,32 @@ def test_specifications_share_one_small_model(llm):
     del other
     collect()
     assert gone() is None
+
+
+def test_a_shared_model_counts_once(llm):
+    """Whoever asks several drafters: their caches are their own, the weights are not."""
+    engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
+    (drafter, trimmed) = (engine.drafter(spec)[1] for spec in ("draft-model", "vocabtrim"))
+    weights = drafter.memory_bytes
+    assert weights == drafter.model.weight_bytes() > 0
+    head = trimmed.model.head.nbytes()
+    assert 0 < head < trimmed.memory_bytes < weights
+    for spec, expected in (
+        ("draft-model+dyspec", weights),
+        ("draft-model+dyspec+vocabtrim", weights + head),
+        ("auto:candidates=draft-model/dyspec/draft-model:width=2", weights),
+        (
+            "draft-model+draft-model:dtype=bfloat16",
+            weights + engine.drafter("draft-model:dtype=bfloat16")[1].memory_bytes,
+        ),
+        ("specmemo:drafter=draft-model/dyspec", weights),
+    ):
+        both = engine.drafter(spec)[1]
+        assert both.memory_bytes == expected, spec
+    both = engine.drafter("draft-model+dyspec")[1]
+    (request,) = engine.add([5, 9, 20], SamplingParams(max_tokens=40, ignore_eos=True), both)
+    for _ in range(3):
+        engine.step()
+    caches = sum(each.cache.used_bytes for each in both.drafters)
+    assert caches > 0 and both.memory_bytes == weights + caches
+    engine.abort(request)

@@ -7,7 +7,7 @@ gives all growing drafts of a batch the logits they ask for, one forward pass pe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -21,7 +21,7 @@ from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
 from hasten.engine.sampling import Distribution, likeliest_of_model
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled
-from hasten.model import Model, Rows, Span, load_model
+from hasten.model import Decoder, Model, Rows, Span, load_model
 from hasten.model.checkpoint import resolve
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
@@ -195,7 +195,15 @@ class SmallModelDrafter(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return self.cache.used_bytes + self.model.weight_bytes()
+        return self.cache.used_bytes + sum(self.weights.values())
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        if not isinstance(self.model, Decoder):
+            return {id(self.model): self.model.weight_bytes()}
+        # By piece: a trimmed model has a head of its own, and the layers of the whole one.
+        layers = {id(layer): layer.nbytes() for layer in self.model.layers}
+        return {**layers, id(self.model.head): self.model.head.nbytes()}
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         grown = 0
