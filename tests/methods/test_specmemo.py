@@ -172,6 +172,28 @@ def test_a_drafter_in_the_way_is_given_up_and_comes_back(llm, expected):
     assert memo.memory_bytes == table
 
 
+def test_no_drafter_is_made_within_a_step(llm, expected, monkeypatch):
+    """It may have to be loaded: that is done where a request is added, once there is room beside all that wait."""
+    table, alone = make(llm, 10**8).memory_bytes, plain_need(llm, 20, 60)
+    memo = make(llm, 2 * alone + table // 2)
+    engine, made, steps = Engine(llm.model, llm.tokenizer), [], 0
+    fresh = memo._fresh
+    monkeypatch.setattr(memo, "_fresh", lambda: made.append(steps) or fresh())
+    requests = [engine.add(prompt, PARAMS, memo)[0] for prompt in PROMPTS]
+    assert memo.memory_bytes == table
+    while engine.busy:
+        before = len(made)
+        engine.step()
+        assert len(made) == before
+        steps += 1
+    assert memo.memory_bytes == 0 and not made
+    # Two leave room for it only one after the other.
+    again = [engine.add(prompt, PARAMS, memo)[0] for prompt in PROMPTS[:2]]
+    assert memo.memory_bytes == table and len(made) == 1
+    list(engine.run())
+    assert [request.output for request in requests + again] == expected + expected[:2]
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [

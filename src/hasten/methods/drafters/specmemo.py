@@ -13,7 +13,8 @@ of a step (`Limits.rows`). The order in which things give way:
    refused; one that does not fit now waits.
 2. Drafts take what is left: each step, the most nodes for which logits, masks and the drafter's own cache fit; none at
    all is plain decoding. A drafter's budget is known before it draws, so that sampled drafts stay unbiased.
-3. A drafter that leaves no room for a request is given up, with what it has learned, until there is room for it again.
+3. A drafter that leaves no room for a request is given up, with what it has learned. It comes back with the next
+   request that is added while there is room for it beside all that run or wait.
 
 The sizes of Python tables are those that drafters estimate; everything else is exact. Exactness: lossless, as its
 drafter is; with fewer nodes a step accepts less, never something else.
@@ -151,7 +152,9 @@ class SpecMemo(Drafter):
         return request.stopper.left
 
     def begin(self, request: Request) -> None:
-        """Reserve in writing.
+        """Reserve in writing; a drafter that was given up comes back if it fits beside all requests.
+
+        It is made here, where a request is added, since it may have to be loaded: a step must not wait for that.
 
         Raises:
             UserError: the request does not fit even alone and without drafts.
@@ -171,6 +174,8 @@ class SpecMemo(Drafter):
                 f"specmemo: a prompt of {request.prompt_length} tokens with max_tokens {request.stopper.left}{choices} "
                 f"needs {need:,} bytes, the budget is {self.budget:,}: lower max_tokens or raise the budget"
             )
+        if self._inner is None and self._least_drafter + sum(map(self._need, self._groups.values())) <= self.budget:
+            self._inner = self._fresh()
 
     def admits(self, request: Request) -> bool:
         """Whether the request fits now; a drafter in its way is given up, a running request is not."""
@@ -184,8 +189,6 @@ class SpecMemo(Drafter):
                 if need > self.free:
                     self._inner = None
             self._admitted.add(number)
-            if self._inner is None and self._least_drafter <= self.free:
-                self._inner = self._fresh()
         if self._inner is not None and request.id not in self._inner.requests and self._grows(self._inner, [request]):
             self._inner.drafter.begin(request)
             self._inner.requests.add(request.id)
