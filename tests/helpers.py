@@ -9,10 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hasten.engine import ROOT, Draft, Drafter
@@ -224,3 +228,34 @@ def same(got: Completion, expected: Completion) -> None:
         for (_, mine), (_, theirs) in zip(one.top, other.top, strict=True):
             assert abs(mine - theirs) <= 1e-4
     check_statistics(got)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Meanwhile, the most bytes (`most`) that tensors which are made hold at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        given = {
+            each.untyped_storage().data_ptr() for each in tree_leaves((arguments, options)) if isinstance(each, Tensor)
+        }
+        result = operation(*arguments, **(options or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._made(each.untyped_storage(), given)
+        return result
+
+    def _made(self, storage: Any, given: set[int]) -> None:
+        place = storage.data_ptr()
+        if not place or place in self._known or place in given:
+            return
+        self._known[place] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        finalize(storage, self._gone, place)
+
+    def _gone(self, place: int) -> None:
+        self.now -= self._known.pop(place)

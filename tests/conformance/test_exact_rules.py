@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice, product
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +27,7 @@ from hasten import SamplingParams
 from hasten.engine import ROOT, Draft, Drawn
 from hasten.engine.noise import Uniforms
 from hasten.engine.verification import match, reject, typical
-from hasten.methods.drafters import stand
-from hasten.methods.drafters.small_model import Growth
-from hasten.methods.skipping import swift
+from hasten.methods.drafters import drawing
 
 SIZE = 3
 P, Q = Law(seed=1, size=SIZE).table(), Law(seed=2, size=SIZE).table()
@@ -111,21 +107,20 @@ class Given(Uniforms):
         return self.left.pop(0)
 
 
-def by_small_model(q: list[float], coins: Uniforms) -> list[int]:
-    growth: Any = SimpleNamespace(draft=Draft(), _coins=coins)
-    return [token for token, _ in islice(Growth._drawn(growth, ROOT, torch.tensor(q, dtype=torch.float64), None), 2)]
+IDS = [7, 3, 11, 0, 5]
 
 
-def by_swift(q: list[float], coins: Uniforms) -> list[int]:
-    tip: Any = SimpleNamespace(draft=Draft(), _tip=ROOT, _coins=coins)
-    return swift._Chain._drawn(tip, torch.tensor(q, dtype=torch.float64), 2)
+def of_all(q: list[float], coins: Uniforms) -> list[int]:
+    children = drawing.sampled(Draft(), ROOT, torch.tensor(q, dtype=torch.float64), None, coins)
+    return [token for token, _ in islice(children, 2)]
 
 
-@pytest.mark.parametrize(
-    "drawn",
-    [by_small_model, by_swift, lambda q, coins: stand._draw(q, 2, coins)],
-    ids=["small model", "swift", "stand"],
-)
+def of_some(q: list[float], coins: Uniforms) -> list[int]:
+    children = drawing.sampled(Draft(), ROOT, torch.tensor(q, dtype=torch.float64), torch.tensor(IDS), coins)
+    return [IDS.index(token) for token, _ in islice(children, 2)]
+
+
+@pytest.mark.parametrize("drawn", [of_all, of_some], ids=["all tokens", "some tokens"])
 def test_drafters_draw_as_they_say(drawn: Callable[[list[float], Uniforms], list[int]]):
     """Two children without replacement, by each coin's whole range: 5,000 points of it, so to 0.001."""
     q = [0.15, 0.0, 0.4, 0.25, 0.2]

@@ -182,6 +182,15 @@ def test_probes_see_what_is_above_them_and_their_own():
     assert chain.mask().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
 
 
+def test_rows_whose_logits_are_wanted():
+    assert PROBED.heard() == list(range(4 + 5))
+    quiet = Draft([10, 11], [ROOT, 0], probes=[Probe(ROOT, [9, 9, 9], 1), Probe(0, [9], 2), Probe(1, [9, 8])])
+    assert quiet.heard() == [0, 1, 2, 4, 5, 7, 8]
+    assert quiet.subset([0]).probes == [Probe(ROOT, [9, 9, 9], 1), Probe(0, [9], 2)]
+    assert quiet.clamped(1, 9, 16).probes == quiet.subset([0]).probes
+    assert TREE.heard() == list(range(len(TREE) + 1))
+
+
 def test_probes_go_with_their_nodes():
     assert PROBED.subset([1]).probes == [Probe(ROOT, [9, 9]), Probe(0, [9, 8])]
     assert PROBED.subset([]).probes == [Probe(ROOT, [9, 9])]

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 
 from hasten import SamplingParams, UserError
 from hasten.engine.sampling import Sampler, draw, likeliest, likeliest_of_model
+from helpers import PeakBytes
 
 SIZE = 200
 PROMPT = [3, 5, 5, 7, 150]
@@ -178,6 +179,32 @@ def test_coins_differ_by_purpose_and_position():
     own = sampler()
     assert own.coins(5).draw() == own.coins(5).draw()
     assert len({own.coins(5).draw(), own.coins(6).draw(), own.coins(5, 1).draw(), own.coins(5, 2).draw()}) == 4
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 20},
+        {"top_k": 2000, "top_p": 0.9},
+        {"top_p": 0.9, "min_p": 0.1},
+        {"logit_bias": {3: 1.0}},
+        {"logit_bias": {3: 1.0}, "top_k": 20},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"temperature": 0.0, "repetition_penalty": 1.2, "top_k": 20},
+        {"temperature": 0.0, "logit_bias": {3: 1.0}},
+    ],
+    ids=str,
+)
+def test_what_choosing_takes_for_a_while(settings, rows):
+    """Measured, and not much less than what is said."""
+    size = 4000
+    own, logits = sampler(size=size, **settings), torch.randn(rows, size)
+    with torch.inference_mode(), PeakBytes() as peak:
+        own.choose(logits, range(rows), [[5] * row for row in range(rows)])
+    assert peak.most <= own.scratch_bytes(rows) < 2.2 * peak.most
+    assert sampler(temperature=0.0).scratch_bytes(rows) == 0
 
 
 def test_draw():

@@ -154,7 +154,7 @@ def test_a_child_that_the_shared_noise_names_is_worth_its_own_probability(constr
         asked = SamplingParams(max_tokens=30, seed=seed, temperature=0.9)
         (request,) = engine.add([seed % FLAT.size, 1], asked, drafter)
         engine.step()
-        drafter.belief(request).odds = -50.0
+        drafter.beliefs.of(request).odds = -50.0
         tree = drafter.propose(request, 128)
         for node, children in tree.children().items():
             above = 1.0 if node == ROOT else tree.estimates[node]

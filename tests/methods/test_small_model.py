@@ -9,13 +9,9 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Engine
-from hasten.engine.noise import Uniforms
-from hasten.engine.sampling import draw
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter
 from hasten.model import OracleModel, Rows
 
@@ -94,7 +90,7 @@ def test_estimates(llm, temperature, acceptance):
                 sampler, place = growth.request.sampler, len(growth.request.tokens) + len(growth.paths[parent])
                 noise = torch.tensor(sampler.noise(place, range(len(scores))))
                 alike = ((scores + noise) * temperature).softmax(0)
-                law = torch.tensor(list(map(drafter.belief(growth.request).of, law.tolist(), alike.tolist())))
+                law = torch.tensor(list(map(drafter.beliefs.of(growth.request).of, law.tolist(), alike.tolist())))
             value = float(law[token]) * growth.values[parent]
             before = growth.values[parent] * (1 - taken.get(parent, 0.0))
             assert growth.values[node] == pytest.approx(value, abs=1e-6)
@@ -113,29 +109,6 @@ def test_children_with_shared_noise_are_the_targets_order(llm):
             assert growth.draft.tokens[children[0]] == first
             compared += 1
     assert compared > 20
-
-
-weights = st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0, 5.0, 0.1]), min_size=1, max_size=12).filter(sum)
-
-
-@given(weights, st.integers(0, 1000), st.booleans())
-def test_implicit_residual_is_the_explicit_one(weights, seed, named):
-    """The same coins give the same tokens as drawing from what is left, written out."""
-    q = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    ids = torch.arange(len(q)) * 3 + 1 if named else None
-    model = OracleModel(lambda history: None, 100)
-    (request,) = Engine(model).add([1, 2], SamplingParams(max_tokens=9, temperature=1.0, acceptance="max"))
-    growth = Random(SmallModelDrafter(model), request)
-    growth._coins = Uniforms(seed)
-    drawn = list(growth._drawn(ROOT, q, ids))
-    coins, rest = Uniforms(seed), q.clone()
-    for token, probability in drawn:
-        column = draw(rest, coins.draw())
-        assert token == (column if ids is None else int(ids[column]))
-        assert probability == float(q[column]) > 0
-        rest[column] = 0
-    assert not rest.any()
-    assert growth.draft.drawn[ROOT].probabilities is q
 
 
 def test_what_is_not_asked_for_is_not_drawn(llm):
@@ -198,3 +171,32 @@ def test_specifications_share_one_small_model(llm):
     del other
     collect()
     assert gone() is None
+
+
+def test_a_shared_model_counts_once(llm):
+    """Whoever asks several drafters: their caches are their own, the weights are not."""
+    engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
+    (drafter, trimmed) = (engine.drafter(spec)[1] for spec in ("draft-model", "vocabtrim"))
+    weights = drafter.memory_bytes
+    assert weights == drafter.model.weight_bytes() > 0
+    head = trimmed.model.head.nbytes()
+    assert 0 < head < trimmed.memory_bytes < weights
+    for spec, expected in (
+        ("draft-model+dyspec", weights),
+        ("draft-model+dyspec+vocabtrim", weights + head),
+        ("auto:candidates=draft-model/dyspec/draft-model:width=2", weights),
+        (
+            "draft-model+draft-model:dtype=bfloat16",
+            weights + engine.drafter("draft-model:dtype=bfloat16")[1].memory_bytes,
+        ),
+        ("specmemo:drafter=draft-model/dyspec", weights),
+    ):
+        both = engine.drafter(spec)[1]
+        assert both.memory_bytes == expected, spec
+    both = engine.drafter("draft-model+dyspec")[1]
+    (request,) = engine.add([5, 9, 20], SamplingParams(max_tokens=40, ignore_eos=True), both)
+    for _ in range(3):
+        engine.step()
+    caches = sum(each.cache.used_bytes for each in both.drafters)
+    assert caches > 0 and both.memory_bytes == weights + caches
+    engine.abort(request)

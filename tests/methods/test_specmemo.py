@@ -10,6 +10,7 @@ from hasten.engine import Draft, Engine, Limits, Target
 from hasten.engine.memory import logits_bytes, mask_bytes
 from hasten.engine.registry import create
 from hasten.methods.drafters.specmemo import SpecMemo, SpecMemoParameters
+from helpers import PeakBytes
 
 PROMPTS = [[2, 3, 4] * 4, [9] * 7, list(range(10, 30)), [5, 6] * 9]
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -123,9 +124,38 @@ def test_the_draft_is_as_large_as_fits(llm):
         memo = make(llm, budget, "ngram", nodes=32)
         memo._admitted.add(0)
         engine = Engine(llm.model, llm.tokenizer)
-        engine.add(PROMPTS[0], PARAMS, memo)
+        requests = engine.add(PROMPTS[0], PARAMS, memo)
         assert memo.free == budget - base
-        assert memo._nodes(1) == most
+        assert memo._nodes(requests) == most
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.8}, {"temperature": 0.8, "top_k": 9}, {"repetition_penalty": 1.3}]
+)
+def test_choosing_tokens_fits_the_budget_too(llm, settings):
+    """What sampling takes for a while, measured: with the step's other bytes, it never goes over the budget."""
+    params = SamplingParams(max_tokens=60, ignore_eos=True, seed=1, **settings)
+    need = plain_need(llm, len(PROMPTS[0]), 60)
+    for budget in (need + 20_000, need + 60_000, need + 200_000):
+        memo = make(llm, budget, "ngram:minimum=1", nodes=32)
+        engine, worst, most = Engine(llm.model, llm.tokenizer), 0, 0
+        (request,) = engine.add(PROMPTS[0], params, memo)
+        choose, peaks = request.sampler.choose, []
+
+        def watched(logits, positions, paths, choose=choose, peaks=peaks):
+            with PeakBytes() as peak:
+                tokens = choose(logits, positions, paths)
+            peaks.append(peak.most)
+            return tokens
+
+        request.sampler.choose = watched
+        while engine.busy:
+            peaks.clear()
+            engine.step()
+            worst = max(worst, engine.ledger.last.total + memo.memory_bytes + max(peaks, default=0))
+            most = max(most, len(peaks))
+        assert most and worst <= budget
+    assert request.statistics.accepted > 0
 
 
 def test_more_bytes_never_mean_smaller_drafts(llm):
@@ -170,6 +200,28 @@ def test_a_drafter_in_the_way_is_given_up_and_comes_back(llm, expected):
     assert [request.output for request in requests] == expected
     decode(llm, memo, PROMPTS[:1])
     assert memo.memory_bytes == table
+
+
+def test_no_drafter_is_made_within_a_step(llm, expected, monkeypatch):
+    """It may have to be loaded: that is done where a request is added, once there is room beside all that wait."""
+    table, alone = make(llm, 10**8).memory_bytes, plain_need(llm, 20, 60)
+    memo = make(llm, 2 * alone + table // 2)
+    engine, made, steps = Engine(llm.model, llm.tokenizer), [], 0
+    fresh = memo._fresh
+    monkeypatch.setattr(memo, "_fresh", lambda: made.append(steps) or fresh())
+    requests = [engine.add(prompt, PARAMS, memo)[0] for prompt in PROMPTS]
+    assert memo.memory_bytes == table
+    while engine.busy:
+        before = len(made)
+        engine.step()
+        assert len(made) == before
+        steps += 1
+    assert memo.memory_bytes == 0 and not made
+    # Two leave room for it only one after the other.
+    again = [engine.add(prompt, PARAMS, memo)[0] for prompt in PROMPTS[:2]]
+    assert memo.memory_bytes == table and len(made) == 1
+    list(engine.run())
+    assert [request.output for request in requests + again] == expected + expected[:2]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,19 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 from conformance.laws import Law, by_engine, check_law, joint
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Target
-from hasten.engine.noise import Uniforms
 from hasten.engine.sampling import Sampler
 from hasten.methods.drafters.stand import (
     TREE,
     Entry,
     Stand,
     StandParameters,
-    _draw,
     calibrate,
     full_tree,
     load_tree,
@@ -200,17 +196,6 @@ def test_noise_is_the_targets():
     expected = sampler.perturbed(distribution, [17])[0].tolist()
     assert sampler.noise(17, range(SIZE)) == pytest.approx(expected, abs=1e-6)
     assert sampler.noise(17, [4, 2]) == pytest.approx([expected[4], expected[2]], abs=1e-6)
-
-
-def test_draws_without_replacement():
-    """The law of the first two of four, exactly."""
-    q = [0.45, 0.3, 0.2, 0.05]
-    coins = Uniforms(1)
-    draws = Counter(tuple(_draw(q, 2, coins)) for _ in range(4000))
-    pairs = list(permutations(range(4), 2))
-    expected = [q[i] * q[j] / (1 - q[i]) for i, j in pairs]
-    assert chisquare([draws[pair] for pair in pairs], 4000 * np.array(expected)).pvalue > 0.001
-    assert sorted(_draw(q, 9, coins)) == [0, 1, 2, 3]
 
 
 def warm(**parameters) -> Stand:

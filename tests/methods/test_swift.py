@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Limits, Observation, Target
+from hasten.methods.drafters.shared_noise import MOST, START, Belief, together
 from hasten.methods.skipping.swift import (
     TENANTS,
     Search,
@@ -214,6 +215,42 @@ def test_sampled_drafts(deep, acceptance):
             assert all(draft.tokens[child] == chosen for child in follower)
     assert (draft.drawn.keys() == draft.children().keys()) == (acceptance == "max")
     engine.abort(request)
+
+
+@pytest.mark.parametrize("odds", [-MOST, MOST])
+def test_with_shared_noise_it_is_as_sure_as_its_belief(deep, odds):
+    """Of what the noise names, not of the skipped model's own probability, which the target's draw does not follow."""
+    drafter = drafter_of(deep, width=3, length=5, threshold=0.2, **OFF)
+    engine, (request,) = running(deep, drafter, temperature=0.9)
+    drafter.beliefs.of(request).odds = odds
+    draft = drafter.propose(request, 128)
+    skipped, nodes = drafter.search("").skipped, draft.children()
+    for parent, children in nodes.items():
+        path = [draft.tokens[node] for node in draft.path(parent)]
+        row = in_one_pass(deep, request.tokens[:-1], [request.tokens[-1], *path], skipped)[-1:]
+        scores = request.sampler.distribution(row, [path])
+        noisy = request.sampler.perturbed(scores, [len(request.tokens) + len(path)])
+        alone, alike = scores.dense(0), together(noisy, 0.9)[0]
+        certainty = 1.0 if parent == ROOT else draft.estimates[parent]
+        sure = [
+            Belief(odds).of(float(alone[token]), float(alike[token]))
+            for token in map(draft.tokens.__getitem__, children)
+        ]
+        assert [draft.estimates[child] for child in children] == pytest.approx([certainty * p for p in sure], rel=1e-3)
+    tip = max(range(len(draft)), key=lambda node: draft.depths()[node])
+    # It was sure enough of all that has something below it, by the same measure.
+    for node in draft.path(tip)[:-1]:
+        above = draft.parents[node]
+        assert draft.estimates[node] >= 0.2 * (1.0 if above == ROOT else draft.estimates[above])
+    engine.abort(request)
+
+
+def test_its_belief_learns_and_ends_with_the_request(deep):
+    drafter = drafter_of(deep, width=3, length=5, threshold=0.0, **OFF)
+    engine, (request,) = running(deep, drafter, steps=4, temperature=0.9)
+    assert drafter.beliefs.of(request).odds != START
+    engine.abort(request)
+    assert not drafter.beliefs._beliefs and not drafter.beliefs._drafted
 
 
 @pytest.mark.parametrize("temperature, acceptance", [(0.0, "match"), (0.9, "match"), (0.9, "max")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.engine.draft import Draft
@@ -11,6 +11,17 @@ from hasten.model.taps import Taps
 
 if TYPE_CHECKING:
     from hasten.engine.request import Request
+
+
+def weights_of(drafters: Sequence[Drafter]) -> dict[int, int]:
+    """The weights of several drafters, each once; see `Drafter.weights`."""
+    return {piece: size for drafter in drafters for piece, size in drafter.weights.items()}
+
+
+def memory_of(drafters: Sequence[Drafter]) -> int:
+    """Bytes that several drafters hold; what they share counts once."""
+    own = sum(drafter.memory_bytes - sum(drafter.weights.values()) for drafter in drafters)
+    return own + sum(weights_of(drafters).values())
 
 
 class FirstOf(Drafter):
@@ -26,7 +37,11 @@ class FirstOf(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return sum(drafter.memory_bytes for drafter in self.drafters)
+        return memory_of(self.drafters)
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        return weights_of(self.drafters)
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self.drafters)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,11 +35,18 @@ class Probe:
     behind it.
 
     They stand at the positions behind `node` (or ROOT), see it, all above it and each other, are seen by nothing else,
-    and vanish with the step. `Observation.probes` has their logits.
+    and vanish with the step. `Observation.probes` has their logits, but for those of the first `silent` rows, which
+    nobody asks for: they cost no head.
     """
 
     node: int
     tokens: list[int]
+    silent: int = 0
+
+    @property
+    def heard(self) -> int:
+        """How many rows' logits are wanted."""
+        return max(0, len(self.tokens) - self.silent)
 
 
 @dataclass
@@ -86,6 +93,15 @@ class Draft:
             tokens += probe.tokens
             offsets += range(depths[probe.node] + 1, depths[probe.node] + 1 + len(probe.tokens))
         return tokens, offsets
+
+    def heard(self) -> list[int]:
+        """Numbers of the rows whose logits are wanted, of the root's, the nodes' and the probes'."""
+        rows = list(range(len(self.tokens) + 1))
+        stop = len(rows)
+        for probe in self.probes:
+            stop += len(probe.tokens)
+            rows += range(stop - probe.heard, stop)
+        return rows
 
     def children(self) -> dict[int, list[int]]:
         """Nodes below each node (and ROOT), in order."""
@@ -137,7 +153,7 @@ class Draft:
             [number[self.parents[node]] for node in nodes],
             {number[node]: drawn for node, drawn in self.drawn.items() if node in number},
             [self.estimates[node] for node in nodes] if self.estimates else [],
-            [Probe(number[probe.node], probe.tokens) for probe in self.probes if probe.node in number],
+            self._probes_of(number),
         )
 
     def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
@@ -166,6 +182,10 @@ class Draft:
             kept.estimates += self.estimates[node : node + 1]
         if len(kept) == len(self.tokens) == len(self.parents):
             return self
-        kept.probes = [Probe(number[probe.node], probe.tokens) for probe in self.probes if probe.node in number]
+        kept.probes = self._probes_of(number)
         kept.drawn = {number[node]: drawn for node, drawn in self.drawn.items() if node in number}
         return kept
+
+    def _probes_of(self, number: Mapping[int, int]) -> list[Probe]:
+        """The probes behind nodes that have a new number, and behind ROOT."""
+        return [replace(probe, node=number[probe.node]) for probe in self.probes if probe.node in number]

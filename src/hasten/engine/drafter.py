@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,7 +27,7 @@ class Observation:
         logits: float32 [len(draft) + 1, vocabulary] on the model's device: the root's row, then one per node, rejected
             ones included.
         taps: hidden states of the same rows, where the drafter asked for any.
-        probes: float32 [rows of the draft's probes, vocabulary], one probe's behind the other's.
+        probes: float32 [rows of the draft's probes that are heard, vocabulary], one probe's behind the other's.
         rows: of the whole step: all requests' drafts and prompts.
     """
 
@@ -60,6 +60,11 @@ class Drafter:
     def memory_bytes(self) -> int:
         """Bytes of state held now (tables, caches, own weights; not those of the target), for reports and budgets."""
         return 0
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        """Bytes of those weights in `memory_bytes` that other drafters may hold, too, by the `id` of what they are."""
+        return {}
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         """Bytes that `memory_bytes` grows by, at most, when drafts for these requests are begun, or verified.

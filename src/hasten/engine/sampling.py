@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from hasten.engine.grammar import GrammarState
+from hasten.engine.memory import LOGIT_BYTES
 from hasten.engine.noise import Uniforms, gumbel, gumbels, mix
 from hasten.engine.params import SamplingParams
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 
 TOKEN_STREAM, COIN_STREAM = 1, 2
+DRAWING, PENALISING, ADJUSTING, KEYS = 36, 25, 8, 64
+"""Bytes per logit that exist at the same time, at most: of noise and what makes it, of penalties, of other changes.
+
+`KEYS` are per row.
+"""
 
 
 @dataclass
@@ -167,6 +173,17 @@ class Sampler:
             return likeliest(scores)
         best = distribution.ids.gather(1, scores.argmax(-1, keepdim=True))
         return [int(token) for token in best.flatten().tolist()]
+
+    def scratch_bytes(self, rows: int) -> int:
+        """Bytes that `choose` takes for a while, at most, beside so many rows of logits."""
+        if self.is_argmax:
+            return 0
+        adjusting = self.vocabulary * (PENALISING if self._seen is not None else ADJUSTING)
+        kept = self.params.top_k if 0 < self.params.top_k < self.vocabulary else self.vocabulary
+        drawing = 0 if self.params.greedy else DRAWING * kept
+        if kept < self.vocabulary:
+            drawing += self.vocabulary * LOGIT_BYTES
+        return rows * (max(adjusting, drawing) + KEYS)
 
     def coins(self, position: int, purpose: int = 0) -> Uniforms:
         """Uniforms for rejection rules at one step, keyed by the step's first position; drafters take a purpose > 0."""

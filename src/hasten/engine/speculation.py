@@ -67,7 +67,7 @@ class Speculation:
         probes, offsets = draft.probed()
         tokens = [request.tokens[read], *draft.tokens, *probes]
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
-        return Passage(tokens, positions, range(len(tokens)), draft.mask())
+        return Passage(tokens, positions, draft.heard(), draft.mask())
 
     def receive(self, request: Request, answer: Answer) -> Sequence[int]:
         """The accepted path and the target's own token.
@@ -95,7 +95,7 @@ class Speculation:
         request.sampler.committed(tokens)
         accepted = min(len(tokens), len(path))
         statistics.steps += 1
-        statistics.rows += len(answer.logits)
+        statistics.rows += 1 + len(draft) + sum(len(probe.tokens) for probe in draft.probes)
         statistics.proposed += len(draft)
         statistics.accepted += accepted
         statistics.accepted_per_step.append(accepted)

@@ -119,6 +119,17 @@ def test_right_drafts_give_a_block_per_step(block: int) -> None:
     assert model.rows()[:4] == [3, 1 + block, block + block * block, block + block * block]
 
 
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_no_head_is_computed_for_masks_that_nobody_reads(block: int) -> None:
+    """A group's first mask stands where verification's own token comes."""
+    model = agreeing(lambda position: False)
+    engine = Engine(model)
+    (request,) = run(engine, ([1, 2, 3], SamplingParams(max_tokens=2 + 4 * block), f"tidar:block={block}"))
+    assert engine.ledger.most.logits == 4 * VOCABULARY * (block + block * (block - 1))
+    # They are rows of the step all the same.
+    assert request.statistics.rows == 1 + sum(model.rows()[1:])
+
+
 def test_wrong_drafts_are_cut_where_they_are_wrong() -> None:
     """Masks are wrong at every fifth position: counted by hand, the group is that of what was accepted."""
     request, block = accepted(agreeing(lambda position: position % 5 == 0), 4, 30), 4

@@ -13,11 +13,12 @@ set against another one: a choice by the values of its samples would bias the re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.composition import memory_of, weights_of
 from hasten.engine.cost import VerifyCost, verify_cost
 from hasten.engine.planner import Planner
 from hasten.engine.registry import create, is_lossless, refuse_alone, split
@@ -131,7 +132,11 @@ class Auto(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return sum(drafter.memory_bytes for drafter in self._drafters)
+        return memory_of(self._drafters)
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        return weights_of(self._drafters)
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)

@@ -7,7 +7,7 @@ gives all growing drafts of a batch the logits they ask for, one forward pass pe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hasten.cache import Cache
 from hasten.cache import Sequence as CacheSequence
-from hasten.engine import ROOT, Draft, Drafter, Drawn, Observation, Request, Target
-from hasten.engine.sampling import Distribution, Sampler, likeliest_of_model
+from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
+from hasten.engine.sampling import Distribution, likeliest_of_model
 from hasten.errors import UserError
-from hasten.methods.drafters.shared_noise import Belief, together
-from hasten.model import Model, Rows, Span, load_model
+from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled
+from hasten.model import Decoder, Model, Rows, Span, load_model
 from hasten.model.checkpoint import resolve
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
@@ -77,17 +77,6 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
     return model
 
 
-def processed(sampler: Sampler, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
-    """What a request's sampling makes of logits [rows, vocabulary]; untempered and unfiltered where it is greedy.
-
-    Args:
-        paths: per row, the drafted tokens above it.
-    """
-    if sampler.params.greedy:
-        return Distribution(sampler.adjusted(logits, paths), None, sampler.vocabulary)
-    return sampler.distribution(logits, paths)
-
-
 class Growth(ABC):
     """The draft of one request while it grows.
 
@@ -104,8 +93,7 @@ class Growth(ABC):
         paths: tokens from the root's child down, per node and ROOT.
         values: probability of the path down to each node and ROOT: the product of its nodes'.
         rest: probability that is not yet taken by children, per node and ROOT.
-        start: how many tokens there were.
-        cases: what the request's `Belief` is made of, per parent and token that was taken.
+        matching: its children with shared noise.
         closed: tokens that end the text: nothing is drafted below them.
         sampled: whether children are drawn by the drafter's own coins (otherwise they are given).
     """
@@ -119,8 +107,7 @@ class Growth(ABC):
         self.paths: dict[int, list[int]] = {ROOT: []}
         self.values = {ROOT: 1.0}
         self.rest = {ROOT: 1.0}
-        self.start = len(request.tokens)
-        self.cases: dict[tuple[int, int], tuple[float, float]] = {}
+        self.matching = Matching(request, drafter.beliefs.of(request))
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
         self.closed = frozenset() if request.params.ignore_eos else drafter.end_ids
         self._slots: dict[int, list[int]] = {ROOT: []}
@@ -155,85 +142,16 @@ class Growth(ABC):
         """
         paths = [self.paths[node] for node in self.frontier]
         distribution = self.drafter.distribution(self.request, logits, paths)
-        scores, ids = distribution.scores, distribution.ids
         if self.sampled:
             # Where nothing is allowed there is no distribution, and no child.
-            every = scores.double().softmax(-1).nan_to_num(0.0).cpu()
+            every, ids = distribution.scores.double().softmax(-1).nan_to_num(0.0).cpu(), distribution.ids
             return [
-                self._drawn(node, every[row], None if ids is None else ids[row].cpu())
+                sampled(self.draft, node, every[row], None if ids is None else ids[row].cpu(), self._coins)
                 for row, node in enumerate(self.frontier)
             ]
-        likelihoods, most = scores.softmax(-1), min(most, scores.shape[1])
         if self.request.params.greedy:
-            likelihoods, columns = likelihoods.topk(most, -1)
-            tokens = columns if ids is None else ids.gather(1, columns)
-            # A filtered token has a place in the order all the same, but no probability (or none at all, if all are).
-            return [
-                iter([pair for pair in zip(*row, strict=True) if pair[1] > 0])
-                for row in zip(tokens.tolist(), likelihoods.tolist(), strict=True)
-            ]
-        perturbed = self.request.sampler.perturbed(distribution, [self.start + len(path) for path in paths])
-        columns = perturbed.topk(most, -1).indices
-        tokens = columns if ids is None else ids.gather(1, columns)
-        each = (
-            tokens,
-            likelihoods.gather(1, columns),
-            together(perturbed, self.request.params.temperature).gather(1, columns),
-        )
-        rows = zip(self.frontier, *(part.tolist() for part in each), strict=True)
-        return [self._matched(node, zip(*parts, strict=True)) for node, *parts in rows]
-
-    def _matched(self, node: int, tokens: Iterable[tuple[int, float, float]]) -> Iterator[tuple[int, float]]:
-        """Children in the order of the shared noise; a filtered token has a place there, but no probability."""
-        belief = self.drafter.belief(self.request)
-        for token, *cases in tokens:
-            probability = belief.of(*cases)
-            if probability > 0:
-                self.cases[node, token] = (cases[0], cases[1])
-                yield token, probability
-
-    def judge(self, came: Sequence[int]) -> None:
-        """Tell the request's belief which children were right, down the path of the tokens that came."""
-        belief, below = self.drafter.belief(self.request), self.draft.children()
-        node = ROOT
-        for token in came:
-            right = None
-            for child in below.get(node, ()):
-                drafted = self.draft.tokens[child]
-                belief.learn(*self.cases[node, drafted], drafted == token)
-                if drafted == token:
-                    right = child
-            if right is None:
-                return
-            node = right
-
-    def _drawn(self, node: int, q: Tensor, ids: Tensor | None) -> Iterator[tuple[int, float]]:
-        """Children drawn from q without replacement.
-
-        The residual stays implicit: a coin is a point of what is left of the unit interval, and skips the pieces of
-        it that earlier children have taken.
-        """
-        self.draft.drawn[node] = Drawn(q, ids, replacement=False)
-        piece, end = q.numpy(), q.cumsum(0).numpy()
-        taken: list[int] = []
-        left = float(end[-1])
-        while True:
-            point = self._coins.draw() * left
-            for column in sorted(taken):
-                if point < end[column] - piece[column]:
-                    break
-                point += piece[column]
-            column = int(np.searchsorted(end, point, side="right"))
-            if column == len(piece) or piece[column] <= 0 or column in taken:
-                # Rounding can miss by a hair, or nothing is left.
-                others = piece.copy()
-                others[taken] = 0
-                column = int(others.argmax())
-                if others[column] <= 0:
-                    return
-            taken.append(column)
-            left -= piece[column]
-            yield (column if ids is None else int(ids[column])), float(piece[column])
+            return [iter(pairs) for pairs in likeliest(distribution, most)]
+        return self.matching.children(distribution, self.frontier, paths, most)
 
     def feed(self) -> Tensor | None:
         """Number the frontier behind the rows fed before; boolean [frontier, fed] says which rows each one sees.
@@ -262,12 +180,7 @@ class SmallModelDrafter(Drafter):
         self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
         self._sequences: dict[int, CacheSequence] = {}
-        self._beliefs: dict[int, Belief] = {}
-        self._grown: dict[int, Growth] = {}
-
-    def belief(self, request: Request) -> Belief:
-        """How its target draws beside the small model with shared noise."""
-        return self._beliefs.setdefault(request.id, Belief())
+        self.beliefs = Beliefs()
 
     def start(self, request: Request, budget: int) -> Growth:
         """The seed of a request's draft of at most `budget` nodes."""
@@ -282,7 +195,15 @@ class SmallModelDrafter(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return self.cache.used_bytes + self.model.weight_bytes()
+        return self.cache.used_bytes + sum(self.weights.values())
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        if not isinstance(self.model, Decoder):
+            return {id(self.model): self.model.weight_bytes()}
+        # By piece: a trimmed model has a head of its own, and the layers of the whole one.
+        layers = {id(layer): layer.nbytes() for layer in self.model.layers}
+        return {**layers, id(self.model.head): self.model.head.nbytes()}
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         grown = 0
@@ -301,14 +222,10 @@ class SmallModelDrafter(Drafter):
         return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
 
     def observe(self, request: Request, seen: Observation) -> None:
-        """Judge the last draft by the tokens that came, whoever's was verified, if they came where it began."""
-        grown = self._grown.pop(request.id, None)
-        if grown is not None and grown.start == len(request.tokens) - len(seen.tokens):
-            grown.judge(seen.tokens)
+        self.beliefs.observe(request, seen)
 
     def end(self, request: Request) -> None:
-        self._beliefs.pop(request.id, None)
-        self._grown.pop(request.id, None)
+        self.beliefs.end(request)
         sequence = self._sequences.pop(request.id, None)
         if sequence is not None:
             sequence.release()
@@ -329,7 +246,8 @@ class SmallModelDrafter(Drafter):
                 offset = stop
             active = [growth for growth in active if growth.frontier]
             evaluate = self._expand
-        self._grown.update((growth.request.id, growth) for growth in growths if growth.cases)
+        for growth in growths:
+            self.beliefs.drafted(growth.request, growth.matching, growth.draft)
         return [growth.draft for growth in growths]
 
     def _read(self, growths: Sequence[Growth]) -> Tensor:

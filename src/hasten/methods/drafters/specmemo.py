@@ -5,18 +5,20 @@ what speed they leave. The abstract names the means: a model of the footprint, e
 of the longest possible one, and a tree that is sized by what is left. The paper's text was not at hand: footprint,
 admission and the solver for the tree's size are this module's own, and are held to the paper's two questions.
 
-What counts: the KV cache of all requests of this method, the logits that verification looks at, the masks of trees, and
-the drafter (tables, caches, weights). Weights and activations of the target do not; the latter are bounded by the rows
-of a step (`Limits.rows`). The order in which things give way:
+What counts: the KV cache of all requests of this method, the logits that verification looks at, what choosing tokens
+from them takes for a while (with the default acceptance), the masks of trees, and the drafter (tables, caches,
+weights). What a small model's own pass takes for a while does not. Weights and activations of the target do not; the
+latter are bounded by the rows of a step (`Limits.rows`). The order in which things give way:
 
 1. A request reserves exactly the slots that it may fill (prompt and `max_tokens`). One that does not fit even alone is
    refused; one that does not fit now waits.
 2. Drafts take what is left: each step, the most nodes for which logits, masks and the drafter's own cache fit; none at
    all is plain decoding. A drafter's budget is known before it draws, so that sampled drafts stay unbiased.
-3. A drafter that leaves no room for a request is given up, with what it has learned, until there is room for it again.
+3. A drafter that leaves no room for a request is given up, with what it has learned. It comes back with the next
+   request that is added while there is room for it beside all that run or wait.
 
-The sizes of Python tables are those that drafters estimate; everything else is exact. Exactness: lossless, as its
-drafter is; with fewer nodes a step accepts less, never something else.
+The sizes of Python tables are those that drafters estimate, what choosing takes is a bound; the rest is exact.
+Exactness: lossless, as its drafter is; with fewer nodes a step accepts less, never something else.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.draft import MAX_DRAFT
 from hasten.engine.memory import logits_bytes, mask_bytes, parse_bytes
 from hasten.engine.registry import create, is_lossless, split
+from hasten.engine.sampling import Sampler
 from hasten.errors import UserError, require
 from hasten.model.taps import Taps
 
@@ -65,10 +68,11 @@ class SpecMemoParameters:
 
 @dataclass
 class _Group:
-    """The choices of one prompt, which share its cache: what they reserve, and who of them is not over yet."""
+    """The choices of one prompt, which share its cache: what they reserve, how they sample, and who is not over yet."""
 
     kv: int
     rows: int
+    sampler: Sampler
     members: set[int] = field(default_factory=set)
 
 
@@ -141,8 +145,8 @@ class SpecMemo(Drafter):
         return self.budget - self.reserved - (0 if self._inner is None else self._inner.bytes)
 
     def _need(self, group: _Group) -> int:
-        """Of plain decoding: the cache, and a row of logits for each choice."""
-        return group.kv + logits_bytes(group.rows, self._vocabulary)
+        """Of plain decoding: the cache, a row of logits for each choice, and what drawing from one of them takes."""
+        return group.kv + logits_bytes(group.rows, self._vocabulary) + group.sampler.scratch_bytes(1)
 
     # Requests
 
@@ -151,14 +155,16 @@ class SpecMemo(Drafter):
         return request.stopper.left
 
     def begin(self, request: Request) -> None:
-        """Reserve in writing.
+        """Reserve in writing; a drafter that was given up comes back if it fits beside all requests.
+
+        It is made here, where a request is added, since it may have to be loaded: a step must not wait for that.
 
         Raises:
             UserError: the request does not fit even alone and without drafts.
         """
         slots = len(request.tokens) + request.stopper.left
         number = request.id if request.leader is None else request.leader.id
-        group = self._groups.setdefault(number, _Group(0, 0))
+        group = self._groups.setdefault(number, _Group(0, 0, request.sampler))
         # A choice beside the first shares the prompt's block, and fills one of its own.
         group.kv += self._cache.block_bytes(slots if not group.rows else request.stopper.left + 1)
         group.rows += 1
@@ -171,6 +177,8 @@ class SpecMemo(Drafter):
                 f"specmemo: a prompt of {request.prompt_length} tokens with max_tokens {request.stopper.left}{choices} "
                 f"needs {need:,} bytes, the budget is {self.budget:,}: lower max_tokens or raise the budget"
             )
+        if self._inner is None and self._least_drafter + sum(map(self._need, self._groups.values())) <= self.budget:
+            self._inner = self._fresh()
 
     def admits(self, request: Request) -> bool:
         """Whether the request fits now; a drafter in its way is given up, a running request is not."""
@@ -184,8 +192,6 @@ class SpecMemo(Drafter):
                 if need > self.free:
                     self._inner = None
             self._admitted.add(number)
-            if self._inner is None and self._least_drafter <= self.free:
-                self._inner = self._fresh()
         if self._inner is not None and request.id not in self._inner.requests and self._grows(self._inner, [request]):
             self._inner.drafter.begin(request)
             self._inner.requests.add(request.id)
@@ -235,10 +241,10 @@ class SpecMemo(Drafter):
         known = [requests[index] for index in seen]
         if not known or not self._grows(inner, known):
             return drafts
-        most = self._nodes(len(known))
+        most = self._nodes(known)
         if most < self.parameters.nodes:
             inner.measure()
-            most = self._nodes(len(known))
+            most = self._nodes(known)
         if most < 1:
             return drafts
         # The slots that are reserved for what may still come hold the draft, too.
@@ -247,14 +253,18 @@ class SpecMemo(Drafter):
             drafts[index] = draft.clamped(bound, MAX_DRAFT, self._vocabulary)
         return drafts
 
-    def _nodes(self, drafts: int) -> int:
-        """The most nodes for each of so many drafts that fit into what is free."""
-        left = self.free // drafts
+    def _nodes(self, requests: Sequence[Request]) -> int:
+        """The most nodes for each of these requests' drafts that fit into what is free.
+
+        Tokens are chosen for one request after the other, so what that takes for a while counts once.
+        """
+        free, drafts = self.free, len(requests)
         low, high = 0, self.parameters.nodes
         while low < high:
             middle = (low + high + 1) // 2
-            fits = logits_bytes(middle, self._vocabulary) + mask_bytes(middle) <= left
-            low, high = (middle, high) if fits else (low, middle - 1)
+            scratch = max(request.sampler.scratch_bytes(middle) for request in requests)
+            taken = drafts * (logits_bytes(middle, self._vocabulary) + mask_bytes(middle)) + scratch
+            low, high = (middle, high) if taken <= free else (low, middle - 1)
         return low
 
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:

@@ -28,15 +28,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import islice
 from math import exp, inf, log
 from operator import itemgetter
 from pathlib import Path
 
 import torch
 
-from hasten.engine import ROOT, Draft, Drafter, Drawn, Engine, Observation, Request, SamplingParams, Target, register
+from hasten.engine import ROOT, Draft, Drafter, Engine, Observation, Request, SamplingParams, Target, register
 from hasten.engine.noise import Uniforms
 from hasten.errors import UserError, require
+from hasten.methods.drafters.drawing import order_of_noise, sampled
 
 DRAFT_PURPOSE = 5
 """Coins of the drafter are another stream than the verifier's."""
@@ -243,12 +245,10 @@ class Stand(Drafter):
             if not self.parameters.sampled or params.acceptance == "typical":
                 right = 0.0
             elif params.acceptance == "match":
-                noise = request.sampler.noise(position, ids)
-                scores = [log(p) + gumbel for p, gumbel in zip(q, noise, strict=True)]
-                order = sorted(range(len(ids)), key=scores.__getitem__, reverse=True)[:width]
+                order = order_of_noise(request.sampler, position, ids, q, width)
             else:
-                order = _draw(q, width, coins)
-                draft.drawn[node] = Drawn(torch.tensor(q, dtype=torch.float64), torch.tensor(ids), replacement=False)
+                children = sampled(draft, node, torch.tensor(q, dtype=torch.float64), torch.tensor(ids), coins)
+                order = [ids.index(token) for token, _ in islice(children, min(width, len(ids)))]
         return [(ids[i], (1 - right) * q[i] + (0.0 if rank else right)) for rank, i in enumerate(order)]
 
     def _lookup(self, owner: str | int, context: tuple[int, ...]) -> Entry | None:
@@ -285,21 +285,6 @@ class Stand(Drafter):
                 table.move_to_end(key)
             elif len(table) > parameters.entries:
                 table.popitem(last=False)
-
-
-def _draw(q: Sequence[float], count: int, coins: Uniforms) -> list[int]:
-    """Indices drawn from q without replacement, in draw order: the law of Gumbel top-k with fewer coins."""
-    rest = dict(enumerate(q))
-    order: list[int] = []
-    while rest and len(order) < count:
-        left = coins.draw() * sum(rest.values())
-        for index in rest:
-            left -= rest[index]
-            if left < 0:
-                break
-        order.append(index)
-        del rest[index]
-    return order
 
 
 # The tree

@@ -64,15 +64,16 @@ class Tidar(Drafter):
         draft = Draft.chain(self._next.pop(request.id, [])[: min(budget, request.stopper.left - 1)])
         # The context ends so many positions behind the root; masks do, too.
         room = self.context - len(request.tokens)
-        draft.probes = [Probe(node, self.masks[: room - node - 1]) for node in range(-1, len(draft))]
+        # A group's first mask stands where verification's own token comes: what it says is never read.
+        draft.probes = [Probe(node, self.masks[: room - node - 1], silent=1) for node in range(-1, len(draft))]
         return draft
 
     def observe(self, request: Request, seen: Observation) -> None:
         if not seen.draft.probes:
             return
-        sizes = [len(probe.tokens) for probe in seen.draft.probes]
+        sizes = [probe.heard for probe in seen.draft.probes]
         first, size = sum(sizes[: len(seen.path)]), sizes[len(seen.path)]
-        logits = seen.probes[first + 1 : first + size]
+        logits = seen.probes[first : first + size]
         sampler, position = request.sampler, len(request.tokens)
         if sampler.grammar is not None or not len(logits):
             self._next[request.id] = likeliest(logits)

@@ -32,7 +32,7 @@ from hasten.engine import ROOT, Draft, Engine, Observation, Request, SamplingPar
 from hasten.engine.sampling import Distribution, Sampler
 from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
-from hasten.methods.drafters.small_model import processed
+from hasten.methods.drafters.drawing import processed
 from hasten.model import Decoder, Model
 from hasten.model.weights import HEAD, Piece
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import comb
 
 import numpy as np
@@ -37,9 +38,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.engine import ROOT, Draft, Drafter, Drawn, Observation, Request, Target, register
-from hasten.engine.sampling import draw, likeliest, likeliest_of_model
+from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register, sampling
 from hasten.errors import UserError, require
+from hasten.methods.drafters.drawing import Beliefs, Child, Matching, likeliest, processed, sampled
+from hasten.methods.drafters.shared_noise import Belief
 from hasten.model import Decoder, Rows, Span
 
 COINS = 9
@@ -299,6 +301,7 @@ class Swift(Drafter):
         self.model, self.parameters, self.end_ids = target.model, parameters, target.end_ids
         self._searches: OrderedDict[str, Search] = OrderedDict()
         self._proposed: dict[int, tuple[int, list[int]]] = {}
+        self.beliefs = Beliefs()
 
     @property
     def memory_bytes(self) -> int:
@@ -327,7 +330,7 @@ class Swift(Drafter):
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         """One trial per tenant where the search is on, then the drafts, level by level."""
         chains = [
-            _Chain(request, self.parameters, budget, self.end_ids)
+            _Chain(request, self.parameters, budget, self.beliefs.of(request), self.end_ids)
             for request, budget in zip(requests, budgets, strict=True)
         ]
         tenants: dict[str, list[_Chain]] = {}
@@ -340,9 +343,11 @@ class Swift(Drafter):
             self._grow(group, search.skipped)
         for chain in chains:
             self._proposed[chain.request.id] = (len(chain.request.tokens), chain.tokens)
+            self.beliefs.drafted(chain.request, chain.matching, chain.draft)
         return [chain.finish(budget) for chain, budget in zip(chains, budgets, strict=True)]
 
     def observe(self, request: Request, seen: Observation) -> None:
+        self.beliefs.observe(request, seen)
         start, chain = self._proposed.pop(request.id, (-1, []))
         if not chain or start != len(request.tokens) - len(seen.tokens):
             return  # Another drafter's turn.
@@ -351,6 +356,7 @@ class Swift(Drafter):
         self.search(request.params.tenant).accepted(right / min(len(met), right + 1))
 
     def end(self, request: Request) -> None:
+        self.beliefs.end(request)
         self._proposed.pop(request.id, None)
 
     # Drafting
@@ -364,7 +370,7 @@ class Swift(Drafter):
             positions = torch.tensor([chain.request.read + level for chain in active], device=self.model.device)
             spans = [Span(chain.request.sequence, row, row + 1, extend=level > 0) for row, chain in enumerate(active)]
             logits = forward(self.model, Rows(tokens, positions, spans), skipped)
-            likeliest_of_model(logits)
+            sampling.likeliest_of_model(logits)
             for row, chain in enumerate(active):
                 chain.grow(logits[row : row + 1])
             active = [chain for chain in active if chain.open]
@@ -409,7 +415,7 @@ class Swift(Drafter):
         try:
             scratch.crop(start)
             rows = Rows.of(scratch, request.tokens[start:-1], start, self.model.device)
-            predicted = likeliest(forward(self.model, rows, skipped))
+            predicted = sampling.likeliest(forward(self.model, rows, skipped))
         finally:
             scratch.release()
         return sum(map(int.__eq__, predicted, request.tokens[start + 1 :])) / window
@@ -419,9 +425,15 @@ class _Chain:
     """The draft of one request: a chain of the skipped model's tokens, and siblings beside them."""
 
     def __init__(
-        self, request: Request, parameters: SwiftParameters, budget: int, end_ids: frozenset[int] = frozenset()
+        self,
+        request: Request,
+        parameters: SwiftParameters,
+        budget: int,
+        belief: Belief,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request, self.parameters = request, parameters
+        self.matching = Matching(request, belief)
         self.depth = min(parameters.length, budget, request.stopper.left - 1)
         self.tokens: list[int] = []
         self.draft = Draft()
@@ -437,20 +449,22 @@ class _Chain:
 
     def grow(self, logits: Tensor) -> None:
         """Add a level below the chain's tip, from its logits [1, vocabulary]."""
-        ids, confidences = self._children(logits)
-        kept = self._width(confidences[0])
-        first, draft = len(self.draft), self.draft
-        estimate = 1.0
-        for token, confidence in list(zip(ids, confidences, strict=True))[:kept]:
+        children, first, draft = self._children(logits), len(self.draft), self.draft
+        if not children:
+            # Nothing is allowed here.
+            self.open = False
+            return
+        (token, certainty), estimate = children[0], 1.0
+        self.tokens.append(token)
+        sure = certainty >= self.parameters.threshold
+        self.open = len(self.tokens) < self.depth and sure and token not in self._closed
+        for token, confidence in children[: self._width(certainty)]:
             # Drawn siblings are verified in the order in which they were drawn, so none is worth more than one before.
             estimate = min(estimate, confidence) if self._tip in draft.drawn else confidence
             draft.tokens.append(token)
             draft.parents.append(self._tip)
             draft.estimates.append(self._certainty * estimate)
         self._tip, self._certainty = first, draft.estimates[first]
-        self.tokens.append(ids[0])
-        sure = confidences[0] >= self.parameters.threshold
-        self.open = len(self.tokens) < self.depth and sure and ids[0] not in self._closed
 
     def finish(self, budget: int) -> Draft:
         """The draft, its most valuable `budget` nodes first and only: no node is worth more than the one above it.
@@ -468,32 +482,20 @@ class _Chain:
         rank = sum(confidence <= bound for bound in SURE)
         return -(-self.parameters.width * tenths[rank] // 10)
 
-    def _children(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """Up to `width` tokens in draw order, and their probabilities before temperature and filters."""
-        sampler, params = self.request.sampler, self.request.params
-        paths = [self.tokens]
-        probabilities = sampler.adjusted(logits, paths).softmax(-1)
-        width = min(self.parameters.width, logits.shape[1])
-        if params.greedy:
-            values, ids = probabilities.topk(width, -1)
-            return ids[0].tolist(), values[0].tolist()
-        distribution = sampler.distribution(logits, paths)
-        if params.acceptance == "match":
-            scores, columns = sampler.perturbed(distribution, [len(self.request.tokens) + len(self.tokens)]).topk(
-                min(width, distribution.scores.shape[1]), -1
-            )
-            columns = columns[:, : int((scores > -torch.inf).sum())]
-            chosen = (columns if distribution.ids is None else distribution.ids.gather(1, columns))[0].tolist()
-        else:
-            chosen = self._drawn(distribution.dense(0), width)
-        return chosen, probabilities[0, chosen].tolist()
+    def _children(self, logits: Tensor) -> list[Child]:
+        """Up to `width` tokens in draw order, and how sure each is.
 
-    def _drawn(self, q: Tensor, width: int) -> list[int]:
-        """Tokens drawn from q without replacement, by the drafter's own coins."""
-        self.draft.drawn[self._tip] = Drawn(q, replacement=False)
-        chosen: list[int] = []
-        rest = q.clone()
-        while len(chosen) < width and float(rest.sum()) > 0:
-            chosen.append(draw(rest, self._coins.draw()))
-            rest[chosen[-1]] = 0
-        return chosen
+        That is the probability before temperature and filters; with shared noise, what the request's belief says.
+        """
+        sampler, params, paths = self.request.sampler, self.request.params, [self.tokens]
+        distribution, width = processed(sampler, logits, paths), self.parameters.width
+        if params.greedy:
+            return likeliest(distribution, width)[0]
+        if params.acceptance == "match":
+            return list(self.matching.children(distribution, [self._tip], paths, width)[0])
+        q = distribution.dense(0).nan_to_num(0.0)
+        children = sampled(self.draft, self._tip, q, None, self._coins)
+        # No coin is thrown for a child that cannot be.
+        tokens = [token for token, _ in islice(children, min(width, int(q.count_nonzero())))]
+        probabilities = sampler.adjusted(logits, paths).softmax(-1)
+        return list(zip(tokens, probabilities[0, tokens].tolist(), strict=True))
