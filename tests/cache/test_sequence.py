@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.cache import Cache, Replay, RollbackError, Sequence, StatePerRow
+from hasten.cache import Cache, Replay, RollbackError, SequenceCache, StatePerRow
 from hasten.cache.block import Block, group_layers
 from hasten.errors import UserError
 from hasten.model import LayerConfig, Model, OracleModel, Rows, Span, load_model
@@ -91,7 +90,7 @@ class Tree:
         return [len(self.path(row)) - 1 for row in range(len(self.tokens))]
 
 
-def rows_of(tree: Tree, sequence: Sequence) -> Rows:
+def rows_of(tree: Tree, sequence: SequenceCache) -> Rows:
     positions = torch.tensor(tree.depths()) + sequence.length
     span = Span(sequence, 0, len(tree.tokens), tree.mask())
     return Rows(torch.tensor(tree.tokens), positions, [span])
@@ -103,7 +102,7 @@ class Machine:
 
     model: Model
     cache: Cache
-    live: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    live: list[tuple[SequenceCache, list[int]]] = field(default_factory=list)
     _fresh: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def run(self, program: list[Step]) -> None:
@@ -148,7 +147,7 @@ class Machine:
 
     # Operations
 
-    def chain(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def chain(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """Append tokens and keep all of them, or the first few."""
         logits = self.model.forward(Rows.of(sequence, list(step.tokens), len(tokens)))
         self.check(logits, [*tokens, *step.tokens])
@@ -156,7 +155,7 @@ class Machine:
         sequence.commit(count if step.number % 3 else list(range(count)))
         tokens += step.tokens[:count]
 
-    def tree(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def tree(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """Append a tree and keep the path to one of its nodes."""
         tree = Tree.of(step)
         self.check_tree(tree, self.model.forward(rows_of(tree, sequence)), tokens)
@@ -169,13 +168,13 @@ class Machine:
             path = [tree.tokens[node] for node in tree.path(row)]
             self.check(logits[row : row + 1], tokens + path)
 
-    def discard(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def discard(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """A forward pass of which nothing is kept."""
         self.model.forward(rows_of(Tree.of(step), sequence))
         if step.number % 2:
             sequence.commit(0)
 
-    def packed(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def packed(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """A tree on one sequence and a chain on another in the same forward pass."""
         others = [item for item in self.live if item[0] is not sequence]
         if not others:
@@ -198,7 +197,7 @@ class Machine:
         other.commit(len(step.tokens))
         other_tokens += step.tokens
 
-    def grow(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def grow(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """As `tree`, but in several passes that extend what is pending, with a fork in between."""
         tree = Tree.of(step)
         count, size = len(tree.tokens), 1 + step.number % 3
@@ -217,7 +216,7 @@ class Machine:
         sequence.commit(kept)
         tokens += [tree.tokens[row] for row in kept]
 
-    def lengthen(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def lengthen(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """As `chain`, but in several passes that extend what is pending, without a mask."""
         count, size = len(step.tokens), 1 + step.number % 4
         logits = []
@@ -232,22 +231,22 @@ class Machine:
         sequence.commit(kept)
         tokens += step.tokens[:kept]
 
-    def crop(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def crop(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         length = step.number % (len(tokens) + 1)
         sequence.crop(length)
         del tokens[length:]
 
-    def fork(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def fork(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         self.live.append((sequence.fork(), list(tokens)))
 
-    def release(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def release(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         sequence.release()
         self.live = [item for item in self.live if item[0] is not sequence]
 
-    def reserve(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def reserve(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         sequence.reserve(step.number % 50)
 
-    def probe(self, step: Step, sequence: Sequence, tokens: list[int]) -> None:
+    def probe(self, step: Step, sequence: SequenceCache, tokens: list[int]) -> None:
         """The next token's logits, if that were token 7."""
         logits = self.model.forward(Rows.of(sequence, [7], len(tokens)))
         self.check(logits, [*tokens, 7])
@@ -408,7 +407,7 @@ def test_blocks_may_be_made_and_changed_in_and_out_of_inference_mode(
 # Transactions
 
 
-def chain(model: Model, sequence: Sequence, count: int) -> None:
+def chain(model: Model, sequence: SequenceCache, count: int) -> None:
     model.forward(Rows.of(sequence, list(range(count)), sequence.length))
 
 
@@ -599,7 +598,7 @@ def follow(state: tuple[torch.Tensor, ...] | None, inputs: tuple[torch.Tensor, .
     return way * 20 + inputs[0] + 1, count + 1
 
 
-def told(positions: Items[int]) -> tuple[float, int]:
+def told(positions: Sequence[int]) -> tuple[float, int]:
     """The state behind rows at these positions."""
     way = 0.0
     for position in positions:
@@ -608,7 +607,7 @@ def told(positions: Items[int]) -> tuple[float, int]:
 
 
 @pytest.fixture(params=["per row", "replay"])
-def recurrent(request: pytest.FixtureRequest) -> Sequence:
+def recurrent(request: pytest.FixtureRequest) -> SequenceCache:
     """Eight rows in an attention layer, and behind them in a recurrent one."""
     sequence = Cache([ATTENTION, RECURRENT], torch.float32, torch.device("cpu")).sequence()
     sequence.replays = request.param == "replay"  # type: ignore[attr-defined]
@@ -617,7 +616,7 @@ def recurrent(request: pytest.FixtureRequest) -> Sequence:
     return sequence
 
 
-def advance(sequence: Sequence, count: int, parents: Items[int] | None = None, extend: bool = False) -> None:
+def advance(sequence: SequenceCache, count: int, parents: Sequence[int] | None = None, extend: bool = False) -> None:
     """What a forward pass does to the cache."""
     earlier = sequence.pending if extend else 0
     above = list(parents if parents is not None else range(earlier - 1, earlier + count - 1))
@@ -639,23 +638,23 @@ def advance(sequence: Sequence, count: int, parents: Items[int] | None = None, e
     sequence.leave(1, per_row if left is None else left.extended(per_row))
 
 
-def state(sequence: Sequence) -> tuple[float, int]:
+def state(sequence: SequenceCache) -> tuple[float, int]:
     way, count = sequence.states[1]
     assert count[0] == count[1]
     return way.item(), int(count[0])
 
 
-def stored(sequence: Sequence) -> list[float]:
+def stored(sequence: SequenceCache) -> list[float]:
     """The positions that attention sees, as its keys say."""
     return torch.cat([part.keys[0, :, 0] for part in sequence.parts(0, None)]).tolist()
 
 
-def test_recurrent_layers_take_no_slots(recurrent: Sequence) -> None:
+def test_recurrent_layers_take_no_slots(recurrent: SequenceCache) -> None:
     assert list(recurrent._views[0].block.keys) == [0]
 
 
 @pytest.mark.parametrize("kept", [0, 2, 3, [0, 1], [], [0, 1, 2]])
-def test_recurrent_layers_keep_part_of_a_chain(kept: int | list[int], recurrent: Sequence) -> None:
+def test_recurrent_layers_keep_part_of_a_chain(kept: int | list[int], recurrent: SequenceCache) -> None:
     advance(recurrent, 3)
     recurrent.commit(kept)
     length = 8 + (kept if isinstance(kept, int) else len(kept))
@@ -665,7 +664,7 @@ def test_recurrent_layers_keep_part_of_a_chain(kept: int | list[int], recurrent:
 
 @pytest.mark.parametrize("kept", [[0], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5]])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_recurrent_layers_keep_a_path_of_a_tree(kept: list[int], passes: int, recurrent: Sequence) -> None:
+def test_recurrent_layers_keep_a_path_of_a_tree(kept: list[int], passes: int, recurrent: SequenceCache) -> None:
     """The root, its children 1 and 2, and theirs; in one pass, or grown in a second one."""
     parents = [-1, 0, 0, 1, 2, 2]
     if passes == 1:
@@ -677,7 +676,7 @@ def test_recurrent_layers_keep_a_path_of_a_tree(kept: list[int], passes: int, re
     assert state(recurrent) == told([*range(8), *(8 + row for row in kept)])
 
 
-def test_recurrent_layers_forget_pending_rows(recurrent: Sequence) -> None:
+def test_recurrent_layers_forget_pending_rows(recurrent: SequenceCache) -> None:
     advance(recurrent, 2)
     advance(recurrent, 1)
     child, snapshot = recurrent.fork(), recurrent.snapshot()
@@ -689,7 +688,7 @@ def test_recurrent_layers_forget_pending_rows(recurrent: Sequence) -> None:
         assert (other.length, state(other)) == (8, told(range(8)))
 
 
-def test_recurrent_layers_go_back_within_the_latest_commit(recurrent: Sequence) -> None:
+def test_recurrent_layers_go_back_within_the_latest_commit(recurrent: SequenceCache) -> None:
     advance(recurrent, 5, [-1, 0, 0, 2, 3])
     recurrent.commit([0, 2, 3, 4])
     way = [*range(8), 8, 10, 11, 12]
@@ -705,7 +704,7 @@ def test_recurrent_layers_go_back_within_the_latest_commit(recurrent: Sequence) 
     assert state(recurrent) == told(range(8))
 
 
-def test_snapshot_and_restore(recurrent: Sequence) -> None:
+def test_snapshot_and_restore(recurrent: SequenceCache) -> None:
     snapshot = recurrent.snapshot()
     advance(recurrent, 3)
     recurrent.commit(3)
@@ -727,7 +726,7 @@ def test_snapshot_and_restore(recurrent: Sequence) -> None:
         recurrent.restore(longer)
 
 
-def test_a_fork_has_states_of_its_own(recurrent: Sequence) -> None:
+def test_a_fork_has_states_of_its_own(recurrent: SequenceCache) -> None:
     child = recurrent.fork()
     advance(child, 2)
     child.commit(2)
@@ -746,7 +745,7 @@ def test_a_fork_has_states_of_its_own(recurrent: Sequence) -> None:
         ([[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 1]], [-1, -1, 1]),
     ],
 )
-def test_which_row_a_row_follows(mask: list[list[int]] | None, parents: list[int], recurrent: Sequence) -> None:
+def test_which_row_a_row_follows(mask: list[list[int]] | None, parents: list[int], recurrent: SequenceCache) -> None:
     """Three rows behind two that are pending already."""
     span = Span(recurrent, 4, 7, None if mask is None else torch.tensor(mask, dtype=torch.bool), extend=True)
     assert span.parents(5) == parents
@@ -813,7 +812,7 @@ def test_the_parts_of_a_windowed_layer_skip_what_no_row_sees(models: dict[str, M
 # Eviction
 
 
-def contents(sequence: Sequence) -> list[tuple[int, float]]:
+def contents(sequence: SequenceCache) -> list[tuple[int, float]]:
     """Position and key of every committed slot."""
     return [
         (int(block.positions[slot]), float(block.keys[0][0, slot, 0]))
@@ -822,7 +821,7 @@ def contents(sequence: Sequence) -> list[tuple[int, float]]:
     ]
 
 
-def append(sequence: Sequence, slots: list[tuple[int, float]], kept: list[int]) -> None:
+def append(sequence: SequenceCache, slots: list[tuple[int, float]], kept: list[int]) -> None:
     """A pass of rows at these positions, with these keys."""
     keys = torch.tensor([[key] for _, key in slots])[None]
     sequence.begin(torch.tensor([position for position, _ in slots]))
@@ -862,7 +861,7 @@ def test_any_evictions_are_those_of_a_list(models: dict[str, Model]) -> None:
         sequence.release()
 
 
-def filled(model: Model, count: int) -> Sequence:
+def filled(model: Model, count: int) -> SequenceCache:
     sequence = new_cache(model).sequence()
     append(sequence, [(position, 10.0 + position) for position in range(count)], list(range(count)))
     return sequence

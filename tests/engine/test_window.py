@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.cache import Cache
-from hasten.cache import Sequence as Slots
+from hasten.cache import Cache, SequenceCache
 from hasten.engine import BlockWindow, Canvas, FullWindow, Hypothesis, SamplingParams, View
 from hasten.engine.passage import Passage
 from hasten.engine.sampling import Sampler
@@ -23,7 +22,7 @@ def new_canvas(prompt: int, length: int) -> Canvas:
     return Canvas(tokens, length, MASK, Sampler(SamplingParams(seed=0), 0, tokens, VOCABULARY))
 
 
-def new_sequence() -> Slots:
+def new_sequence() -> SequenceCache:
     layers = (LayerConfig(kind="attention", heads=1, kv_heads=1, head_dim=1, ffn=0),)
     return Cache(layers, torch.float32, torch.device("cpu")).sequence()
 
@@ -31,7 +30,7 @@ def new_sequence() -> Slots:
 class Pass:
     """Stands for model and engine: computes nothing, but lets the sequence know the rows."""
 
-    def __init__(self, sequence: Slots) -> None:
+    def __init__(self, sequence: SequenceCache) -> None:
         self.sequence, self.made = sequence, list[Passage]()
 
     def __call__(self, passes: Generator[Passage, torch.Tensor, Any]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.cache import Cache, Sequence
+from hasten.cache import Cache, SequenceCache
 from hasten.model import Decoder, Rows, Span, Taps, load_model
 from hasten.model.native.library import LIBRARY
 
@@ -69,7 +69,7 @@ def some_tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def new_sequence(model: Decoder) -> Sequence:
+def new_sequence(model: Decoder) -> SequenceCache:
     return Cache(model.config.layers, model.cache_dtype, model.device).sequence()
 
 
@@ -146,7 +146,7 @@ def test_packed_sequences_give_the_logits_of_each_alone(case: tuple[Any, Decoder
         close(logits[span.start : span.stop], prefill(model, text)[done:])
 
 
-def pack(sequences: list[Sequence], texts: list[list[int]]) -> Rows:
+def pack(sequences: list[SequenceCache], texts: list[list[int]]) -> Rows:
     """Each text as a causal chain behind its sequence."""
     tokens: list[int] = []
     positions: list[int] = []

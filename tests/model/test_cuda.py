@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten import LLM, SamplingParams, UserError
-from hasten.cache import Cache, Sequence
+from hasten.cache import Cache, SequenceCache
 from hasten.model import Decoder, LayerConfig, Rows, Span, Taps, load_model
 from hasten.model.attention import additive, attend, reference_kernel
 from hasten.model.cuda import refusal
@@ -241,7 +241,7 @@ def cache_of(model: Decoder) -> Cache:
     return Cache(model.config.layers, model.cache_dtype, model.device)
 
 
-def behind(model: Decoder, cache: Cache, count: int, seed: int = 0) -> Sequence:
+def behind(model: Decoder, cache: Cache, count: int, seed: int = 0) -> SequenceCache:
     """A sequence that holds so many tokens, read by PyTorch."""
     sequence = cache.sequence()
     if count:

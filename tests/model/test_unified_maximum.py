@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.cache import Cache, Sequence
+from hasten.cache import Cache, SequenceCache
 from hasten.model import Decoder, Rows, load_model
 from hasten.model.decoder import TorchBackend
 
@@ -45,7 +45,7 @@ def model(make_checkpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) 
     return replace(loaded, backend=CudaBackend())
 
 
-def behind(model: Decoder) -> Sequence:
+def behind(model: Decoder) -> SequenceCache:
     """A sequence of `CONTEXT` tokens, read by PyTorch."""
     sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
     TorchBackend().forward(model, Rows.of(sequence, list(range(3, 3 + CONTEXT)), 0, DEVICE), [0], None)
@@ -53,7 +53,7 @@ def behind(model: Decoder) -> Sequence:
     return sequence
 
 
-def step(model: Decoder, sequence: Sequence) -> Unified:
+def step(model: Decoder, sequence: SequenceCache) -> Unified:
     """Two rows, whose logits are those of PyTorch."""
     rows = Rows.of(sequence, [5, 6], CONTEXT, DEVICE)
     ours = model.forward(rows)
@@ -62,7 +62,7 @@ def step(model: Decoder, sequence: Sequence) -> Unified:
     return model.backend.unified
 
 
-def scores(model: Decoder, sequence: Sequence) -> Tensor:
+def scores(model: Decoder, sequence: SequenceCache) -> Tensor:
     """float64 [heads, 2 rows, slots] that attention sees in `step`, -inf where it does not look."""
     seen: list[Tensor] = []
     kernel = attention.attend_cache

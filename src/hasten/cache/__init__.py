@@ -3,6 +3,6 @@
 from hasten.cache.cache import Cache
 from hasten.cache.prefixes import Prefixes
 from hasten.cache.recurrent import Replay, StatePerRow
-from hasten.cache.sequence import RollbackError, Sequence, Snapshot
+from hasten.cache.sequence import RollbackError, SequenceCache, Snapshot
 
-__all__ = ["Cache", "Prefixes", "Replay", "RollbackError", "Sequence", "Snapshot", "StatePerRow"]
+__all__ = ["Cache", "Prefixes", "Replay", "RollbackError", "SequenceCache", "Snapshot", "StatePerRow"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 
 import torch
 
 from hasten.cache.block import Block, group_layers
-from hasten.cache.sequence import Sequence
+from hasten.cache.sequence import SequenceCache
 from hasten.errors import UserError
 from hasten.model.config import LayerConfig
 
@@ -28,7 +28,7 @@ class Cache:
 
     def __init__(
         self,
-        layers: Items[LayerConfig],
+        layers: Sequence[LayerConfig],
         dtype: torch.dtype,
         device: torch.device,
         limit_bytes: int | None = None,
@@ -37,9 +37,9 @@ class Cache:
         self._groups = group_layers(layers)
         self.used_bytes = self.peak_bytes = 0
 
-    def sequence(self) -> Sequence:
+    def sequence(self) -> SequenceCache:
         """An empty sequence."""
-        return Sequence(self)
+        return SequenceCache(self)
 
     def block_bytes(self, slots: int) -> int:
         """What a fresh block with room for so many slots takes."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.cache.sequence import RollbackError, Sequence
+from hasten.cache.sequence import RollbackError, SequenceCache
 
 SHORTEST = 16
 """Tokens that a prefix must have to be worth a fork, and so to be kept."""
@@ -30,10 +30,10 @@ class Prefixes:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.used_bytes = limit_bytes, 0
-        self._kept: OrderedDict[int, tuple[str, NDArray[np.int64], Sequence]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[str, NDArray[np.int64], SequenceCache]] = OrderedDict()
         self._next = 0
 
-    def fork(self, tenant: str, tokens: Items[int]) -> Sequence | None:
+    def fork(self, tenant: str, tokens: Sequence[int]) -> SequenceCache | None:
         """A sequence with the slots of as many of the first tokens as some text of the tenant begins with.
 
         The last token is left to be read: its logits are wanted. None where no text has enough of the others.
@@ -60,7 +60,7 @@ class Prefixes:
             return None
         return fork
 
-    def keep(self, tenant: str, tokens: Items[int], sequence: Sequence) -> None:
+    def keep(self, tenant: str, tokens: Sequence[int], sequence: SequenceCache) -> None:
         """Take over the sequence of a finished text, one slot per token; it is released if it is not worth keeping."""
         text = np.asarray(tokens, dtype=np.int64)
         if len(text) >= SHORTEST:

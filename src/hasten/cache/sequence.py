@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -35,7 +35,7 @@ class Blocks(Protocol):
 
 
 @dataclass
-class View:
+class BlockView:
     """The first `length` slots of a block, as one sequence sees them."""
 
     block: Block
@@ -68,7 +68,7 @@ class _Commit:
         }
 
 
-class Sequence:
+class SequenceCache:
     """Slots of one sequence, in order.
 
     `length` slots are committed; only to be read. A forward makes `pending` more rows visible to each other; `commit`
@@ -80,7 +80,7 @@ class Sequence:
 
     def __init__(self, cache: Blocks) -> None:
         self._cache = cache
-        self._views: list[View] = []
+        self._views: list[BlockView] = []
         self._writer = False
         self.length = 0
         self.pending = 0
@@ -209,7 +209,7 @@ class Sequence:
 
     # Transactions
 
-    def commit(self, kept: int | Items[int]) -> None:
+    def commit(self, kept: int | Sequence[int]) -> None:
         """Keep pending rows: the first `kept` of them, or the rows with these (ascending) numbers.
 
         Raises:
@@ -270,7 +270,7 @@ class Sequence:
                 self._cache.drop(self._views.pop().block)
                 self._writer = False
 
-    def evict(self, slots: Items[int]) -> None:
+    def evict(self, slots: Sequence[int]) -> None:
         """Forget committed slots with these (ascending) numbers, and all pending rows; what is behind them moves up.
 
         Without numbers nothing happens: pending rows stay, too.
@@ -299,14 +299,14 @@ class Sequence:
         tail.length = first + len(kept)
         self.length -= len(slots)
 
-    def fork(self) -> Sequence:
+    def fork(self) -> SequenceCache:
         """A second sequence with the same committed slots; blocks are shared, and copied by nobody."""
         self._refuse_released()
-        child = Sequence(self._cache)
+        child = SequenceCache(self._cache)
         child.length = self.length
         for view in self._views:
             view.block.references += 1
-            child._views.append(View(view.block, view.length))
+            child._views.append(BlockView(view.block, view.length))
         if self._views:
             tail = self._views[-1]
             tail.block.shared = max(tail.block.shared, tail.length)
@@ -361,14 +361,14 @@ class Sequence:
         if self._released:
             raise RuntimeError("the sequence was released")
 
-    def _may_write(self, tail: View) -> bool:
+    def _may_write(self, tail: BlockView) -> bool:
         """Whether slots behind the tail's length are this sequence's to fill."""
         if tail.block.references == 1:
             tail.block.shared = 0
             self._writer = True
         return self._writer and tail.length >= tail.block.shared
 
-    def _room(self, slots: int, wanted: int = 0) -> View:
+    def _room(self, slots: int, wanted: int = 0) -> BlockView:
         """The tail view, with room for `slots` more slots that nobody else reads; a new block has room for `wanted`.
 
         Without such a wish, a block that is outgrown doubles.
@@ -385,7 +385,7 @@ class Sequence:
                 self._cache.drop(tail.block)
                 tail.block = grown
                 return tail
-        view = View(self._cache.block(slots, ideal), 0)
+        view = BlockView(self._cache.block(slots, ideal), 0)
         if tail is not None and self.pending:
             view.block.copy_from(tail.block, tail.length, tail.length + self.pending)
         if tail is not None and tail.length == 0:
@@ -408,7 +408,7 @@ class _Band:
     own: Tensor
 
     @classmethod
-    def of(cls, views: Items[View], pending: int, window: int, mask: Tensor) -> _Band:
+    def of(cls, views: Sequence[BlockView], pending: int, window: int, mask: Tensor) -> _Band:
         tail = views[-1]
         waiting = tail.block.positions[tail.length : tail.length + pending]
         rows = waiting[pending - mask.shape[0] :]

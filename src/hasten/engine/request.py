@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from hasten.cache import Sequence
+from hasten.cache import SequenceCache
 from hasten.engine.decoding import Decoding, TokenKind
 from hasten.engine.drafter import Drafter
 from hasten.engine.params import SamplingParams
@@ -56,7 +56,7 @@ class Request:
     choice: int
     drafter: Drafter
     method: str
-    sequence: Sequence
+    sequence: SequenceCache
     sampler: Sampler
     stopper: Stopper
     decoding: Decoding = field(default_factory=Speculation)

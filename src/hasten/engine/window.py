@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from hasten.cache import Sequence as Slots
+from hasten.cache import SequenceCache
 from hasten.engine.canvas import Canvas
 from hasten.engine.passage import Passage
 from hasten.engine.view import Hypothesis, View
@@ -87,12 +87,12 @@ class FullWindow:
     """
 
     def __init__(
-        self, canvas: Canvas, sequence: Slots, config: DiffusionConfig, block: int, cache: str, refresh: int
+        self, canvas: Canvas, sequence: SequenceCache, config: DiffusionConfig, block: int, cache: str, refresh: int
     ) -> None:
         self.canvas, self.sequence, self.size, self.cache, self.refresh = canvas, sequence, block, cache, refresh
         self.shift = 1 if config.alignment == "shifted" else 0
         self.start = self.stop = self.age = 0
-        # Slots before the block, and positions behind it in the slots after these.
+        # SequenceCache before the block, and positions behind it in the slots after these.
         self._cached = (0, range(0))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -150,7 +150,7 @@ class BlockWindow:
             rest that are stale (Fast-dLLM v2's sub-block cache, 2509.26328).
     """
 
-    def __init__(self, canvas: Canvas, sequence: Slots, config: DiffusionConfig, parts: bool = False) -> None:
+    def __init__(self, canvas: Canvas, sequence: SequenceCache, config: DiffusionConfig, parts: bool = False) -> None:
         assert config.block is not None
         self.canvas, self.sequence, self.size, self.parts = canvas, sequence, config.block, parts
         self.shift = 1 if config.alignment == "shifted" else 0

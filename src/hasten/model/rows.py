@@ -36,7 +36,7 @@ class PendingStates(Protocol):
 
 
 class SequenceState(Protocol):
-    """What the model needs from a sequence's cache; `hasten.cache.Sequence` is the implementation.
+    """What the model needs from a sequence's cache; `hasten.cache.SequenceCache` is the implementation.
 
     Between `begin` and the caller's commit, the rows of the running forward are *pending*: stored behind the
     committed slots, visible to each other only through the rows-by-rows mask.

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.cache import Cache
-from hasten.cache import Sequence as CacheSequence
+from hasten.cache import Cache, SequenceCache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
 from hasten.engine.sampling import Distribution, likeliest_of_model
 from hasten.errors import UserError
@@ -179,7 +178,7 @@ class SmallModelDrafter(Drafter):
     def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
         self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
-        self._sequences: dict[int, CacheSequence] = {}
+        self._sequences: dict[int, SequenceCache] = {}
         self.beliefs = Beliefs()
 
     def start(self, request: Request, budget: int) -> Growth:
@@ -291,7 +290,7 @@ class SmallModelDrafter(Drafter):
         likeliest_of_model(logits)
         return logits
 
-    def _sequence(self, request: Request) -> CacheSequence:
+    def _sequence(self, request: Request) -> SequenceCache:
         """The small model's cache of a request."""
         sequence = self._sequences.get(request.id)
         if sequence is None:
