@@ -6,8 +6,7 @@ There are two: `Speculation` of the next tokens, and `Filling` of a canvas.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -22,14 +21,13 @@ TokenKind = Literal["plain", "accepted", "correction"]
 at the end of a draft."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a forward pass made of a passage.
 
     Attributes:
         logits: float32 [wanted rows, vocabulary].
         best: the argmax of each of these rows.
-        finite: whether a token can be chosen by each of them (`hasten.engine.sampling.usable`).
+        finite: whether a token can be chosen by each of them (`hasten.engine.sampling.likeliest_if_finite`).
         taps: the hidden states of all rows of the passage that the request's drafter asked for; None where it asked
             for none.
         rows: of the whole pass, the other requests' included.
@@ -69,7 +67,7 @@ class Decoding(Protocol):
             piece: tokens of the backlog that it reads.
         """
 
-    def receive(self, request: Request, answer: Answer) -> Sequence[int]:
+    def receive(self, request: Request, answer: Answer) -> list[int]:
         """What the passage gave: new tokens in order, before stopping rules; perhaps none."""
 
     def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:

@@ -88,14 +88,18 @@ class Draft:
         """Tokens of all probes' rows, and how far behind the root each row stands."""
         tokens: list[int] = []
         offsets: list[int] = []
+        if not self.probes:
+            return tokens, offsets
         depths = {ROOT: 0} | dict(enumerate(self.depths()))
         for probe in self.probes:
             tokens += probe.tokens
             offsets += range(depths[probe.node] + 1, depths[probe.node] + 1 + len(probe.tokens))
         return tokens, offsets
 
-    def heard(self) -> list[int]:
+    def heard(self) -> Sequence[int]:
         """Numbers of the rows whose logits are wanted, of the root's, the nodes' and the probes'."""
+        if not self.probes:
+            return range(len(self.tokens) + 1)
         rows = list(range(len(self.tokens) + 1))
         stop = len(rows)
         for probe in self.probes:

@@ -25,7 +25,7 @@ from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
 from hasten.engine.prompt import EMBEDDED, Segment, laid_out
 from hasten.engine.request import Progress, Request
-from hasten.engine.sampling import Sampler, likeliest, usable
+from hasten.engine.sampling import Sampler, likeliest_if_finite
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
 from hasten.engine.speculation import Speculation
 from hasten.engine.stopping import FinishReason, Stopper
@@ -254,8 +254,7 @@ class Engine:
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
-        best = likeliest(logits)
-        finite = usable(logits, best)
+        best, finite = likeliest_if_finite(logits)
         forward_seconds = time.perf_counter() - started
         self._record(plan, rows, logits)
 
@@ -387,18 +386,19 @@ class Engine:
             failed = self._fail(*refused[max(refused)])
         return [each for each, _ in placed.values()], [passage for _, passage in placed.values()], failed
 
-    @staticmethod
-    def _make_room(request: Request, rows: int) -> None:
+    def _make_room(self, request: Request, rows: int) -> None:
         """Room for a pass; when a request begins, for all that is known of it, and what may come as far as that fits.
 
         Raises:
             UserError: the cache is full.
         """
-        begun_at = (0, request.statistics.recalled_rows, request.prompt_length)
-        if request.read in begun_at if isinstance(request.decoding, Speculation) else not request.sequence.length:
-            known = max(rows, request.decoding.slots(request))
-            request.sequence.reserve(known, request.drafter.headroom(request))
-        request.sequence.make_room(rows)
+        if request.read <= request.prompt_length:
+            begun_at = (0, request.statistics.recalled_rows, request.prompt_length)
+            if request.read in begun_at if isinstance(request.decoding, Speculation) else not request.sequence.length:
+                known = max(rows, request.decoding.slots(request))
+                request.sequence.reserve(known, request.drafter.headroom(request))
+        if self.cache.limit_bytes is not None:
+            request.sequence.make_room(rows)
 
     def _victim(self, request: Request) -> Request | None:
         """Who gives back its slots and is read again, to make place for a request: the youngest, or that one itself.
@@ -484,7 +484,7 @@ class Engine:
         decoding, statistics, grammar = request.decoding, request.statistics, request.sampler.grammar
         emitted = decoding.receive(request, answer)
         kept = request.stopper.accept(emitted, None if grammar is None else grammar.length(emitted))
-        tokens = list(emitted[:kept])
+        tokens = emitted[:kept]
         kinds = decoding.keep(request, tokens)
         request.tokens += tokens
         request.kinds += kinds

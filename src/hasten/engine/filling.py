@@ -68,7 +68,7 @@ class Filling:
         assert self._passage is not None
         return self._passage
 
-    def receive(self, request: Request, answer: Answer) -> Sequence[int]:
+    def receive(self, request: Request, answer: Answer) -> list[int]:
         """What became final.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -26,4 +26,4 @@ class Passage:
     wanted: Sequence[int]
     mask: Tensor | Literal["all"] | None = None
     prompt: bool = False
-    embedded: list[tuple[int, Tensor]] = field(default_factory=list)
+    embedded: Sequence[tuple[int, Tensor]] = ()

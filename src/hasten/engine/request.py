@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hasten.cache import SequenceCache
 from hasten.engine.decoding import Decoding, TokenKind
@@ -17,8 +18,7 @@ from hasten.engine.speculation import Speculation
 from hasten.engine.stopping import FinishReason, Stopper
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What one step gave one request; `finish_reason` as of that step."""
 
     request: Request

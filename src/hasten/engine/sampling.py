@@ -197,26 +197,28 @@ def likeliest(logits: Tensor) -> list[int]:
     return tokens
 
 
-def usable(logits: Tensor, tokens: Sequence[int]) -> list[bool]:
-    """Whether a token can be chosen by each row of a model's own logits: not by NaN, nor without a finite largest one.
+def likeliest_if_finite(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """As `likeliest`, and whether a token can be chosen by each row: not by NaN, nor without a finite largest logit.
 
     Args:
-        logits: before bias and constraint, which may forbid all tokens.
-        tokens: the rows' `likeliest`. NaN counts as the largest of all, so that their logits tell.
+        logits: a model's own, before bias and constraint, which may forbid all tokens.
     """
-    on_cpu = logits.device.type == "cpu"
-    largest = map(logits.numpy().item, range(len(tokens)), tokens) if on_cpu else logits.amax(-1).tolist()
-    return list(map(isfinite, largest))
+    if logits.device.type != "cpu":
+        return likeliest(logits), list(map(isfinite, logits.amax(-1).tolist()))
+    table = logits.numpy()
+    tokens: list[int] = table.argmax(-1).tolist()
+    # NaN counts as the largest of all, so the chosen logits tell.
+    return tokens, list(map(isfinite, map(table.item, range(len(tokens)), tokens)))
 
 
 def likeliest_of_model(logits: Tensor) -> list[int]:
     """As `likeliest`, of a model's own logits.
 
     Raises:
-        UserError: some row is not `usable`.
+        UserError: by some row no token can be chosen.
     """
-    tokens = likeliest(logits)
-    if not all(usable(logits, tokens)):
+    tokens, finite = likeliest_if_finite(logits)
+    if not all(finite):
         raise UserError(NOT_FINITE)
     return tokens
 

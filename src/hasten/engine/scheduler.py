@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hasten.engine.request import Request
 from hasten.errors import UserError
@@ -33,8 +34,7 @@ class Limits:
             raise UserError("limits: sequences, rows and draft_rows must be at least 1")
 
 
-@dataclass(frozen=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """A request's share of a step: so many tokens of its prompt; 0 where the prompt is read."""
 
     request: Request

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hasten.engine.request import Request
 
 
+NOTHING = torch.empty(0, 0)
+
+
 class Speculation:
     """Reads the prompt in pieces, then verifies a draft per step.
 
@@ -61,26 +64,32 @@ class Speculation:
         if piece:
             stop = read + piece
             wanted = [piece - 1] if stop == len(request.tokens) else []
-            embedded = list(embedded_in(request.spans, read, stop)) if request.spans else []
+            embedded = tuple(embedded_in(request.spans, read, stop))
             return Passage(request.tokens[read:stop], range(read, stop), wanted, embedded=embedded)
         draft = self.draft
+        if not draft and not draft.probes:
+            return Passage(request.tokens[read : read + 1], (read,), (0,))
         probes, offsets = draft.probed()
         tokens = [request.tokens[read], *draft.tokens, *probes]
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
         return Passage(tokens, positions, draft.heard(), draft.mask())
 
-    def receive(self, request: Request, answer: Answer) -> Sequence[int]:
+    def receive(self, request: Request, answer: Answer) -> list[int]:
         """The accepted path and the target's own token.
 
         Raises:
             UserError: logits on the way that are not finite. Those of drafted rows that are rejected do not matter:
                 plain decoding would never see them.
         """
-        if answer.finite[0]:
-            self._answer, self._verdict = answer, self._verify(request, answer)
-        if not all(answer.finite[row] for row in (0, *(node + 1 for node in self._verdict.path))):
+        if not answer.finite[0]:
             raise UserError(NOT_FINITE)
-        return [*(self.draft.tokens[node] for node in self._verdict.path), self._verdict.token]
+        self._answer, self._verdict = answer, self._verify(request, answer)
+        path, token = self._verdict.path, self._verdict.token
+        if not path:
+            return [token]
+        if not all(answer.finite[node + 1] for node in path):
+            raise UserError(NOT_FINITE)
+        return [*(self.draft.tokens[node] for node in path), token]
 
     def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:
         """Commits the accepted rows to the cache."""
@@ -95,7 +104,9 @@ class Speculation:
         request.sampler.committed(tokens)
         accepted = min(len(tokens), len(path))
         statistics.steps += 1
-        statistics.rows += 1 + len(draft) + sum(len(probe.tokens) for probe in draft.probes)
+        statistics.rows += 1 + len(draft)
+        if draft.probes:
+            statistics.rows += sum(len(probe.tokens) for probe in draft.probes)
         statistics.proposed += len(draft)
         statistics.accepted += accepted
         statistics.accepted_per_step.append(accepted)
@@ -110,7 +121,9 @@ class Speculation:
         assert answer is not None
         started = time.perf_counter()
         states = {} if answer.taps is None else {key: rows[:count] for key, rows in answer.taps.states.items()}
-        shown, probes = answer.logits[:count], answer.logits[count:]
+        shown, probes = answer.logits, NOTHING
+        if self.draft.probes:
+            shown, probes = answer.logits[:count], answer.logits[count:]
         seen = Observation(self.draft, self._verdict.path, list(tokens), shown, states, probes, answer.rows)
         request.drafter.observe(request, seen)
         request.statistics.draft_seconds += time.perf_counter() - started
@@ -124,7 +137,7 @@ class Speculation:
         sampler, params, draft = request.sampler, request.params, self.draft
         if sampler.is_argmax:
             return verification.match(draft, answer.best)
-        logits = answer.logits[: len(draft) + 1]
+        logits = answer.logits[: len(draft) + 1] if draft.probes else answer.logits
         nodes = [ROOT, *range(len(draft))]
         paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
         position = len(request.tokens)
