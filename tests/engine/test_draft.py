@@ -188,7 +188,7 @@ def test_rows_whose_logits_are_wanted():
     assert quiet.heard() == [0, 1, 2, 4, 5, 7, 8]
     assert quiet.subset([0]).probes == [Probe(ROOT, [9, 9, 9], 1), Probe(0, [9], 2)]
     assert quiet.clamped(1, 9, 16).probes == quiet.subset([0]).probes
-    assert TREE.heard() == list(range(len(TREE) + 1))
+    assert list(TREE.heard()) == list(range(len(TREE) + 1))
 
 
 def test_probes_go_with_their_nodes():
