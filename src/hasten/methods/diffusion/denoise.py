@@ -52,7 +52,7 @@ class DenoiseParameters(BlockParameters):
     parameters=DenoiseParameters,
 )
 class Denoise(BlockDenoiser[DenoiseParameters]):
-    """See the module."""
+    """Commits the same number of positions after each look, in the order of `scores` or at random."""
 
     def update(self, request: Request, view: View) -> None:
         if self.parameters.order == "random":

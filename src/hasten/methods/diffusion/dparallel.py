@@ -32,7 +32,7 @@ class DParallelParameters(BlockParameters):
     parameters=DParallelParameters,
 )
 class DParallel(BlockDenoiser[DParallelParameters]):
-    """See the module."""
+    """Commits every position whose prediction has little entropy; the surest one if none has."""
 
     def update(self, request: Request, view: View) -> None:
         view.commit(view.open & (view.entropy <= self.parameters.entropy) | view.best(-view.entropy))

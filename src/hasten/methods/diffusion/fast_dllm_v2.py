@@ -45,7 +45,11 @@ class FastDllmV2Parameters(BlockParameters):
     parameters=FastDllmV2Parameters,
 )
 class FastDllmV2(BlockDenoiser[FastDllmV2Parameters]):
-    """See the module."""
+    """Commits above the threshold, part by part of a block, with the rest of the block cached as it was.
+
+    Raises:
+        UserError: a model whose positions all see each other: it has no blocks that are finished.
+    """
 
     def __init__(self, target: Target, parameters: FastDllmV2Parameters) -> None:
         super().__init__(target, parameters)

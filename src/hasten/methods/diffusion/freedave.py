@@ -53,7 +53,7 @@ class FreeDaveParameters(BlockParameters):
     parameters=FreeDaveParameters,
 )
 class FreeDave(BlockDenoiser[FreeDaveParameters]):
-    """See the module."""
+    """Has several next steps of static decoding looked at together, and keeps them as far as each leads to the next."""
 
     def __init__(self, target: Target, parameters: FreeDaveParameters) -> None:
         super().__init__(target, parameters)

@@ -105,7 +105,11 @@ def load_filter(file: Path) -> nn.Sequential:
     needs_training=True,
 )
 class Learn2PD(BlockDenoiser[Learn2PDParameters]):
-    """See the module."""
+    """Commits what the filter takes for final, and ends the canvas behind a predicted end of text.
+
+    Raises:
+        UserError: no filter, or one for blocks of another size.
+    """
 
     beyond = True
 

@@ -49,7 +49,7 @@ class LocalLeapParameters(BlockParameters):
     parameters=LocalLeapParameters,
 )
 class LocalLeap(BlockDenoiser[LocalLeapParameters]):
-    """See the module."""
+    """Commits nearly certain positions, and likely ones in their neighbourhood; the surest one in any case."""
 
     def update(self, request: Request, view: View) -> None:
         own = self.parameters

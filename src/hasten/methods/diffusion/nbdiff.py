@@ -60,7 +60,11 @@ class NBDiffParameters(BlockParameters):
     needs_training=True,
 )
 class NBDiff(BlockDenoiser[NBDiffParameters]):
-    """See the module."""
+    """Commits the surest position of a block after each look, and with the confidence rule all above the threshold.
+
+    Raises:
+        UserError: the model has no causal context with shifted predictions.
+    """
 
     def __init__(self, target: Target, parameters: NBDiffParameters) -> None:
         require_causal_context(target, "nbdiff", "shifted")

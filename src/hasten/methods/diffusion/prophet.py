@@ -70,7 +70,11 @@ class ProphetParameters(BlockParameters):
     parameters=ProphetParameters,
 )
 class Prophet(BlockDenoiser[ProphetParameters]):
-    """See the module."""
+    """Commits the surest position after each look, and all at once when the gap over the answer is wide enough.
+
+    Raises:
+        UserError: a suffix without a tokenizer, or one that does not fit.
+    """
 
     beyond = True
 

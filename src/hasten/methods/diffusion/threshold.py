@@ -42,7 +42,7 @@ class ThresholdParameters(BlockParameters):
     parameters=ThresholdParameters,
 )
 class Threshold(BlockDenoiser[ThresholdParameters]):
-    """See the module."""
+    """Commits every position of at least the threshold's confidence; the surest one in any case."""
 
     def update(self, request: Request, view: View) -> None:
         sure = view.open & (view.confidence >= self.parameters.threshold)
@@ -78,7 +78,7 @@ ROUNDING = 1e-6
     parameters=FactorParameters,
 )
 class Factor(BlockDenoiser[FactorParameters]):
-    """See the module."""
+    """Commits the n surest positions, the largest n whose least confidence c keeps (n + 1) (1 - c) within the factor."""
 
     def update(self, request: Request, view: View) -> None:
         ranked = view.confidence[view.open].sort(descending=True).values

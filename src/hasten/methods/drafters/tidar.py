@@ -47,7 +47,7 @@ class TidarParameters:
     needs_training=True,
 )
 class Tidar(Drafter):
-    """See the module."""
+    """Keeps, per request, the blocks that masks behind each node of the last draft predicted: one is the next draft."""
 
     # Its first draft has no tokens yet, only masks: a composition would ask the next drafter instead.
     alone = True

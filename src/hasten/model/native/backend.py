@@ -63,7 +63,7 @@ def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> st
 
 
 class NativeBackend:
-    """See the module.
+    """Stores weights in panels and runs a decoder's default forward as one native call.
 
     Args:
         format: of the weights of the layers.
