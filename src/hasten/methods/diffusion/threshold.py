@@ -78,7 +78,7 @@ ROUNDING = 1e-6
     parameters=FactorParameters,
 )
 class Factor(BlockDenoiser[FactorParameters]):
-    """Commits the n surest positions, the largest n whose least confidence c keeps (n + 1) (1 - c) within the factor."""
+    """Commits the n surest positions, n the largest whose least confidence c keeps (n + 1) (1 - c) to the factor."""
 
     def update(self, request: Request, view: View) -> None:
         ranked = view.confidence[view.open].sort(descending=True).values
