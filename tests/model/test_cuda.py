@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_device import DEVICE, GPU
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.cache import Cache, SequenceCache
 from hasten.model import Decoder, LayerConfig, Rows, Span, Taps, load_model
 from hasten.model.attention import additive, attend, reference_kernel
-from hasten.model.cuda import refusal
+from hasten.model.cuda import backend, part, refusal
+from hasten.model.cuda.attention import MAX_PENDING
+from hasten.model.cuda.backend import SHORT, CudaBackend
+from hasten.model.cuda.packing import MAX_VIEWS
+from hasten.model.cuda.part import MANY_ROWS, triton_kernel
+from hasten.model.cuda.softmax import SPLIT
 from hasten.model.decoder import TorchBackend
 from hasten.model.layers import Layer, RMSNorm
 from hasten.model.linear import DenseLinear
 from hasten.model.rows import SequenceState
 from helpers import Bushy
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
-
-from hasten.model.cuda import backend, part  # noqa: E402
-from hasten.model.cuda.attention import MAX_PENDING  # noqa: E402
-from hasten.model.cuda.backend import SHORT, CudaBackend  # noqa: E402
-from hasten.model.cuda.packing import MAX_VIEWS  # noqa: E402
-from hasten.model.cuda.part import MANY_ROWS, triton_kernel  # noqa: E402
-from hasten.model.cuda.softmax import SPLIT  # noqa: E402
 
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="needs a GPU")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

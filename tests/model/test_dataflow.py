@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_device import DEVICE, GPU
 
 from hasten.cache import Cache
 from hasten.model import Rows, load_model, loading
+from hasten.model.cuda import dataflow
+from hasten.model.cuda.backend import CudaBackend
+from hasten.model.cuda.dataflow import PRODUCTS, ROWS, MeasuredLinear, choose, measured
 from hasten.model.decoder import TorchBackend
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
-
-from hasten.model.cuda import dataflow  # noqa: E402
-from hasten.model.cuda.backend import CudaBackend  # noqa: E402
-from hasten.model.cuda.dataflow import PRODUCTS, ROWS, MeasuredLinear, choose, measured  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
 

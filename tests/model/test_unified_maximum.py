@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from math import inf
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_device import DEVICE
 
 from hasten.cache import Cache, SequenceCache
 from hasten.model import Decoder, Rows, load_model
+from hasten.model.cuda import attention, unified
+from hasten.model.cuda.backend import CudaBackend
+from hasten.model.cuda.softmax import Partial
+from hasten.model.cuda.unified import Unified
 from hasten.model.decoder import TorchBackend
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("without a GPU, Triton must be imported with TRITON_INTERPRET=1", allow_module_level=True)
-
-from hasten.model.cuda import attention, unified  # noqa: E402
-from hasten.model.cuda.backend import CudaBackend  # noqa: E402
-from hasten.model.cuda.softmax import Partial  # noqa: E402
-from hasten.model.cuda.unified import Unified  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")
 
