@@ -15,8 +15,8 @@ from pathlib import Path
 from catalogue import Peer
 from limits import output
 
-from hasten.engine.cost import record_folder
 from hasten.errors import UserError
+from hasten.files import cache_folder
 
 HERE = Path(__file__).parent
 MARKER = "made.json"
@@ -31,8 +31,8 @@ class Unavailable(Exception):
 
 def base() -> Path:
     """Where environments and converted checkpoints are kept: `$HASTEN_CACHE/peers`, by default in the user's cache."""
-    folder: Path = record_folder().parent.absolute()
-    return folder / "peers"
+    folder: Path = cache_folder("peers")
+    return folder.absolute()
 
 
 def interpreter(peer: Peer) -> Path:

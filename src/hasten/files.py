@@ -72,3 +72,9 @@ def write_text(file: Path, text: str) -> None:
     """
     with replacing(file) as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def cache_folder(kind: str) -> Path:
+    """Where measurements of a kind are kept: below `$HASTEN_CACHE`, by default the user's cache folder."""
+    base = os.environ.get("HASTEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hasten"
+    return Path(base) / kind

@@ -21,6 +21,7 @@ import torch
 
 from hasten.cache import Cache
 from hasten.documents import dumps
+from hasten.files import cache_folder
 from hasten.model import Rows, Span, native
 from hasten.model.checkpoint import weight_bytes
 
@@ -176,18 +177,12 @@ def verify_cost(model: Model, folder: str | None) -> VerifyCost:
         "torch": torch.__version__,
     }
     name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:24]
-    file = record_folder() / f"{name}.json"
+    file = cache_folder("verify-cost") / f"{name}.json"
     known = _read(file)
     if known is None:
         known = measure(model)
         _write(file, {"subject": subject, **asdict(known)})
     return known
-
-
-def record_folder() -> Path:
-    """Where measured curves are kept: `$HASTEN_CACHE/verify-cost`, by default in the user's cache folder."""
-    base = os.environ.get("HASTEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hasten"
-    return Path(base) / "verify-cost"
 
 
 def _processor() -> str:

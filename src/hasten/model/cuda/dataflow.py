@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from hasten.documents import dumps
 from hasten.errors import UserError
-from hasten.files import write_text
+from hasten.files import cache_folder, write_text
 from hasten.model.cuda.flat import FLAT_ROWS, VECTOR_ROWS, flat, vector
 from hasten.model.cuda.softmax import TL_DTYPES
 from hasten.model.linear import DenseLinear
@@ -70,7 +69,7 @@ def measured(weight: Tensor, bias: Tensor | None = None) -> MeasuredLinear:
         "triton": triton.__version__,
     }
     name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:24]
-    file = _folder() / f"{name}.json"
+    file = cache_folder("gpu-products") / f"{name}.json"
     kernels = _read(file)
     if kernels is None:
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
@@ -106,12 +105,6 @@ def choose(times: Mapping[str, float]) -> str:
     """The fastest kernel by its time; the library where none is clearly faster."""
     best = min(times, key=times.__getitem__)
     return best if times[best] < GAIN * times["library"] else "library"
-
-
-def _folder() -> Path:
-    """Beside what is kept of steps (`hasten.engine.cost`)."""
-    base = os.environ.get("HASTEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hasten"
-    return Path(base) / "gpu-products"
 
 
 def _read(file: Path) -> dict[int, str] | None:
