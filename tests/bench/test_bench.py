@@ -16,10 +16,10 @@ from hasten.bench.prompts import BenchPrompt
 from hasten.bench.race import default_method, race
 from hasten.bench.verify import verify
 from hasten.engine import Draft, Drafter, SamplingParams
-from hasten.engine.cost import VerifyCost
+from hasten.engine.drafting.cost import VerifyCost
+from hasten.engine.drafting.verification import Verdict
 from hasten.engine.registry import is_lossless
 from hasten.engine.specification import split_methods
-from hasten.engine.verification import Verdict
 
 PROMPT = "the cat and the moon and the cat and the"
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -97,7 +97,7 @@ def test_verify_reports_the_first_divergence(llm: LLM, monkeypatch: pytest.Monke
         def propose(self, request, budget):
             return Draft.chain([7])
 
-    monkeypatch.setattr("hasten.engine.verification.match", gullible)
+    monkeypatch.setattr("hasten.engine.drafting.verification.match", gullible)
     monkeypatch.setattr("hasten.engine.registry.create", lambda spec, target: Wrong() if spec == "wrong" else plain)
     plain = type("Nothing", (Drafter,), {"propose": lambda self, request, budget: Draft()})()
     result = verify(llm, "wrong", [PROMPT, llm.encode(PROMPT + " red")], max_tokens=6)

@@ -27,8 +27,8 @@ class Ran:
 def short_measurements() -> Iterator[None]:
     """Nobody reads the times: the fewest passes per shape, behind short contexts, and reads of a small buffer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hasten.engine.cost.MEASURE_SECONDS", 0)
-        patch.setattr("hasten.engine.cost.CONTEXTS", (16, 64))
+        patch.setattr("hasten.engine.drafting.cost.MEASURE_SECONDS", 0)
+        patch.setattr("hasten.engine.drafting.cost.CONTEXTS", (16, 64))
         patch.setattr("hasten.bench.doctor.BANDWIDTH_BYTES", 2**22)
         yield
 

@@ -9,7 +9,7 @@ import pytest
 from cases import PROMPTS, params
 
 from hasten import LLM
-from hasten.engine.cost import VerifyCost
+from hasten.engine.drafting.cost import VerifyCost
 from hasten.llm import Completion
 from hasten.methods.drafters import auto
 from hasten.methods.drafters.auto_candidate import Typical

@@ -10,9 +10,10 @@ import pytest
 from laws import KEPT, Propose
 from torch import Tensor
 
-from hasten.engine import sampling, verification
-from hasten.engine.noise import Uniforms
-from hasten.engine.verification import Verdict
+from hasten.engine.drafting import verification
+from hasten.engine.drafting.verification import Verdict
+from hasten.engine.sampling import sampler
+from hasten.engine.sampling.noise import Uniforms
 
 Result = TypeVar("Result")
 
@@ -54,7 +55,7 @@ class Coin:
 
 
 def draw(probabilities: Tensor, coin: Coin) -> int:
-    """As `hasten.engine.sampling.draw`."""
+    """As `hasten.engine.sampling.sampler.draw`."""
     return coin.coins.choose((probabilities / probabilities.sum()).tolist())
 
 
@@ -63,7 +64,7 @@ def courses(run: Callable[[Coins], Result]) -> Iterator[tuple[float, Result]]:
     course: list[int] = []
     widths: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sampling, verification):
+        for module in (sampler, verification):
             patch.setattr(module, "draw", draw)
         while True:
             coins = Coins(course, widths)

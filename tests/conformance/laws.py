@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hasten import SamplingParams
 from hasten.engine import Draft, Drafter, Engine, Limits, Target
-from hasten.engine.noise import Uniforms
-from hasten.engine.verification import reject
+from hasten.engine.drafting.verification import reject
+from hasten.engine.sampling.noise import Uniforms
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.model import OracleModel
 

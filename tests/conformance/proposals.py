@@ -6,8 +6,8 @@ from laws import Propose
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drawn
-from hasten.engine import sampling as engine_sampling
-from hasten.engine.noise import Uniforms
+from hasten.engine.sampling import sampler
+from hasten.engine.sampling.noise import Uniforms
 from helpers import add
 
 
@@ -18,7 +18,7 @@ def draw_children(draft: Draft, node: int, q: Tensor, count: int, coins: Uniform
     for _ in range(count):
         if float(rest.sum()) <= 0:
             break
-        token = engine_sampling.draw(rest, coins.draw())
+        token = sampler.draw(rest, coins.draw())
         nodes.append(add(draft, token, node))
         if not replacement:
             rest[token] = 0
@@ -108,7 +108,7 @@ def sparse(table: Tensor) -> Propose:
         values, ids = table[context[-2], context[-1]].topk(table.shape[-1] - 2)
         q = values / values.sum()
         for _ in range(2):
-            add(draft, int(ids[engine_sampling.draw(q, coins.draw())]), ROOT)
+            add(draft, int(ids[sampler.draw(q, coins.draw())]), ROOT)
         draft.drawn[ROOT] = Drawn(q, ids)
         return draft
 

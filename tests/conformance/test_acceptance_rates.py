@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hasten import SamplingParams
 from hasten.engine import ROOT, Draft, Drawn, Engine, Limits
-from hasten.engine.noise import Uniforms, gumbel
-from hasten.engine.sampling import draw
-from hasten.engine.verification import match, reject
+from hasten.engine.drafting.verification import match, reject
+from hasten.engine.sampling.noise import Uniforms, gumbel
+from hasten.engine.sampling.sampler import draw
 from hasten.model import OracleModel
 from helpers import Scripted
 

@@ -13,7 +13,7 @@ from laws import PROMPT, Law, Propose, by_engine, by_rejection, check_law, draft
 from proposals import likeliest, sampled
 
 from hasten.engine import ROOT, Draft, Drafter, Drawn
-from hasten.engine.noise import Uniforms
+from hasten.engine.sampling.noise import Uniforms
 from helpers import Scripted
 
 LAW, OTHER = Law(seed=1), Law(seed=2)

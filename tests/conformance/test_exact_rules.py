@@ -25,8 +25,8 @@ from proposals import (
 
 from hasten import SamplingParams
 from hasten.engine import ROOT, Draft, Drawn
-from hasten.engine.noise import Uniforms
-from hasten.engine.verification import match, reject, typical
+from hasten.engine.drafting.verification import match, reject, typical
+from hasten.engine.sampling.noise import Uniforms
 from hasten.methods.drafters import drawing
 
 SIZE = 3

@@ -12,8 +12,8 @@ from scipy.stats import chisquare
 
 from hasten import SamplingParams
 from hasten.engine import ROOT, Draft
-from hasten.engine.noise import Uniforms
-from hasten.engine.verification import typical
+from hasten.engine.drafting.verification import typical
+from hasten.engine.sampling.noise import Uniforms
 from helpers import Scripted
 
 SURE = [1.0, 0.0, 0.0, 0.0]

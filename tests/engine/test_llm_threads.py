@@ -225,7 +225,7 @@ def test_a_drafter_that_fails_at_the_end_keeps_nobody_waiting(tiny: Path, way: C
 def test_no_stream_loses_its_end(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that looks while another one is ending its request waits until its last chunk is there."""
     llm = LLM(tiny, dtype="float32")
-    short, long = asked(0), asked(0, max_tokens=60, ignore_eos=True)
+    short, long = asked(0), asked(0, max_tokens=300, ignore_eos=True)
     expected = generated(llm, "the cat and", short, "plain")
     ending, report = threading.Event(), llm.engine._progress
 

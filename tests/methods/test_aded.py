@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from conformance.laws import Law, by_engine, check_law, joint
 from hasten import LLM, SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Target
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling.sampler import Sampler
 from hasten.methods.drafters.aded import SEARCH_PURPOSE, Aded, AdedParameters, TrigramTable, build_table, read_texts
 from hasten.model import OracleModel
 from helpers import END, same

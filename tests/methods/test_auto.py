@@ -8,7 +8,7 @@ import pytest
 
 from hasten import SamplingParams, UserError
 from hasten.engine import Draft, Drafter, Engine, Target
-from hasten.engine.cost import VerifyCost
+from hasten.engine.drafting.cost import VerifyCost
 from hasten.methods.drafters import auto, auto_candidate
 from hasten.methods.drafters.auto import Auto, AutoParameters
 

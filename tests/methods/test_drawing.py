@@ -17,8 +17,8 @@ from scipy.stats import chisquare
 
 from hasten import SamplingParams
 from hasten.engine import ROOT, Draft
-from hasten.engine.noise import Uniforms
-from hasten.engine.sampling import Distribution, Sampler, draw
+from hasten.engine.sampling.noise import Uniforms
+from hasten.engine.sampling.sampler import Distribution, Sampler, draw
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, order_of_noise, processed, sampled
 
 SIZE = 12

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hasten import SamplingParams
-from hasten.engine.sampling import Distribution, Sampler
+from hasten.engine.sampling.sampler import Distribution, Sampler
 from hasten.methods.drafters.shared_noise import MOST, Belief, together
 
 SIZE, DRAWS = 200, 400

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conformance.laws import Law, by_engine, check_law, joint
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Target
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling.sampler import Sampler
 from hasten.methods.drafters.stand import (
     TREE,
     Entry,

@@ -13,8 +13,8 @@ from test_draft_model import PROMPTS, recorded
 from conformance.laws import Law, by_engine, check_law, joint
 from hasten import LLM, SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Observation, Target
-from hasten.engine.grammar import Constraint
 from hasten.engine.registry import parse
+from hasten.engine.sampling.grammar import Constraint
 from hasten.methods.drafters.vocabtrim import VocabTrim, VocabTrimParameters, forced_tokens, most_frequent
 from hasten.model import OracleModel, Rows, load_model
 from hasten.model.linear import fastest_linear

@@ -14,7 +14,7 @@ from hasten.bench.lane import Lane, Run, engine_for, interleave
 from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt, encode
 from hasten.engine import Engine, SamplingParams
-from hasten.engine.cost import VerifyCost, measure
+from hasten.engine.drafting.cost import VerifyCost, measure
 from hasten.errors import UserError
 from hasten.llm import LLM
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hasten.engine.cost import step_times
+from hasten.engine.drafting.cost import step_times
 from hasten.llm import LLM
 from hasten.model import Rows, native
 

@@ -7,7 +7,7 @@ plain decoding itself computes several rows a step, as of a block of a canvas, v
 
 from __future__ import annotations
 
-from hasten.engine.cost import VerifyCost
+from hasten.engine.drafting.cost import VerifyCost
 
 
 def predicted_speedup(

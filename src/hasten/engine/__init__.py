@@ -1,19 +1,19 @@
 """Requests, scheduler, step loop, sampling, verification, and the registry of methods."""
 
-from hasten.engine.canvas import Canvas
-from hasten.engine.denoiser import Denoiser
-from hasten.engine.draft import ROOT, Draft, Drawn, Probe
-from hasten.engine.drafter import Drafter, Observation
+from hasten.engine.canvas.canvas import Canvas
+from hasten.engine.canvas.denoiser import Denoiser
+from hasten.engine.canvas.view import Hypothesis, View
+from hasten.engine.canvas.window import BlockWindow, FullWindow, Passes, Window
+from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe
+from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
-from hasten.engine.grammar import Constraint
-from hasten.engine.params import SamplingParams
 from hasten.engine.prompt import Embedded
 from hasten.engine.registry import Method, Target, decoders, methods, register
 from hasten.engine.report import Statistics, TokenLogprobs
 from hasten.engine.request import Progress, Request
+from hasten.engine.sampling.grammar import Constraint
+from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.scheduler import Limits
-from hasten.engine.view import Hypothesis, View
-from hasten.engine.window import BlockWindow, FullWindow, Passes, Window
 
 __all__ = [
     "ROOT",

@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     Attributes:
         logits: float32 [wanted rows, vocabulary].
         best: the argmax of each of these rows.
-        finite: whether a token can be chosen by each of them (`hasten.engine.sampling.likeliest_if_finite`).
+        finite: whether a token can be chosen by each of them (`hasten.engine.sampling.sampler.likeliest_if_finite`).
         taps: the hidden states of all rows of the passage that the request's drafter asked for; None where it asked
             for none.
         rows: of the whole pass, the other requests' included.

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from hasten.cache import Cache, Prefixes
 from hasten.engine import registry
+from hasten.engine.canvas.denoiser import Denoiser
+from hasten.engine.canvas.filling import Filling
 from hasten.engine.decoding import Answer, TokenKind
-from hasten.engine.denoiser import Denoiser
-from hasten.engine.draft import MAX_DRAFT, Draft
-from hasten.engine.drafter import Drafter
-from hasten.engine.filling import Filling
-from hasten.engine.grammar import Grammars, GrammarState
+from hasten.engine.drafting.draft import MAX_DRAFT, Draft
+from hasten.engine.drafting.drafter import Drafter
+from hasten.engine.drafting.speculation import Speculation
 from hasten.engine.memory import Footprint, Ledger
-from hasten.engine.params import SamplingParams
 from hasten.engine.passage import Passage
 from hasten.engine.prompt import EMBEDDED, Segment, laid_out
 from hasten.engine.request import Progress, Request
-from hasten.engine.sampling import Sampler, likeliest_if_finite
+from hasten.engine.sampling.grammar import Grammars, GrammarState
+from hasten.engine.sampling.params import SamplingParams
+from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
 from hasten.engine.scheduler import Limits, Scheduled, Scheduler
-from hasten.engine.speculation import Speculation
 from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.turn import Turn
 from hasten.errors import UserError

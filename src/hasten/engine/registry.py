@@ -11,8 +11,8 @@ from importlib.metadata import entry_points
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-from hasten.engine.composition import FirstOf
-from hasten.engine.drafter import Drafter
+from hasten.engine.drafting.composition import FirstOf
+from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.specification import bare, pieces
 from hasten.errors import UserError
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from hasten.cache import SequenceCache
 from hasten.engine.decoding import Decoding, TokenKind
-from hasten.engine.drafter import Drafter
-from hasten.engine.params import SamplingParams
+from hasten.engine.drafting.drafter import Drafter
+from hasten.engine.drafting.speculation import Speculation
 from hasten.engine.prompt import EmbeddedSpan
 from hasten.engine.report import Statistics, TokenLogprobs
-from hasten.engine.sampling import Sampler
-from hasten.engine.speculation import Speculation
+from hasten.engine.sampling.params import SamplingParams
+from hasten.engine.sampling.sampler import Sampler
 from hasten.engine.stopping import FinishReason, Stopper
 
 

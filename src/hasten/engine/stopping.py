@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from hasten.engine.params import SamplingParams
+from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.text import Detokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hasten.engine import Canvas, Engine, Request, SamplingParams, View
-from hasten.engine.filling import Filling
-from hasten.engine.sampling import Sampler
+from hasten.engine.canvas.filling import Filling
+from hasten.engine.sampling.sampler import Sampler
 from hasten.model import CanvasOracle, DiffusionConfig, Model, Rows
 from hasten.tasks.parallelbench.operations import ListProblem
 from hasten.tasks.parallelbench.oracle import list_oracle

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Request, Target, View, register
-from hasten.engine.sampling import likeliest_of_model
+from hasten.engine.sampling.sampler import likeliest_of_model
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.causal_context import require_causal_context

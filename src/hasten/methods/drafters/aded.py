@@ -42,7 +42,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hasten.engine import ROOT, Draft, Drafter, Request, Target, register
-from hasten.engine.draft import MAX_DRAFT
+from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.errors import UserError, require
 
 TOKEN_BITS = 21

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
-from hasten.engine.composition import memory_of, weights_of
-from hasten.engine.cost import VerifyCost, verify_cost
-from hasten.engine.planner import Planner
+from hasten.engine.drafting.composition import memory_of, weights_of
+from hasten.engine.drafting.cost import VerifyCost, verify_cost
+from hasten.engine.drafting.planner import Planner
 from hasten.engine.registry import create, is_lossless, refuse_alone, split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical

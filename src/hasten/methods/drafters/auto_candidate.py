@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten.engine import Draft, Drafter, Request
-from hasten.engine.planner import Calibration
+from hasten.engine.drafting.planner import Calibration
 from hasten.methods.drafters.auto_experience import Outcome
 
 OPTIMISM = 0.3

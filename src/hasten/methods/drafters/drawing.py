@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drawn, Observation, Request
-from hasten.engine.noise import Uniforms
-from hasten.engine.sampling import Distribution, Sampler
+from hasten.engine.sampling.noise import Uniforms
+from hasten.engine.sampling.sampler import Distribution, Sampler
 from hasten.methods.drafters.shared_noise import Belief, together
 
 Child = tuple[int, float]

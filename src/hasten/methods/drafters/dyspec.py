@@ -33,8 +33,8 @@ from heapq import heapify, heappop, heappush, nsmallest
 from torch import Tensor
 
 from hasten.engine import ROOT, Request, Target, register
-from hasten.engine.draft import MAX_DRAFT
-from hasten.engine.sampling import Distribution
+from hasten.engine.drafting.draft import MAX_DRAFT
+from hasten.engine.sampling.sampler import Distribution
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
 from hasten.model import Model

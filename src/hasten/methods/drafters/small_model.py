@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hasten.cache import Cache, SequenceCache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
-from hasten.engine.sampling import Distribution, likeliest_of_model
+from hasten.engine.sampling.sampler import Distribution, likeliest_of_model
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled
 from hasten.model import Decoder, Model, Rows, Span, load_model

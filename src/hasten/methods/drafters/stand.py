@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from hasten.engine import ROOT, Draft, Drafter, Engine, Observation, Request, SamplingParams, Target, register
-from hasten.engine.noise import Uniforms
+from hasten.engine.sampling.noise import Uniforms
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import order_of_noise, sampled
 

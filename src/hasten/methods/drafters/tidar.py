@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hasten.engine import Draft, Drafter, Observation, Probe, Request, Target, register
-from hasten.engine.sampling import likeliest
+from hasten.engine.sampling.sampler import likeliest
 from hasten.errors import UserError
 from hasten.methods.diffusion.causal_context import require_causal_context
 

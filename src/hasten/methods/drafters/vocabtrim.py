@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Engine, Observation, Request, SamplingParams, Target, register
-from hasten.engine.sampling import Distribution, Sampler
+from hasten.engine.sampling.sampler import Distribution, Sampler
 from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.drawing import processed

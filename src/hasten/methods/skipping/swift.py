@@ -38,7 +38,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register, sampling
+from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.sampling import sampler
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import Beliefs, Child, Matching, likeliest, processed, sampled
 from hasten.methods.drafters.shared_noise import Belief
@@ -370,7 +371,7 @@ class Swift(Drafter):
             positions = torch.tensor([chain.request.read + level for chain in active], device=self.model.device)
             spans = [Span(chain.request.sequence, row, row + 1, extend=level > 0) for row, chain in enumerate(active)]
             logits = forward(self.model, Rows(tokens, positions, spans), skipped)
-            sampling.likeliest_of_model(logits)
+            sampler.likeliest_of_model(logits)
             for row, chain in enumerate(active):
                 chain.grow(logits[row : row + 1])
             active = [chain for chain in active if chain.open]
@@ -415,7 +416,7 @@ class Swift(Drafter):
         try:
             scratch.crop(start)
             rows = Rows.of(scratch, request.tokens[start:-1], start, self.model.device)
-            predicted = sampling.likeliest(forward(self.model, rows, skipped))
+            predicted = sampler.likeliest(forward(self.model, rows, skipped))
         finally:
             scratch.release()
         return sum(map(int.__eq__, predicted, request.tokens[start + 1 :])) / window

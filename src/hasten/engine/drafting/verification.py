@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine.draft import ROOT, Draft
-from hasten.engine.noise import Uniforms
-from hasten.engine.params import SamplingParams
-from hasten.engine.sampling import draw
+from hasten.engine.drafting.draft import ROOT, Draft
+from hasten.engine.sampling.noise import Uniforms
+from hasten.engine.sampling.params import SamplingParams
+from hasten.engine.sampling.sampler import draw
 
 
 @dataclass

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from hasten import LLM, Constraint, SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Drawn, Engine
-from hasten.engine import grammar as module
-from hasten.engine.grammar import Grammars, GrammarState
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling import grammar as module
+from hasten.engine.sampling.grammar import Grammars, GrammarState
+from hasten.engine.sampling.sampler import Sampler
 from hasten.model import OracleModel
 from helpers import END, START, VOCABULARY, Replay, add, make_tokenizer, same
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.engine.draft import MAX_DRAFT, Draft
+from hasten.engine.drafting.draft import MAX_DRAFT, Draft
 from hasten.model.taps import Site, Taps
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hasten.engine import verification
 from hasten.engine.decoding import Answer, TokenKind
-from hasten.engine.draft import ROOT, Draft
-from hasten.engine.drafter import Observation
+from hasten.engine.drafting import verification
+from hasten.engine.drafting.draft import ROOT, Draft
+from hasten.engine.drafting.drafter import Observation
+from hasten.engine.drafting.verification import Verdict
 from hasten.engine.passage import Passage
 from hasten.engine.prompt import embedded_in
 from hasten.engine.report import TokenLogprobs
-from hasten.engine.verification import Verdict
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.engine.draft import ROOT, Draft
+from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hasten.engine.draft import Draft
-from hasten.engine.drafter import Drafter, Observation
+from hasten.engine.drafting.draft import Draft
+from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.model.taps import Taps
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hasten.engine.cost import VerifyCost
-from hasten.engine.draft import ROOT, Draft
+from hasten.engine.drafting.cost import VerifyCost
+from hasten.engine.drafting.draft import ROOT, Draft
 
 BINS = 8
 """Of estimates, per halving."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hasten.engine.canvas import Canvas
+from hasten.engine.canvas.canvas import Canvas
+from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.decoding import Answer, TokenKind
-from hasten.engine.denoiser import Denoiser
 from hasten.engine.passage import Passage
 from hasten.errors import UserError
 from hasten.model import ModelConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.engine import cost
-from hasten.engine.cost import VerifyCost
+from hasten.engine.drafting import cost
+from hasten.engine.drafting.cost import VerifyCost
 from hasten.model import OracleModel
 
 CURVE = VerifyCost(

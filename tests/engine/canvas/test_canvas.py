@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hasten.engine import Canvas, SamplingParams
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling.sampler import Sampler
 
 MASK = 9
 

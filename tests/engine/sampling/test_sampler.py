@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from hasten import SamplingParams, UserError
-from hasten.engine.sampling import Sampler, draw, likeliest, likeliest_of_model
+from hasten.engine.sampling.sampler import Sampler, draw, likeliest, likeliest_of_model
 from helpers import PeakBytes
 
 SIZE = 200

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from hasten.engine.noise import Uniforms, gumbel, gumbels, mix, uniform
+from hasten.engine.sampling.noise import Uniforms, gumbel, gumbels, mix, uniform
 
 SPLITMIX = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
 """The first outputs of SplitMix64 with seed 0, as published with the algorithm."""

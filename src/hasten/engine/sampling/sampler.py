@@ -9,10 +9,10 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from hasten.engine.grammar import GrammarState
 from hasten.engine.memory import LOGIT_BYTES
-from hasten.engine.noise import Uniforms, gumbel, gumbels, mix
-from hasten.engine.params import SamplingParams
+from hasten.engine.sampling.grammar import GrammarState
+from hasten.engine.sampling.noise import Uniforms, gumbel, gumbels, mix
+from hasten.engine.sampling.params import SamplingParams
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 

@@ -11,7 +11,7 @@ import torch
 from hasten.cache import Cache, SequenceCache
 from hasten.engine import BlockWindow, Canvas, FullWindow, Hypothesis, SamplingParams, View
 from hasten.engine.passage import Passage
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling.sampler import Sampler
 from hasten.model import DiffusionConfig, LayerConfig
 
 MASK, VOCABULARY = 9, 10
@@ -187,7 +187,7 @@ def test_finished_text_is_read_as_the_attention_says(attention: str, alignment: 
 
 
 def test_long_prompts_are_read_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.engine.window.CHUNK", 7)
+    monkeypatch.setattr("hasten.engine.canvas.window.CHUNK", 7)
     sequence = new_sequence()
     window = BlockWindow(new_canvas(11, 14), sequence, DiffusionConfig("block-causal", "same", MASK, 2))
     run = Pass(sequence)

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from hasten.engine import Draft
-from hasten.engine.cost import VerifyCost
-from hasten.engine.planner import Calibration, Planner
+from hasten.engine.drafting.cost import VerifyCost
+from hasten.engine.drafting.planner import Calibration, Planner
 
 LINEAR = VerifyCost((1, 2, 64), (64,), ((1.0, 1.1, 7.3),), 0.05)
 

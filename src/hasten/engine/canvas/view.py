@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hasten.engine.canvas import Canvas
+from hasten.engine.canvas.canvas import Canvas
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling.sampler import Sampler
 
 
 class Canvas:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hasten.cache import SequenceCache
-from hasten.engine.canvas import Canvas
+from hasten.engine.canvas.canvas import Canvas
+from hasten.engine.canvas.view import Hypothesis, View
 from hasten.engine.passage import Passage
-from hasten.engine.view import Hypothesis, View
 from hasten.model import DiffusionConfig
 
 Passes = Generator[Passage, Tensor, None]

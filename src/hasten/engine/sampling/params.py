@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from hasten.engine.grammar import Constraint
+from hasten.engine.sampling.grammar import Constraint
 from hasten.errors import require, require_finite
 
 Acceptance = Literal["match", "max", "typical"]

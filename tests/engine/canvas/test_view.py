@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hasten.engine import Canvas, Hypothesis, SamplingParams, View
-from hasten.engine.sampling import Sampler
+from hasten.engine.sampling.sampler import Sampler
 
 VOCABULARY, MASK, START = 8, 7, 2
 

@@ -6,7 +6,7 @@ import pytest
 
 from hasten import SamplingParams, UserError
 from hasten.engine import Draft, Drafter, registry
-from hasten.engine.composition import FirstOf
+from hasten.engine.drafting.composition import FirstOf
 from hasten.engine.registry import create, is_lossless, split
 from hasten.model import load_model
 from hasten.model.checkpoint import resolve

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hasten.engine.canvas import Canvas
-from hasten.engine.draft import Draft
-from hasten.engine.drafter import Drafter
-from hasten.engine.window import Passes
+from hasten.engine.canvas.canvas import Canvas
+from hasten.engine.canvas.window import Passes
+from hasten.engine.drafting.draft import Draft
+from hasten.engine.drafting.drafter import Drafter
 
 if TYPE_CHECKING:
     from hasten.engine.request import Request

@@ -1,0 +1,1 @@
+"""Canvases: texts whose masked positions are filled, what looks at them, and what decides."""

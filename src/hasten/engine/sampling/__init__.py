@@ -1,0 +1,1 @@
+"""Which token: parameters, the one processed distribution, its noise, and constraints."""
