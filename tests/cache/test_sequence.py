@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.cache import Cache, Replay, RollbackError, SequenceCache, StatePerRow
-from hasten.cache.block import Block, group_layers
+from hasten.cache.block import Block
 from hasten.errors import UserError
-from hasten.model import LayerConfig, Model, OracleModel, Rows, Span, load_model
+from hasten.model import LayerConfig, Model, OracleModel, Rows, Slots, SlotsOf, Span, State, load_model
+from hasten.model.layout import Layout, by_shape
 
 VOCABULARY = 97
 Make = Callable[..., Any]
@@ -137,10 +138,12 @@ class Machine:
         holders: dict[Block, int] = {}
         for sequence, tokens in self.live:
             assert sequence.length == len(tokens)
-            assert all(view.length for view in sequence._views[:-1])
-            for view in sequence._views:
-                holders[view.block] = holders.get(view.block, 0) + 1
-                assert view.length <= view.block.capacity
+            for group in range(len(sequence.groups)):
+                memory = sequence.memory(group) or []
+                assert all(length for _, length in memory[:-1])
+                for block, length in memory:
+                    holders[block] = holders.get(block, 0) + 1
+                    assert length <= block.capacity
         assert all(block.references == count for block, count in holders.items())
         assert self.cache.used_bytes == sum(block.nbytes() for block in holders)
         assert self.cache.used_bytes <= self.cache.peak_bytes
@@ -519,7 +522,7 @@ def test_appending_copies_rarely(models: dict[str, Model]) -> None:
     for _ in range(200):
         chain(model, sequence, 1)
         sequence.commit(1)
-        blocks.add(sequence._views[-1].block.capacity)
+        blocks.add((sequence.memory(0) or [])[-1][0].capacity)
     assert sorted(blocks) == [4, 8, 16, 32, 64, 128, 256]
 
 
@@ -541,14 +544,7 @@ def test_rows_of_several_passes_are_kept_or_dropped_together(models: dict[str, M
 
 
 def block_bytes(model: Model, slots: int) -> int:
-    return Block.bytes_for(group_layers(model.config.layers), slots, model.cache_dtype)
-
-
-def test_bytes_are_known_before_a_block_is_made(models: dict[str, Model]) -> None:
-    for model in models.values():
-        groups = group_layers(model.config.layers)
-        block = Block(groups, 11, model.cache_dtype, model.device)
-        assert Block.bytes_for(groups, 11, model.cache_dtype) == block.nbytes()
+    return sum(Block.bytes_for(group, slots, model.cache_dtype) for group in by_shape(model.config.layers))
 
 
 def test_a_full_cache_says_so_and_stays_usable(models: dict[str, Model]) -> None:
@@ -588,8 +584,8 @@ def test_a_request_beyond_all_memory_is_refused_before_it_is_tried(models: dict[
 
 # Recurrent layers
 
-RECURRENT = LayerConfig(kind="recurrent", heads=2, kv_heads=2, head_dim=4, ffn=8)
-ATTENTION = LayerConfig(kind="attention", heads=2, kv_heads=2, head_dim=4, ffn=8)
+RECURRENT = LayerConfig(heads=2, ffn=8, keeps=State(((1,), (2,))))
+ATTENTION = LayerConfig.attention(heads=2, kv_heads=2, head_dim=4, ffn=8)
 
 
 def follow(state: tuple[torch.Tensor, ...] | None, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -646,11 +642,11 @@ def state(sequence: SequenceCache) -> tuple[float, int]:
 
 def stored(sequence: SequenceCache) -> list[float]:
     """The positions that attention sees, as its keys say."""
-    return torch.cat([part.keys[0, :, 0] for part in sequence.parts(0, None)]).tolist()
+    return torch.cat([part.keys[0, :, 0] for part in sequence.groups[0].parts(0, None)]).tolist()
 
 
 def test_recurrent_layers_take_no_slots(recurrent: SequenceCache) -> None:
-    assert list(recurrent._views[0].block.keys) == [0]
+    assert recurrent.layout.group_of == (0, -1)
 
 
 @pytest.mark.parametrize("kept", [0, 2, 3, [0, 1], [], [0, 1, 2]])
@@ -769,30 +765,50 @@ def test_snapshots_are_free_for_layers_that_can_be_cropped(models: dict[str, Mod
 # Blocks
 
 
-def test_layers_of_one_shape_share_a_tensor() -> None:
-    wide = LayerConfig(kind="attention", heads=4, kv_heads=1, head_dim=8, ffn=8)
-    groups = group_layers([ATTENTION, RECURRENT, wide, ATTENTION])
-    assert [(group.layers, group.kv_heads, group.head_dim) for group in groups] == [((0, 3), 2, 4), ((2,), 1, 8)]
-    block = Block(groups, 5, torch.float32, torch.device("cpu"))
-    assert [tuple(tensor.shape) for tensor in block.storage] == [(2, 2, 2, 5, 4), (2, 1, 1, 5, 8)]
-    block.keys[3].fill_(3)
-    block.values[2].fill_(2)
-    assert bool((block.storage[0][0, 1] == 3).all())
-    assert bool((block.storage[1][1, 0] == 2).all())
+def test_layers_of_one_shape_share_a_block() -> None:
+    wide = LayerConfig(heads=4, ffn=8, keeps=Slots(heads=1, key_width=8, value_width=6))
+    reader = LayerConfig(heads=4, ffn=8, keeps=SlotsOf(2))
+    idle = LayerConfig(heads=1, ffn=8, keeps=None)
+    layers = [ATTENTION, RECURRENT, wide, ATTENTION, reader, idle]
+    layout = Layout(layers, by_shape(layers))
+    assert [(group.layers, group.slots) for group in layout.groups] == [
+        ((0, 3), Slots(2, 4, 4)),
+        ((2,), Slots(1, 8, 6)),
+    ]
+    assert (layout.group_of, layout.index_of) == ((0, -1, 1, 0, 1, -1), (0, -1, 0, 1, 0, -1))
+    blocks = [Block(group, 5, torch.float32, torch.device("cpu")) for group in layout.groups]
+    assert [(tuple(block.keys.shape), tuple(block.values.shape)) for block in blocks] == [
+        ((2, 2, 5, 4), (2, 2, 5, 4)),
+        ((1, 1, 5, 8), (1, 1, 5, 6)),
+    ]
+    for block, group in zip(blocks, layout.groups, strict=True):
+        assert block.values.data_ptr() == block.keys.data_ptr() + block.keys.nbytes
+        assert block.nbytes() == Block.bytes_for(group, 5, torch.float32)
 
 
-def test_gather_moves_all_layers_and_positions() -> None:
-    block = Block(group_layers([ATTENTION, ATTENTION]), 10, torch.float32, torch.device("cpu"))
+def test_a_layer_reads_slots_that_are_there() -> None:
+    reader = LayerConfig(heads=4, ffn=8, keeps=SlotsOf(1))
+    for layers in ([reader, ATTENTION], [ATTENTION, RECURRENT, reader]):
+        with pytest.raises(UserError, match="reads the slots of layer 1, which has none by then"):
+            Layout(layers, by_shape(layers))
+
+
+def test_slots_move_in_all_layers_and_with_their_positions() -> None:
+    group = by_shape([ATTENTION, ATTENTION])[0]
+    block, other = (Block(group, 10, torch.float32, torch.device("cpu")) for _ in range(2))
     numbers = torch.arange(10)
-    for tensor in block.storage:
-        tensor.copy_(numbers.reshape(1, 1, 1, 10, 1).expand_as(tensor))
+    for slots in (block.keys, block.values):
+        slots.copy_(numbers.reshape(1, 1, 10, 1).expand_as(slots))
     block.positions.copy_(numbers)
-    block.gather(3, [1, 2, 5])
-    expected = [0, 1, 2, 4, 5, 8]
-    assert block.positions[:6].tolist() == expected
-    for layer in (0, 1):
-        for slots in (block.keys[layer], block.values[layer]):
-            assert slots[1, :6, 2].tolist() == expected
+    other.take(block, [1, 2, 5], 4)
+    block.take(block, [4, 5, 8], 3)
+    for each, expected in ((block, [0, 1, 2, 4, 5, 8]), (other, [1, 2, 5])):
+        start = 0 if each is block else 4
+        stop = start + len(expected)
+        assert each.positions[start:stop].tolist() == expected
+        for layer in (0, 1):
+            for slots in (each.keys[layer], each.values[layer]):
+                assert slots[1, start:stop, 2].tolist() == expected
 
 
 def test_the_parts_of_a_windowed_layer_skip_what_no_row_sees(models: dict[str, Model]) -> None:
@@ -801,12 +817,13 @@ def test_the_parts_of_a_windowed_layer_skip_what_no_row_sees(models: dict[str, M
     chain(model, sequence, 40)
     sequence.commit(40)
     sequence.begin(torch.arange(40, 42))
-    full, windowed = sequence.parts(0, None), sequence.parts(1, None)
+    group = sequence.groups[0]
+    full, windowed = group.parts(0, None), group.parts(1, None, 6)
     assert [part.keys.shape[1] for part in full] == [40, 2]
     # Window 6: row 40 sees 35..40 and row 41 sees 36..41, so slot 35 is the edge.
     assert [part.keys.shape[1] for part in windowed] == [2, 1, 4]
     assert [part.blind is None or part.blind.tolist() for part in windowed] == [True, [False, True], True]
-    assert all(one.block is not other.block for one, other in pairwise(sequence._views))
+    assert all(one.block is not other.block for one, other in pairwise(group._views))
 
 
 # Eviction
@@ -815,8 +832,8 @@ def test_the_parts_of_a_windowed_layer_skip_what_no_row_sees(models: dict[str, M
 def contents(sequence: SequenceCache) -> list[tuple[int, float]]:
     """Position and key of every committed slot."""
     return [
-        (int(block.positions[slot]), float(block.keys[0][0, slot, 0]))
-        for block, length in sequence.blocks()
+        (int(block.positions[slot]), float(block.keys[0, 0, slot, 0]))
+        for block, length in sequence.memory(0) or []
         for slot in range(length)
     ]
 
@@ -856,8 +873,8 @@ def test_any_evictions_are_those_of_a_list(models: dict[str, Model]) -> None:
                 del expected[length:]
             assert contents(sequence) == expected
             assert sequence.length == len(expected)
-            for block, length in sequence.blocks():
-                assert torch.equal(block.values[0][:, :length], -block.keys[0][:, :length])
+            for block, length in sequence.memory(0) or []:
+                assert torch.equal(block.values[0, :, :length], -block.keys[0, :, :length])
         sequence.release()
 
 
@@ -883,32 +900,31 @@ def test_evict_refuses_slots_that_are_not_there(slots: list[int], models: dict[s
     assert sequence.length == 6
 
 
-def test_what_another_sequence_reads_is_not_evicted(models: dict[str, Model]) -> None:
+def test_what_another_sequence_reads_stays_as_it_is(models: dict[str, Model]) -> None:
+    """Who evicts it has a copy of the rest from then on."""
     sequence = filled(models["oracle"], 6)
     before = contents(sequence)
     child = sequence.fork()
     for each in (sequence, child):
-        with pytest.raises(ValueError, match="not in the last block, or another sequence may read it"):
-            each.evict([5])
-    # What each has of its own may go.
-    for each in (sequence, child):
         append(each, [(6, 1.0), (7, 2.0), (8, 3.0)], [0, 1, 2])
-        with pytest.raises(ValueError, match="not in the last block, or another sequence may read it"):
-            each.evict([5, 6])
+        # What each has of its own goes in place.
         each.evict([6, 8])
         assert contents(each) == [*before, (7, 2.0)]
-    with pytest.raises(ValueError, match="not in the last block"):
-        sequence.evict([0])
-    alone = filled(models["oracle"], 6)
-    alone.fork().release()
-    alone.evict([0])
-    assert contents(alone) == before[1:]
+    child.evict([1, 2, 6])
+    assert contents(child) == [before[0], *before[3:]]
+    assert contents(sequence) == [*before, (7, 2.0)]
+    append(child, [(9, 4.0)], [0])
+    sequence.evict(range(7))
+    assert (contents(sequence), contents(child)) == ([], [before[0], *before[3:], (9, 4.0)])
+    for each in (sequence, child):
+        each.release()
+    assert sequence._cache.used_bytes == 0  # type: ignore[attr-defined]
 
 
 def test_a_recurrent_layer_cannot_evict() -> None:
     layers = (
-        LayerConfig(kind="attention", heads=1, kv_heads=1, head_dim=1, ffn=0),
-        LayerConfig(kind="recurrent", heads=1, kv_heads=1, head_dim=1, ffn=0),
+        LayerConfig.attention(heads=1, kv_heads=1, head_dim=1, ffn=0),
+        LayerConfig(heads=1, ffn=0, keeps=State(((1,),))),
     )
     sequence = Cache(layers, torch.float32, torch.device("cpu")).sequence()
     append(sequence, [(0, 1.0), (1, 2.0)], [0, 1])

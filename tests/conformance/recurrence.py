@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.cache import Replay, StatePerRow
-from hasten.model import Decoder
+from hasten.model import Decoder, State
 from hasten.model.layers import Layer, Pass
 
 WIDTH = 12
@@ -73,5 +73,7 @@ def hybrid(model: Decoder, replays: bool, seed: int = 0) -> Decoder:
         1, second.mixer_norm, Recurrence(model.config.hidden_size, replays, seed), second.mlp_norm, second.mlp
     )
     shapes = model.config.layers
-    config = replace(model.config, layers=(shapes[0], replace(shapes[1], kind="recurrent"), *shapes[2:]))
+    config = replace(
+        model.config, layers=(shapes[0], replace(shapes[1], keeps=State(((WIDTH, WIDTH), (WIDTH,)))), *shapes[2:])
+    )
     return replace(model, config=config, layers=[first, recurrent, *rest])

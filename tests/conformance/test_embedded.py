@@ -45,7 +45,7 @@ def test_in_pieces_and_by_choices(llm: LLM, tiny: Path, backend: str, limits: di
     """Pieces of a prompt begin and end within spans; choices share them; a small cache has them read twice."""
     own = LLM(tiny, dtype="float32", backend=backend)
     small = Engine(
-        own.model, own.tokenizer, own.engine.end_ids, Limits(**limits), None, own.engine.cache.block_bytes(64) * 5
+        own.model, own.tokenizer, own.engine.end_ids, Limits(**limits), None, own.engine.cache.sequence_bytes(64) * 5
     )
     asked = SamplingParams(max_tokens=40, temperature=0.9, seed=5, n=2, ignore_eos=True)
     for number in NUMBERS[:4]:

@@ -24,7 +24,7 @@ def plenty(llm: LLM) -> list[list[int]]:
 
 def small(llm: LLM, slots: int, **limits: int) -> Engine:
     """An engine whose cache has so many slots."""
-    cache_bytes = llm.engine.cache.block_bytes(64) // 64 * slots
+    cache_bytes = llm.engine.cache.sequence_bytes(64) // 64 * slots
     return Engine(llm.model, llm.tokenizer, llm.engine.end_ids, Limits(**limits), str(llm.folder), cache_bytes)
 
 

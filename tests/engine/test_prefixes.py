@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from hasten import LLM, SamplingParams, UserError
 from hasten.cache import Cache, Prefixes
@@ -95,7 +96,7 @@ def test_choices_and_batches(pair: tuple[LLM, LLM]) -> None:
 @pytest.mark.parametrize("slots", [260, 330, 500])
 def test_prefixes_give_way_to_requests(llm: LLM, slots: int) -> None:
     """A cache that is full forgets texts before anybody waits."""
-    slot = llm.engine.cache.block_bytes(64) // 64
+    slot = llm.engine.cache.sequence_bytes(64) // 64
     engine = Engine(
         llm.model, llm.tokenizer, llm.engine.end_ids, Limits(rows=20), str(llm.folder), slot * slots, slot * slots
     )
@@ -116,12 +117,13 @@ def test_prefixes_give_way_to_requests(llm: LLM, slots: int) -> None:
 def test_what_is_kept(llm: LLM) -> None:
     """The longer of two texts that begin alike, the latest of many, and none that is too short or too large."""
     cache = Cache(llm.model.config.layers, llm.model.cache_dtype, llm.model.device)
-    size = cache.block_bytes(64)
+    size = cache.sequence_bytes(64)
 
     def text(*tokens: int) -> None:
         sequence = cache.sequence()
         sequence.reserve(400)
-        sequence.length = sequence._views[-1].length = len(tokens)
+        sequence.begin(torch.arange(len(tokens)))
+        sequence.commit(len(tokens))
         prefixes.keep("", tokens, sequence)
 
     prefixes = Prefixes(2 * size)

@@ -24,7 +24,7 @@ def cache_of(llm) -> Cache:
 def plain_need(llm, prompt: int, output: int) -> int:
     """Bytes of plain decoding, from first principles: keys and values of every layer, positions, a row of logits."""
     layers = llm.model.config.layers
-    slot = 8 + sum(2 * layer.kv_heads * layer.head_dim * llm.model.cache_dtype.itemsize for layer in layers)
+    slot = 8 + sum(2 * layer.slots.heads * layer.slots.key_width * llm.model.cache_dtype.itemsize for layer in layers)
     return max(prompt + output, 64) * slot + 4 * llm.model.config.vocab_size
 
 
@@ -101,7 +101,7 @@ def test_prediction_equals_ledger(llm, nodes, batch):
     engine = Engine(llm.model, llm.tokenizer)
     for prompt in PROMPTS[:1] * batch:
         engine.add(prompt, PARAMS, memo)
-    block, vocabulary, full = cache_of(llm).block_bytes(len(PROMPTS[0]) + 60), llm.model.config.vocab_size, 0
+    block, vocabulary, full = cache_of(llm).sequence_bytes(len(PROMPTS[0]) + 60), llm.model.config.vocab_size, 0
     while engine.busy:
         drafts.clear()
         engine.step()
@@ -118,7 +118,7 @@ def test_the_draft_is_as_large_as_fits(llm):
     """A drafter that always fills its budget shows the solver's choice: one byte less, one node less."""
     vocabulary, slots = llm.model.config.vocab_size, len(PROMPTS[0]) + 60
     nodes = 7
-    base = cache_of(llm).block_bytes(slots) + logits_bytes(1, vocabulary)
+    base = cache_of(llm).sequence_bytes(slots) + logits_bytes(1, vocabulary)
     exact = base + logits_bytes(nodes, vocabulary) + mask_bytes(nodes)
     for budget, most in ((exact, nodes), (exact - 1, nodes - 1)):
         memo = make(llm, budget, "ngram", nodes=32)

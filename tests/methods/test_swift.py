@@ -306,12 +306,12 @@ def state(cache: Any, sequence: Any) -> tuple[Any, ...]:
     """Everything that the target sees of a sequence's cache, down to the bits."""
     views = [
         (id(view.block), view.length, view.block.references, view.block.positions[: view.length].tolist())
-        for view in sequence._views
+        for view in sequence.groups[0]._views
     ]
     bits = [
         tensor[..., : view.length, :].contiguous().view(torch.int32).tolist()
-        for view in sequence._views
-        for tensor in view.block.storage
+        for view in sequence.groups[0]._views
+        for tensor in (view.block.keys, view.block.values)
     ]
     return sequence.length, sequence.pending, views, bits, cache.used_bytes
 

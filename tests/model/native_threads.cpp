@@ -47,19 +47,21 @@ Linear random_linear(Format format, int64_t outputs, int64_t inputs) {
 // What a sequence says in `STEPS` passes of `ROWS` rows, and in a chain behind them.
 std::vector<float> work(const Model &model, int64_t first, int count) {
     void *team = hasten_team(count);
-    std::vector<float> storage(2 * LAYERS * KV_HEADS * CAPACITY * HEAD_DIM), said, logits(ROWS * VOCABULARY);
+    std::vector<float> keys(LAYERS * KV_HEADS * CAPACITY * HEAD_DIM), values(keys.size()), said, logits(ROWS * VOCABULARY);
     std::vector<int64_t> slots(CAPACITY), tokens(ROWS), positions(ROWS), wanted(ROWS);
     for (int64_t slot = 0; slot < CAPACITY; ++slot) slots[slot] = slot;
-    View view{storage.data(), slots.data(), CAPACITY, 0};
-    Span span{0, ROWS, ROWS, nullptr, 1, &view};
+    View view{keys.data(), values.data(), slots.data(), CAPACITY, 0};
+    const Slots all{1, &view};
+    const int64_t group_of[LAYERS] = {0, 0}, index_of[LAYERS] = {0, 1};
+    Span span{0, ROWS, ROWS, nullptr, &all, group_of, index_of};
     for (int64_t step = 0; step < STEPS; ++step, view.length += ROWS) {
         for (int64_t row = 0; row < ROWS; ++row) {
             tokens[row] = (first + 7 * step + row) % VOCABULARY;
             positions[row] = step * ROWS + row;
             wanted[row] = row;
         }
-        const Batch batch{ROWS, tokens.data(), positions.data(), nullptr, 1, &span, ROWS, wanted.data(), logits.data(), 0, nullptr};
-        if (hasten_forward(&model, team, &batch)) std::abort();
+        const Batch batch{ROWS, tokens.data(), positions.data(), 1, nullptr, 1, &span, ROWS, wanted.data(), logits.data(), 0, nullptr, nullptr, nullptr};
+        if (hasten_forward(&model, team, &batch, -1) != LAYERS) std::abort();
         said.insert(said.end(), logits.begin(), logits.end());
     }
     span.stop = 1;
@@ -80,7 +82,7 @@ bool same_beside_others(Format format) {
                           random_linear(format, HIDDEN, FFN), layer ? 9 : 0});
     std::vector<float> frequencies(HEAD_DIM / 2);
     for (int64_t i = 0; i < HEAD_DIM / 2; ++i) frequencies[i] = std::pow(1e4f, -2.0f * i / HEAD_DIM);
-    const Model model{LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY, 1e-6f, 1.0f, frequencies.data(),
+    const Model model{LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY, 1e-6f, 1.0f, frequencies.data(), nullptr,
                       random_numbers(VOCABULARY * HIDDEN, 1.0f), FLOAT32, random_numbers(HIDDEN, 1.0f),
                       random_linear(format, VOCABULARY, HIDDEN), layers.data()};
 

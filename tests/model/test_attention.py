@@ -174,16 +174,28 @@ def test_any_split_of_the_keys_merges_to_the_whole(
                 ~piece.any(1) if masked else None,
             ),
         )
-    out = attend(queries, parts, kernel)
-    expected, _ = closed_form(
+    out, lse = attend(queries, parts, kernel)
+    expected, expected_lse = closed_form(
         queries.transpose(0, 1),
         keys.repeat_interleave(group, 0),
         values.repeat_interleave(group, 0),
         seen,
     )
-    torch.testing.assert_close(
-        out.double(), expected.transpose(0, 1).reshape(rows, -1), atol=TOLERANCE[torch.float32], rtol=0
+    for got, wanted in ((out, expected), (lse, expected_lse)):
+        torch.testing.assert_close(got.double(), wanted.transpose(0, 1), atol=TOLERANCE[torch.float32], rtol=0)
+
+
+def test_values_may_have_a_width_of_their_own() -> None:
+    queries, keys, values = noise(0, 5, 4, 8), noise(1, 2, 9, 8), noise(2, 2, 9, 6)
+    out, lse = attend(
+        queries, [Part(keys[:, :4], values[:, :4]), Part(keys[:, 4:], values[:, 4:], "causal")], cpu_flash_kernel
     )
+    seen = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    grouped = keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0)
+    expected, expected_lse = closed_form(queries.transpose(0, 1), *grouped, seen)
+    assert out.shape == (5, 4, 6)
+    for got, wanted in ((out, expected), (lse, expected_lse)):
+        torch.testing.assert_close(got.double(), wanted.transpose(0, 1), atol=TOLERANCE[torch.float32], rtol=0)
 
 
 def test_merge_gives_a_blind_part_no_weight() -> None:
@@ -208,8 +220,8 @@ def test_blind_rows_see_the_other_parts_only(kernel: Kernel) -> None:
     seen = torch.zeros(4, 7, dtype=torch.bool)
     seen[1, 3] = seen[3, :] = True
     own = Part(keys[:, 7:], values[:, 7:])
-    out = attend(queries, [own, Part(keys[:, :7], values[:, :7], additive(seen, queries.dtype), blind)], kernel)
-    alone = attend(queries, [own], kernel)
+    out, _ = attend(queries, [own, Part(keys[:, :7], values[:, :7], additive(seen, queries.dtype), blind)], kernel)
+    alone, _ = attend(queries, [own], kernel)
     assert torch.equal(out[blind], alone[blind])
     assert (out[~blind] - alone[~blind]).abs().max() > 1e-3
     assert torch.isfinite(out).all()
@@ -234,10 +246,10 @@ def test_query_groups_share_keys_as_if_these_were_repeated(
 @pytest.mark.parametrize("rows", [1, 2, PER_HEAD_CAUSAL_ROWS - 1, PER_HEAD_CAUSAL_ROWS, 150])
 def test_causal_parts_for_few_and_many_rows(kernel: Kernel, rows: int, group: int) -> None:
     queries, (keys, values) = noise(0, rows, 2 * group, 8), noise(1, 2, 2, rows, 8)
-    out = attend(queries, [Part(keys, values, "causal")], kernel)
+    out, lse = attend(queries, [Part(keys, values, "causal")], kernel)
     mask = causal_mask(rows, queries.dtype, queries.device)
     expected = attend(queries, [Part(keys, values, mask)], reference_kernel)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close((out, lse), expected, atol=1e-5, rtol=0)
 
 
 def test_many_causal_rows_of_a_group_go_one_call_per_member() -> None:

@@ -269,7 +269,8 @@ def agree(model: Decoder, rows: Rows, wanted: list[int] | None = None, tolerance
     for span in rows.spans:
         if span.extend:
             # Of this pass only: its rows replace those that the first pass left.
-            span.sequence.pending -= span.stop - span.start
+            for each in (span.sequence, *span.sequence.groups):
+                each.pending -= span.stop - span.start
     theirs = TorchBackend().forward(model, rows, wanted, None)
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
     return ours
@@ -299,12 +300,13 @@ def test_some_rows_in_another_order(model: Decoder) -> None:
 def test_every_bucket_and_its_padding(model: Decoder, count: int) -> None:
     sequence = behind(model, cache_of(model), 23)
     sequence.reserve(count)
-    (block, _), *_ = sequence.blocks()
-    storage = block.storage[0]
-    storage[:, :, :, 23:] = 7.0
-    before = storage.clone()
+    (block, _), *_ = sequence.memory(0)
+    for slots in (block.keys, block.values):
+        slots[:, :, 23:] = 7.0
+    before = torch.stack([block.keys, block.values])
     agree(model, rows_of((sequence, some_tokens(count), list(range(23, 23 + count)), None)))
     # Padding has written nothing: not before the rows, and not behind them.
+    storage = torch.stack([block.keys, block.values])
     assert torch.equal(storage[:, :, :, :23], before[:, :, :, :23])
     assert torch.equal(storage[:, :, :, 23 + count :], before[:, :, :, 23 + count :])
 
@@ -360,7 +362,7 @@ def test_forked_sequences_read_several_blocks(model: Decoder) -> None:
         child.commit(5)
         forks.append(child)
         parent = child
-    assert len(forks[-1].blocks()) > 1
+    assert len(forks[-1].memory(0)) > 1
     mask, depths = tree([0, 0, 1])
     end = forks[-1].length
     chain = (forks[-1], some_tokens(3), [end + depth for depth in depths], mask)
@@ -418,7 +420,7 @@ def test_what_the_graphs_do_not_know_goes_to_pytorch(model: Decoder, monkeypatch
         for writer in (older, chain):
             TorchBackend().forward(model, Rows.of(writer, [5], writer.length, DEVICE), [0], None)
             writer.commit(1)
-    assert len(chain.blocks()) >= MAX_VIEWS
+    assert len(chain.memory(0)) >= MAX_VIEWS
     agree(model, rows_of((chain, [3], [chain.length], None)))
 
 
@@ -442,7 +444,7 @@ def test_pieces_that_the_graphs_do_not_know_go_to_pytorch(
     elif strange == "layer":
         layer.__class__ = type("Strange", (Layer,), {})
     else:
-        shape = replace(shape, kv_heads=1)
+        shape = replace(shape, keeps=replace(shape.slots, heads=1))
         layer.mixer = copy(layer.mixer)
         layer.mixer.config, qkv = shape, layer.mixer.qkv.dequant()
         layer.mixer.qkv = DenseLinear(torch.cat([qkv[:60], qkv[72:84]]))
@@ -676,5 +678,5 @@ def test_refusals(model: Decoder) -> None:
     assert "float32" in str(refusal(config, torch.float64, cuda))
     window = replace(config, layers=(replace(config.layers[0], window=7), *config.layers[1:]))
     assert "windows" in str(refusal(window, torch.float32, cuda))
-    uneven = replace(config, layers=(*config.layers[1:], LayerConfig("attention", 2, 1, 8, 80)))
+    uneven = replace(config, layers=(*config.layers[1:], LayerConfig.attention(2, 1, 8, 80)))
     assert "one shape" in str(refusal(uneven, torch.float32, cuda))

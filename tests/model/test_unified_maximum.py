@@ -62,8 +62,8 @@ def scores(model: Decoder, sequence: SequenceCache) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hasten.model.cuda.backend.attend_cache", lambda q, *rest: seen.append(q) or kernel(q, *rest))
         CudaBackend(unified=False).forward(model, rows, None, None)
-    (block, _), *_ = sequence.blocks()
-    keys = block.storage[0][0][0][:, : CONTEXT + 2]
+    (block, _), *_ = sequence.memory(0)
+    keys = block.keys[0, :, : CONTEXT + 2]
     found = torch.einsum("rhd,hsd->hrs", seen[0][:2].double(), keys.repeat_interleave(2, 0).double())
     found *= keys.shape[-1] ** -0.5
     found[:, 0, CONTEXT + 1] = -inf

@@ -187,7 +187,7 @@ def test_a_rotation_with_folded_norms_gives_the_same_logits(kind: str, make_chec
 def prune(pieces: Pieces, group: int, channels: Sequence[int], narrow: bool) -> Pieces:
     """Without one group of heads and some channels of the MLP; they become zeros where it is not `narrow`."""
     shape = pieces.config.layers[pieces.layer or 0]
-    d, heads, kv_heads = shape.head_dim, shape.heads, shape.kv_heads
+    d, heads, kv_heads = shape.slots.key_width, shape.heads, shape.slots.heads
     shared = heads // kv_heads
     query = torch.arange(heads * d).view(heads, d)
     lost = query[group * shared : (group + 1) * shared].flatten()
@@ -218,7 +218,7 @@ def test_layers_may_become_narrower(layers: tuple[int, ...], backend: str, make_
 
     narrow, zeros = load(checkpoint, *pruning(True), backend=backend), load(checkpoint, *pruning(False))
     for layer, shape in enumerate(narrow.config.layers):
-        assert (shape.heads, shape.kv_heads, shape.ffn) == ((2, 1, 48) if layer in layers else (4, 2, 80))
+        assert (shape.heads, shape.slots.heads, shape.ffn) == ((2, 1, 48) if layer in layers else (4, 2, 80))
     assert narrow.weight_bytes() < zeros.weight_bytes()
     torch.testing.assert_close(logits(narrow), logits(zeros), atol=1e-4, rtol=0)
     if isinstance(narrow.backend, NativeBackend):

@@ -2,7 +2,18 @@
 
 from hasten.cache.cache import Cache
 from hasten.cache.prefixes import Prefixes
-from hasten.cache.recurrent import Replay, StatePerRow
-from hasten.cache.sequence import RollbackError, SequenceCache, Snapshot
+from hasten.cache.recurrent import Replay, RollbackError, StatePerRow
+from hasten.cache.sequence import SequenceCache, Snapshot
+from hasten.cache.slots import GroupCache, SlotCache
 
-__all__ = ["Cache", "Prefixes", "Replay", "RollbackError", "SequenceCache", "Snapshot", "StatePerRow"]
+__all__ = [
+    "Cache",
+    "GroupCache",
+    "Prefixes",
+    "Replay",
+    "RollbackError",
+    "SequenceCache",
+    "SlotCache",
+    "Snapshot",
+    "StatePerRow",
+]

@@ -1,81 +1,58 @@
-"""A block: contiguous slots of keys and values for every attention layer, shared by reference count."""
+"""A block: contiguous slots of keys and values for the layers of a group, shared by reference count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from hasten.model.config import LayerConfig
-
-
-@dataclass(frozen=True)
-class Group:
-    """Attention layers of one shape; a block keeps each group in one tensor, so a commit is one gather."""
-
-    layers: tuple[int, ...]
-    kv_heads: int
-    head_dim: int
-
-
-def group_layers(layers: Sequence[LayerConfig]) -> list[Group]:
-    """Attention layers by (kv_heads, head_dim), in order of first appearance."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, layer in enumerate(layers):
-        if layer.kind == "attention":
-            groups.setdefault((layer.kv_heads, layer.head_dim), []).append(index)
-    return [Group(tuple(members), *shape) for shape, members in groups.items()]
+from hasten.model.layout import Group
 
 
 class Block:
-    """Slots `0 .. capacity-1` for all attention layers.
+    """Slots `0 .. capacity-1` of all layers of a group, so that a commit is one gather.
 
     Attributes:
-        storage: per group, [2 (keys, values), layers, kv_heads, capacity, head_dim].
+        keys: [layers, heads, capacity, key_width].
+        values: [layers, heads, capacity, value_width]; in memory right behind the keys.
         positions: int64 [capacity], the position each slot's row had.
         references: how many sequences read the block.
         shared: slots below this are visible to a sequence other than the writer, and are never overwritten.
     """
 
-    def __init__(self, groups: Sequence[Group], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, group: Group, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.capacity = capacity
+        planes, widths = (len(group.layers), group.slots.heads), (group.slots.key_width, group.slots.value_width)
+        sizes = [planes[0] * planes[1] * capacity * width for width in widths]
         # A block made inside of a forward pass is written outside of it, too.
         with torch.inference_mode(False):
-            self.storage = [
-                torch.empty(2, len(g.layers), g.kv_heads, capacity, g.head_dim, dtype=dtype, device=device)
-                for g in groups
-            ]
+            memory = torch.split(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
+            self.keys, self.values = (
+                part.view(*planes, capacity, width) for part, width in zip(memory, widths, strict=True)
+            )
             self.positions = torch.empty(capacity, dtype=torch.int64, device=device)
         self.references = 1
         self.shared = 0
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        for group, tensor in zip(groups, self.storage, strict=True):
-            for index, layer in enumerate(group.layers):
-                self.keys[layer], self.values[layer] = tensor[0, index], tensor[1, index]
 
     @staticmethod
-    def bytes_for(groups: Sequence[Group], capacity: int, dtype: torch.dtype) -> int:
+    def bytes_for(group: Group, capacity: int, dtype: torch.dtype) -> int:
         """What a block of this capacity takes, before it is made."""
-        channels = sum(2 * len(g.layers) * g.kv_heads * g.head_dim for g in groups)
-        return capacity * (channels * dtype.itemsize + torch.int64.itemsize)
+        channels = len(group.layers) * group.slots.heads * (group.slots.key_width + group.slots.value_width)
+        bytes_each: int = channels * dtype.itemsize + torch.int64.itemsize
+        return capacity * bytes_each
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.storage) + self.positions.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
 
-    def copy_from(self, other: Block, start: int, stop: int) -> None:
-        """Take over the slots `start:stop` of another block of the same groups, as this block's first."""
-        count = stop - start
-        for mine, theirs in zip(self.storage, other.storage, strict=True):
-            mine[:, :, :, :count] = theirs[:, :, :, start:stop]
-        self.positions[:count] = other.positions[start:stop]
+    def copy_from(self, other: Block, stop: int) -> None:
+        """Take over the first slots of another block of the same group, `0 .. stop-1`."""
+        self.keys[:, :, :stop] = other.keys[:, :, :stop]
+        self.values[:, :, :stop] = other.values[:, :, :stop]
+        self.positions[:stop] = other.positions[:stop]
 
-    def gather(self, start: int, kept: Sequence[int]) -> None:
-        """Move slots `start + kept[i]` to `start + i`, in all layers at once; `kept` ascends strictly."""
-        index = torch.tensor(kept, device=self.positions.device) + start
-        stop = start + len(kept)
-        for tensor in self.storage:
-            tensor[:, :, :, start:stop] = tensor.index_select(3, index)
-        self.positions[start:stop] = self.positions[index]
+    def take(self, other: Block, slots: Sequence[int], to: int) -> None:
+        """Some slots of a block of the same group, perhaps of this one, become `to ..`, in all layers at once."""
+        index, end = torch.tensor(slots, device=self.positions.device), to + len(slots)
+        self.keys[:, :, to:end] = other.keys.index_select(2, index)
+        self.values[:, :, to:end] = other.values.index_select(2, index)
+        self.positions[to:end] = other.positions[index]

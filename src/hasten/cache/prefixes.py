@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.cache.sequence import RollbackError, SequenceCache
+from hasten.cache.recurrent import RollbackError
+from hasten.cache.sequence import SequenceCache
 
 SHORTEST = 16
 """Tokens that a prefix must have to be worth a fork, and so to be kept."""

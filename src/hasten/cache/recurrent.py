@@ -12,6 +12,10 @@ State = tuple[Tensor, ...]
 """What a recurrent layer keeps of a sequence, of whatever shapes. Never written in place: forks share it."""
 
 
+class RollbackError(RuntimeError):
+    """Rows are to be forgotten of which something was made that cannot be undone."""
+
+
 @dataclass(frozen=True)
 class StatePerRow:
     """The state behind each pending row: any of them is there at once, for so many times the memory.

@@ -398,7 +398,7 @@ class Engine:
                 known = max(rows, request.decoding.slots(request))
                 request.sequence.reserve(known, request.drafter.headroom(request))
         if self.cache.limit_bytes is not None:
-            request.sequence.make_room(rows)
+            request.sequence.reserve(rows)
 
     def _victim(self, request: Request) -> Request | None:
         """Who gives back its slots and is read again, to make place for a request: the youngest, or that one itself.
@@ -406,7 +406,7 @@ class Engine:
         One that only begins takes nobody's place. One that runs alone begins anew if that is all it takes: a block that
         is outgrown needs place beside its successor.
         """
-        others = [each for each in self.scheduler.running if each is not request and each.sequence.blocks()]
+        others = [each for each in self.scheduler.running if each is not request and each.sequence.nbytes()]
         again = [each for each in (*others, request) if isinstance(each.decoding, Speculation)]
         if others and request.sequence.length and again:
             return max(again, key=lambda each: each.id)

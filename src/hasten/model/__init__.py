@@ -1,6 +1,6 @@
 """The transformer as pieces, and Hugging Face checkpoints to fill them."""
 
-from hasten.model.config import DiffusionConfig, LayerConfig, ModelConfig
+from hasten.model.config import DiffusionConfig, LayerConfig, ModelConfig, Slots, SlotsOf, State
 from hasten.model.decoder import Decoder, Model
 from hasten.model.loading import load_model
 from hasten.model.oracle import CanvasOracle, OracleModel
@@ -16,7 +16,10 @@ __all__ = [
     "ModelConfig",
     "OracleModel",
     "Rows",
+    "Slots",
+    "SlotsOf",
     "Span",
+    "State",
     "Taps",
     "load_model",
 ]

@@ -41,7 +41,7 @@ def assemble(
     frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float32, device=embedding.device)
     if embedding.dtype == torch.float64:
         frequencies = frequencies.double()
-    builder = _Builder(backend, Rotary(frequencies, config.rope_factor), embedding)
+    builder = _Builder(backend, Rotary(frequencies, config.rope_factor, config.rope_axes), embedding)
     layers, shapes = [], []
     # By map, as a loop's variable would hold one layer's weights while the next one's are read.
     for layer, shape in map(builder.layer, changed):
@@ -101,7 +101,7 @@ class _Builder:
     def layer(self, pieces: Pieces) -> tuple[Layer, LayerConfig]:
         """A layer, and its shape."""
         assert pieces.layer is not None
-        head_dim = pieces.config.layers[pieces.layer].head_dim
+        head_dim = pieces.config.layers[pieces.layer].slots.key_width
         entering = self.norm(pieces, "mixer_norm", self.hidden)
         qkv, out = self.linear(pieces, "qkv"), self.linear(pieces, "attention_out")
         norms = [
@@ -120,13 +120,14 @@ class _Builder:
         """
         assert pieces.layer is not None
         given = pieces.config.layers[pieces.layer]
-        heads, ffn = out.in_features // given.head_dim, down.in_features
-        kv_heads = (qkv.out_features // given.head_dim - heads) // 2
+        width = given.slots.key_width
+        heads, ffn = out.in_features // width, down.in_features
+        kv_heads = (qkv.out_features // width - heads) // 2
         fits = (
             heads >= kv_heads >= 1
             and heads % kv_heads == 0
-            and qkv.out_features == (heads + 2 * kv_heads) * given.head_dim
-            and out.in_features == heads * given.head_dim
+            and qkv.out_features == (heads + 2 * kv_heads) * width
+            and out.in_features == heads * width
             and gate_up.out_features == 2 * ffn
             and qkv.in_features == gate_up.in_features == out.out_features == down.out_features == self.hidden
         )
@@ -134,10 +135,10 @@ class _Builder:
             found = {"qkv": qkv, "attention_out": out, "gate_up": gate_up, "down": down}
             sizes = ", ".join(f"{name} [{each.out_features}, {each.in_features}]" for name, each in found.items())
             raise UserError(
-                f"{_place(pieces)} was transformed to pieces that do not fit heads of {given.head_dim} and "
+                f"{_place(pieces)} was transformed to pieces that do not fit heads of {width} and "
                 f"{self.hidden} channels: {sizes}"
             )
-        return replace(given, heads=heads, kv_heads=kv_heads, ffn=ffn)
+        return LayerConfig.attention(heads, kv_heads, width, ffn, given.window)
 
 
 def _place(pieces: Pieces) -> str:

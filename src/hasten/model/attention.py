@@ -21,7 +21,7 @@ PER_HEAD_CAUSAL_ROWS = 64
 
 @dataclass
 class Part:
-    """Keys and values [kv_heads, slots, head_dim] that a span's rows attend to.
+    """Keys [kv_heads, slots, key_width] and values [kv_heads, slots, value_width] that a span's rows attend to.
 
     `mask` is additive [rows, slots] (0 or -inf) in the keys' dtype, `"causal"` (as many slots as rows, row i
     sees slots 0..i), or None: every row sees every slot. `blind` marks rows [rows] that see no slot at all.
@@ -57,8 +57,8 @@ def cpu_flash_kernel(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Literal["causal"] | None
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's flash kernel for CPU, which returns the log-sum-exp."""
-    if 0 in queries.shape or 0 in keys.shape:
-        # The kernel divides by both counts: the process would die of it.
+    if 0 in queries.shape or 0 in keys.shape or keys.shape[-1] != values.shape[-1]:
+        # The kernel knows one width, and divides by both counts: the process would die of it.
         return reference_kernel(queries, keys, values, mask)
     causal = isinstance(mask, str)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -77,32 +77,32 @@ def kernel_for(device: torch.device) -> Kernel:
     return cpu_flash_kernel if device.type == "cpu" else reference_kernel
 
 
-def attend(queries: Tensor, parts: Sequence[Part], kernel: Kernel) -> Tensor:
+def attend(queries: Tensor, parts: Sequence[Part], kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Attention of rows over a list of parts.
 
     Args:
-        queries: [rows, heads, head_dim], rotated.
+        queries: [rows, heads, key_width], rotated.
         parts: what they see; every row must see at least one slot of some part.
         kernel: computes one part.
 
     Returns:
-        [rows, heads * head_dim] in the queries' dtype.
+        Out [rows, heads, value_width] in the queries' dtype, and lse [rows, heads], base e.
     """
-    rows, heads, head_dim = queries.shape
+    rows, heads, width = queries.shape
     kv_heads = parts[0].keys.shape[0]
     group = heads // kv_heads
     # Query heads that share a key head become further rows of it, so keys are never repeated in memory.
-    grouped = queries.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    folded = grouped.reshape(kv_heads, group * rows, head_dim)
+    grouped = queries.view(rows, kv_heads, group, width).permute(1, 2, 0, 3)
+    folded = grouped.reshape(kv_heads, group * rows, width)
     out, lse = _part(grouped, folded, parts[0], kernel)
     for part in parts[1:]:
         other, other_lse = _part(grouped, folded, part, kernel)
         out, lse = merge(out, lse, other, other_lse)
-    return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, heads * head_dim)
+    return out.view(kv_heads, group, rows, -1).permute(2, 0, 1, 3).flatten(1, 2), lse.reshape(heads, rows).T
 
 
 def _part(grouped: Tensor, folded: Tensor, part: Part, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """One part for all groups: (out [kv_heads, group * rows, head_dim], lse [kv_heads, group * rows])."""
+    """One part for all groups: (out [kv_heads, group * rows, value_width], lse [kv_heads, group * rows])."""
     _, group, rows, _ = grouped.shape
     mask = part.mask
     if isinstance(mask, str):

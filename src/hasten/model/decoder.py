@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.model.attention import Kernel, additive, kernel_for
 from hasten.model.config import ModelConfig
-from hasten.model.layers import Layer, Pass, RMSNorm, overflow
+from hasten.model.layers import Layer, Pass, RMSNorm, additive_mask, overflow
 from hasten.model.linear import Linear, fastest_linear
 from hasten.model.rows import Rows
 from hasten.model.taps import Taps
@@ -95,19 +94,11 @@ class Decoder:
         return Pass(
             positions=rows.positions,
             spans=rows.spans,
-            masks=[
-                additive(span.mask, self.cache_dtype) if isinstance(span.mask, Tensor) else span.mask
-                for span in rows.spans
-            ],
-            kernel=self.kernel,
+            masks=[additive_mask(span, self.cache_dtype) for span in rows.spans],
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             taps=taps,
         )
-
-    @property
-    def kernel(self) -> Kernel:
-        return kernel_for(self.device)
 
     def logits(self, hidden: Tensor, wanted: Sequence[int] | None) -> Tensor:
         """Final norm and head on the wanted rows of the residual stream only, in float32."""

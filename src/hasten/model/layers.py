@@ -6,6 +6,7 @@ one of each; whatever else keeps to `Mixer` and `MLP` can stand in their places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.model.attention import Kernel, attend
+from hasten.model.attention import additive
 from hasten.model.config import LayerConfig
 from hasten.model.linear import Linear
 from hasten.model.rows import Span
@@ -46,18 +47,22 @@ class Rotary:
     Args:
         inverse_frequencies: float32 [head_dim / 2].
         factor: scales cos and sin (yarn's attention factor).
+        axes: by which axis of a position each of the frequencies turns (Qwen2-VL's sections); empty: by the first.
     """
 
-    def __init__(self, inverse_frequencies: Tensor, factor: float) -> None:
+    def __init__(self, inverse_frequencies: Tensor, factor: float, axes: Sequence[int] = ()) -> None:
         self.inverse_frequencies = torch.cat([inverse_frequencies, inverse_frequencies])
         self.factor = factor
         half = inverse_frequencies.shape[0]
         self.half = half
         self.sign = torch.cat([-torch.ones(half), torch.ones(half)]).to(inverse_frequencies.device)
+        self.axes = torch.tensor([*axes, *axes] or [0] * 2 * half, device=inverse_frequencies.device)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, signed sin), each [rows, 1, head_dim], for positions [rows]; computed once per pass."""
-        angle = positions.to(self.inverse_frequencies.dtype).unsqueeze(-1) * self.inverse_frequencies
+        """(cos, signed sin), each [rows, 1, head_dim], for positions [rows] or [rows, axes]; computed once per pass."""
+        places = positions.to(self.inverse_frequencies.dtype)
+        each = places.unsqueeze(-1) if positions.dim() == 1 else places[:, self.axes]
+        angle = each * self.inverse_frequencies
         cos, sin = angle.cos() * self.factor, angle.sin() * self.sign * self.factor
         return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
 
@@ -81,7 +86,6 @@ class Pass:
     positions: Tensor
     spans: list[Span]
     masks: list[Tensor | Literal["all"] | None]
-    kernel: Kernel
     dtype: torch.dtype
     cache_dtype: torch.dtype
     taps: Taps | None
@@ -135,8 +139,8 @@ class Attention:
 
     def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [rows, heads, d] and keys [rows, kv_heads, d], and values [rows, kv_heads, d]."""
-        heads, kv_heads = self.config.heads, self.config.kv_heads
-        qkv = self.qkv.forward(x).view(x.shape[0], heads + 2 * kv_heads, self.config.head_dim)
+        heads, kv_heads = self.config.heads, self.config.slots.heads
+        qkv = self.qkv.forward(x).view(x.shape[0], heads + 2 * kv_heads, self.config.slots.key_width)
         turning, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.query_norm is not None and self.key_norm is not None:
             turning = torch.cat(
@@ -154,20 +158,35 @@ class Attention:
         return self.qkv.nbytes() + self.out.nbytes()
 
     def mix(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, step: Pass) -> Tensor:
-        """Store keys and values, then attend: [rows, heads * head_dim] before the output projection."""
+        """Store keys and values, then attend: [rows, heads * value_width] before the output projection."""
         dtype = step.cache_dtype
-        given = queries.dtype
-        queries, keys, values = (
-            queries.to(dtype),
-            keys.to(dtype).transpose(0, 1),
-            values.to(dtype).transpose(0, 1),
-        )
-        outs = []
-        for span, mask in zip(step.spans, step.masks, strict=True):
-            span.sequence.write(layer, keys[:, span.start : span.stop], values[:, span.start : span.stop])
-            parts = span.sequence.parts(layer, mask)
-            outs.append(attend(queries[span.start : span.stop], parts, step.kernel))
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(given)
+        turned = queries.to(dtype), keys.to(dtype), values.to(dtype)
+        outs = [
+            attend_span(span, mask, layer, *(each[span.start : span.stop] for each in turned))
+            for span, mask in zip(step.spans, step.masks, strict=True)
+        ]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(queries.dtype)
+
+
+def attend_span(
+    span: Span, mask: Tensor | Literal["all"] | None, layer: int, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Store a span's keys and values, then attend.
+
+    Args:
+        mask: as `additive_mask` gives it.
+        queries, keys, values: of the span's rows, [rows, heads or kv_heads, width] in the cache's dtype.
+
+    Returns:
+        [rows, heads * value_width].
+    """
+    span.sequence.write(layer, keys.transpose(0, 1), values.transpose(0, 1))
+    return span.sequence.attend(layer, queries, mask)[0].flatten(1)
+
+
+def additive_mask(span: Span, dtype: torch.dtype) -> Tensor | Literal["all"] | None:
+    """A span's mask for attention: 0 where a row sees another one and -inf elsewhere, if it is a tensor."""
+    return additive(span.mask, dtype) if isinstance(span.mask, Tensor) else span.mask
 
 
 class GatedMLP:

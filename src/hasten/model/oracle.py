@@ -41,7 +41,7 @@ class OracleModel:
             max_positions=max_positions,
             norm_eps=0.0,
             tied_head=True,
-            layers=(LayerConfig(kind="attention", heads=1, kv_heads=1, head_dim=1, ffn=0),),
+            layers=(LayerConfig.attention(heads=1, kv_heads=1, head_dim=1, ffn=0),),
             inverse_frequencies=(),
         )
         self.device = torch.device("cpu")
@@ -66,14 +66,14 @@ class OracleModel:
             causal = torch.ones(count, pending, dtype=torch.bool).tril(pending - count)
             mask = span.dense_mask(pending)
             visible = causal if mask is None else mask
-            additive = torch.zeros(count, pending).masked_fill_(~visible, -torch.inf)
+            memory = span.sequence.memory(0)
+            assert memory is not None
             slots: list[tuple[int, int]] = []
-            opened = []
-            for part in span.sequence.parts(0, additive):
-                tokens, places = (each[0, :, 0].long().tolist() for each in (part.keys, part.values))
+            opened = [torch.ones(count, sum(length for _, length in memory), dtype=torch.bool), visible]
+            for number, (block, length) in enumerate(memory, 1):
+                stop = length + (pending if number == len(memory) else 0)
+                tokens, places = (each[0, 0, :stop, 0].long().tolist() for each in (block.keys, block.values))
                 slots += zip(places, tokens, strict=True)
-                everything = torch.ones(count, len(tokens), dtype=torch.bool)
-                opened.append(part.mask == 0 if isinstance(part.mask, Tensor) else everything)
             for number, row in enumerate(torch.cat(opened, 1).tolist(), span.start):
                 if number in asked:
                     laws[number] = self.predict(tuple(sorted(compress(slots, row))), positions[number])

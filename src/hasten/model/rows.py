@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hasten.model.attention import Part
+from hasten.model.layout import Layout
 
 
 class Storage(Protocol):
-    """A block of the cache: per group of layers of one shape [2, layers, kv_heads, capacity, head_dim].
+    """A block of a group of layers' slots.
 
-    `positions` is int64 [capacity], the position of each slot's row.
+    Attributes:
+        keys: [layers, heads, capacity, key_width].
+        values: [layers, heads, capacity, value_width]; in memory right behind the keys.
+        positions: int64 [capacity], of each slot's row; of several axes the first.
     """
 
     capacity: int
-    storage: list[Tensor]
+    keys: Tensor
+    values: Tensor
     positions: Tensor
 
 
@@ -43,18 +46,30 @@ class SequenceState(Protocol):
     """
 
     pending: int
+    layout: Layout
 
     def begin(self, positions: Tensor, extend: bool = False) -> None:
-        """Make room for rows at these positions [rows]; what was pending before is dropped, or extended."""
+        """Make room for rows at these positions, [rows] or [rows, axes]; what was pending is dropped, or extended."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the rows' keys and values, both [kv_heads, rows, head_dim]."""
+        """Store the rows' keys [heads, rows, key_width] and values [heads, rows, value_width]."""
 
-    def blocks(self) -> Sequence[tuple[Storage, int]]:
-        """The blocks of the cache and how many of their slots are committed; the last holds the pending rows behind."""
+    def attend(self, layer: int, queries: Tensor, mask: Tensor | Literal["all"] | None) -> tuple[Tensor, Tensor]:
+        """Attention of this pass's rows over all that they see in a layer: committed slots, and pending rows.
 
-    def parts(self, layer: int, mask: Tensor | Literal["all"] | None) -> Sequence[Part]:
-        """What the rows attend to in a layer; `mask` is additive [rows, pending], or as in `Span`."""
+        Args:
+            queries: [rows, heads, key_width], rotated, in the cache's dtype.
+            mask: of the pending rows, additive [rows, pending], or as in `Span`.
+
+        Returns:
+            The output [rows, heads, value_width], and the log-sum-exp of the scores [rows, heads], base e.
+        """
+
+    def memory(self, group: int) -> Sequence[tuple[Storage, int]] | None:
+        """A group's slots where they are plain memory: blocks, and how many slots of each are committed.
+
+        The last block holds the pending rows behind them. None: only the cache itself can attend.
+        """
 
     def state(self, layer: int) -> tuple[Tensor, ...] | None:
         """A recurrent layer's state behind the committed rows; None before the first."""
@@ -113,7 +128,8 @@ class Rows:
 
     Attributes:
         tokens: int64 [rows] token ids; -1 marks a row that enters as an embedding.
-        positions: int64 [rows], explicit: never derived from the cache, not necessarily monotonic or unique.
+        positions: int64 [rows], explicit: never derived from the cache, not necessarily monotonic or unique. With
+            several axes (time, height and width of an image) [rows, axes], of which the first counts for windows.
         spans: which rows belong to which sequence, in order, covering every row once.
         embeddings: [rows, hidden], read where `tokens` is -1.
     """

@@ -23,7 +23,7 @@ def new_canvas(prompt: int, length: int) -> Canvas:
 
 
 def new_sequence() -> SequenceCache:
-    layers = (LayerConfig(kind="attention", heads=1, kv_heads=1, head_dim=1, ffn=0),)
+    layers = (LayerConfig.attention(heads=1, kv_heads=1, head_dim=1, ffn=0),)
     return Cache(layers, torch.float32, torch.device("cpu")).sequence()
 
 
@@ -47,7 +47,7 @@ class Pass:
     @property
     def slots(self) -> list[int]:
         """Positions in the cache."""
-        blocks = self.sequence.blocks()
+        blocks = self.sequence.memory(0) or []
         return [place for block, length in blocks for place in block.positions[:length].tolist()]
 
 

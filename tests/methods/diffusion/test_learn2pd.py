@@ -227,7 +227,7 @@ def test_a_cut_drops_cached_slots_behind_it(nothing: Path) -> None:
     (request,) = engine.add(PROMPTS[3], SamplingParams(max_tokens=12), f"learn2pd:block=4,cache=dual,filter={nothing}")
     engine.step()
     assert request.sequence.length == 5 + 2
-    ((block, length),) = request.sequence.blocks()
+    ((block, length),) = request.sequence.memory(0)
     assert block.positions[:length].tolist() == [0, 1, 2, 3, 4, 9, 10]
     engine.abort(request)
 

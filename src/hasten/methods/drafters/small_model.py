@@ -209,10 +209,10 @@ class SmallModelDrafter(Drafter):
         for request in requests:
             sequence = self._sequences.get(request.id)
             if sequence is None:
-                grown += self.cache.block_bytes(self._slots(request))
+                grown += self.cache.sequence_bytes(self._slots(request))
             elif len(request.tokens) - sequence.length + HEADROOM > sequence.room:
                 # A block that is outgrown is copied to one of twice its size.
-                grown += self.cache.block_bytes(2 * (sequence.length + sequence.room))
+                grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
         return grown
 
     @staticmethod

@@ -166,7 +166,7 @@ class SpecMemo(Drafter):
         number = request.id if request.leader is None else request.leader.id
         group = self._groups.setdefault(number, _Group(0, 0, request.sampler))
         # A choice beside the first shares the prompt's block, and fills one of its own.
-        group.kv += self._cache.block_bytes(slots if not group.rows else request.stopper.left + 1)
+        group.kv += self._cache.sequence_bytes(slots if not group.rows else request.stopper.left + 1)
         group.rows += 1
         group.members.add(request.id)
         self._group_of[request.id] = number

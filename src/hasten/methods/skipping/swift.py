@@ -43,7 +43,7 @@ from hasten.engine.sampling import sampler
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import Beliefs, Child, Matching, likeliest, processed, sampled
 from hasten.methods.drafters.shared_noise import Belief
-from hasten.model import Decoder, Rows, Span
+from hasten.model import Decoder, Rows, Slots, Span
 
 COINS = 9
 """The purpose of the drafter's coins: another stream than the verifier's."""
@@ -297,7 +297,7 @@ class Swift(Drafter):
                 f"swift: the first and the last layer are always kept, so a model of {len(layers)} has none to skip; "
                 "it needs at least 3"
             )
-        if any(layer.kind != "attention" for layer in layers):
+        if not all(isinstance(layer.keeps, Slots) for layer in layers):
             raise UserError("swift: needs a model of attention layers only, since recurrent ones cannot forget a draft")
         self.model, self.parameters, self.end_ids = target.model, parameters, target.end_ids
         self._searches: OrderedDict[str, Search] = OrderedDict()

@@ -200,8 +200,7 @@ def read_llama_family(
     if 2 * len(frequencies) != head_dim:
         raise UserError(f"rope on {2 * len(frequencies)} of {head_dim} channels per head is not supported")
     layers = tuple(
-        LayerConfig(
-            kind="attention",
+        LayerConfig.attention(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -303,14 +302,14 @@ def llama_pieces(
     def require_squares(layer: int, shape: LayerConfig, entering: Tensor) -> None:
         """Norms of heads make zeros of queries and keys whose squares overflow. No row of the inputs is longer than
         sqrt(hidden) before its weights, so the lengths of the weights say whether that can be."""
-        longest = entering.abs().amax().double() * hidden**0.5
-        for piece, heads in (("query", shape.heads), ("key", shape.kv_heads)):
+        longest, width = entering.abs().amax().double() * hidden**0.5, shape.slots.key_width
+        for piece, heads in (("query", shape.heads), ("key", shape.slots.heads)):
             name = names[piece].format(layer)
-            rows = tensors.get(f"{name}.weight", heads * shape.head_dim, hidden).double()
-            added = tensors.maybe(f"{name}.bias", heads * shape.head_dim)
+            rows = tensors.get(f"{name}.weight", heads * width, hidden).double()
+            added = tensors.maybe(f"{name}.bias", heads * width)
             most = float(rows.norm(dim=1).amax() * longest) + (0.0 if added is None else float(added.abs().amax()))
             # Half of what fits, for the roundings on the way.
-            if 4 * most * most * shape.head_dim > torch.finfo(torch.promote_types(tensors.dtype, torch.float32)).max:
+            if 4 * most * most * width > torch.finfo(torch.promote_types(tensors.dtype, torch.float32)).max:
                 raise UserError(f"{name}.weight in {tensors.folder} is so large that what it computes overflows")
 
     outside = {"embedding": single("embedding", vocabulary, hidden), "norm": single("norm", hidden)}
@@ -319,7 +318,8 @@ def llama_pieces(
         outside["head"] = single("head", vocabulary, hidden)
     yield Pieces(config, None, Stored(outside))
     for index, shape in enumerate(config.layers):
-        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        head_dim = shape.slots.key_width
+        width, kv_width = shape.heads * head_dim, shape.slots.heads * head_dim
         qkv = {"query": width, "key": kv_width, "value": kv_width}
         stored = {
             "mixer_norm": single("mixer_norm", hidden, layer=index),
@@ -330,6 +330,6 @@ def llama_pieces(
             "down": projection(index, {"down": hidden}, shape.ffn, mlp_bias),
         }
         if head_norms:
-            stored |= {name: single(name, shape.head_dim, layer=index) for name in ("query_norm", "key_norm")}
+            stored |= {name: single(name, head_dim, layer=index) for name in ("query_norm", "key_norm")}
             require_squares(index, shape, stored["mixer_norm"]().weight)
         yield Pieces(config, index, Stored(stored))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hasten.model.config import Slots
+
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
 
@@ -20,9 +22,9 @@ def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> st
         return "it runs on CUDA devices only"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "it knows float32, bfloat16 and float16 only"
-    if any(layer.kind != "attention" or layer.window is not None for layer in config.layers):
+    if not all(isinstance(layer.keeps, Slots) and layer.window is None for layer in config.layers):
         return "it knows neither sliding windows nor recurrent layers"
-    if len({(layer.heads, layer.kv_heads, layer.head_dim) for layer in config.layers}) > 1:
+    if len({(layer.heads, layer.keeps) for layer in config.layers}) > 1:
         return "all attention layers must have one shape"
     if find_spec("triton") is None:
         return "Triton is not installed"

@@ -130,7 +130,7 @@ class CudaBackend:
         if not fits(rows):
             raise UserError(
                 f"invariant numerics on a GPU: a mask may have {MAX_PENDING} columns at most, and a sequence fewer "
-                f"than {MAX_VIEWS} blocks"
+                f"than {MAX_VIEWS} blocks, all of plain memory; positions have one axis"
             )
         starts = [0]
         for span in rows.spans:
@@ -248,10 +248,10 @@ def _knows(model: Decoder) -> bool:
         norms += [norm for norm in (attention.query_norm, attention.key_norm) if norm is not None]
     # A graph replays what a layer launched once, and what else it does (in Python) never again.
     plain = all(type(linear) in (DenseLinear, PackedLinear, dataflow.MeasuredLinear) for linear in linears)
-    shapes = {(layer.heads, layer.kv_heads, layer.head_dim) for layer in model.config.layers}
+    shapes = {(layer.heads, layer.keeps) for layer in model.config.layers}
     return plain and all(type(norm) is RMSNorm for norm in norms) and len(shapes) == 1
 
 
 def _shape(model: Decoder) -> Shape:
     layer = model.config.layers[0]
-    return Shape(len(model.layers), layer.heads, layer.kv_heads, layer.head_dim, model.cache_dtype)
+    return Shape(len(model.layers), layer.heads, layer.slots.heads, layer.slots.key_width, model.cache_dtype)

@@ -62,9 +62,10 @@ class Room:
                 tiles[TILE_WORDS * number : TILE_WORDS * (number + 1)] = row, min(tile, stop - low - row), index
                 number += 1
             owners[first : stop - low] = [index] * (stop - start)
-            blocks, committed, first_view = span.sequence.blocks(), 0, len(views) // VIEW_WORDS
+            blocks, committed, first_view = span.sequence.memory(0), 0, len(views) // VIEW_WORDS
+            assert blocks is not None
             for block, length in blocks:
-                views += committed, block.storage[0].data_ptr(), block.capacity
+                views += committed, block.keys.data_ptr(), block.capacity
                 committed += length
             before = span.sequence.pending - (span.stop - start)
             mask, stride = 0, 0
@@ -96,12 +97,14 @@ def _power(count: int) -> int:
 
 
 def fits(rows: Rows) -> bool:
-    """Whether masks and blocks of a pass (before its rows are pending) are within what a room holds."""
-    return all(
-        (not isinstance(span.mask, Tensor) or span.mask.shape[1] <= MAX_PENDING)
-        and len(span.sequence.blocks()) < MAX_VIEWS
-        for span in rows.spans
-    )
+    """Whether a pass (before its rows are pending) is within what a room holds: masks, and blocks of plain memory."""
+    for span in rows.spans:
+        blocks = span.sequence.memory(0) if len(span.sequence.layout.groups) == 1 else None
+        if blocks is None or len(blocks) >= MAX_VIEWS:
+            return False
+        if isinstance(span.mask, Tensor) and span.mask.shape[1] > MAX_PENDING:
+            return False
+    return rows.positions.dim() == 1
 
 
 def sees_ahead(mask: Tensor) -> bool:

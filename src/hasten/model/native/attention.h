@@ -83,16 +83,18 @@ struct Tile {
 class Attend {
   public:
     // `qkv` is [rows of the pass][width], queries rotated; the result goes to `mixed.row(row) + head * d`.
-    void operator()(const Model &model, const Span &span, const Tile &tile, int64_t layer, const int64_t *positions,
-                    const float *qkv, int64_t width, Inputs &mixed) {
+    void operator()(const Model &model, const Batch &batch, const Tile &tile, int64_t layer, const float *qkv, int64_t width,
+                    Inputs &mixed) {
+        const Span &span = batch.span[tile.span];
         const int64_t d = model.head_dim, group = model.heads / model.kv_heads, kv_head = tile.head / group;
         const int64_t queries = tile.rows * tile.heads, rows = tile.rows;
-        const int64_t room = (slots(span) + WIDTH - 1) / WIDTH * WIDTH + WIDTH;
+        const int64_t room = (count_slots(span, layer) + WIDTH - 1) / WIDTH * WIDTH + WIDTH;
         const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
         span_ = &span;
         window_ = model.layer[layer].window;
         first_ = tile.first;
-        positions_ = positions + span.start;
+        axes_ = batch.axes;
+        positions_ = batch.positions + span.start * axes_;
         float *scores = grown(scores_, queries * room);
         const float *query[TILE];
         float *score[TILE], *out[TILE], *next[TILE];
@@ -145,21 +147,22 @@ class Attend {
     }
 
   private:
-    static int64_t slots(const Span &span) {
+    static int64_t count_slots(const Span &span, int64_t layer) {
+        const Slots &slots = span.of(layer);
         int64_t total = span.pending;
-        for (int64_t v = 0; v < span.views; ++v) total += span.view[v].length;
+        for (int64_t v = 0; v < slots.views; ++v) total += slots.view[v].length;
         return total;
     }
     // Calls `visit(keys, values, count, seen)` for every 16 slots of which some row sees some; `seen` has a bit per slot.
     template <class Visit>
     void each_block(const Model &model, int64_t layer, int64_t kv_head, int64_t rows, Visit visit) {
         const int64_t d = model.head_dim;
-        for (int64_t v = 0; v < span_->views; ++v) {
-            const View &view = span_->view[v];
-            const int64_t block = model.kv_heads * view.capacity * d;
-            const float *keys = view.storage + layer * block + kv_head * view.capacity * d;
-            const float *values = keys + model.layers * block;
-            const int64_t stop = view.length + (v + 1 == span_->views ? span_->pending : 0);
+        const Slots &slots = span_->of(layer);
+        for (int64_t v = 0; v < slots.views; ++v) {
+            const View &view = slots.view[v];
+            const int64_t plane = (span_->index_of[layer] * model.kv_heads + kv_head) * view.capacity * d;
+            const float *keys = view.keys + plane, *values = view.values + plane;
+            const int64_t stop = view.length + (v + 1 == slots.views ? span_->pending : 0);
             for (int64_t slot = 0; slot < stop; slot += WIDTH) {
                 const int64_t count = std::min(WIDTH, stop - slot);
                 uint32_t seen[TILE], any = 0;
@@ -175,7 +178,7 @@ class Attend {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t other = slot + i - view.length;
             bool sees = other < 0 || (span_->mask ? span_->mask[row * pending + other] != 0 : other <= own);
-            if (window_) sees = sees && view.positions[slot + i] > positions_[row] - window_;
+            if (window_) sees = sees && view.positions[slot + i] > positions_[row * axes_] - window_;
             bits |= static_cast<uint32_t>(sees) << i;
         }
         return bits;
@@ -203,7 +206,7 @@ class Attend {
 
     const Span *span_ = nullptr;
     const int64_t *positions_ = nullptr;
-    int64_t window_ = 0, first_ = 0;
+    int64_t window_ = 0, first_ = 0, axes_ = 1;
     std::vector<float> scores_;
 };
 

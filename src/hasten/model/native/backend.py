@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UserError
+from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
-from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm
+from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, additive_mask, attend_span
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear
-from hasten.model.native.structs import BatchStruct, LayerStruct, ModelStruct, SpanStruct, TapStruct, ViewStruct
-from hasten.model.rows import Rows, SequenceState
+from hasten.model.native.structs import (
+    BatchStruct,
+    LayerStruct,
+    ModelStruct,
+    SlotsStruct,
+    SpanStruct,
+    TapStruct,
+    ViewStruct,
+)
+from hasten.model.rows import Rows, SequenceState, Span
 from hasten.model.taps import Site, Taps
 from hasten.model.weights import HEAD, Piece, Source
 
@@ -32,28 +41,40 @@ if TYPE_CHECKING:
 SITES = get_args(Site)
 
 
-def _views(sequence: SequenceState) -> ctypes.Array[ViewStruct]:
-    """A sequence's blocks."""
-    blocks = sequence.blocks()
-    views = [
-        ViewStruct(
-            storage=block.storage[0].data_ptr(),
-            positions=block.positions.data_ptr(),
-            capacity=block.capacity,
-            length=length,
-        )
-        for block, length in blocks
-    ]
-    return (ViewStruct * len(views))(*views)
+def _span(span: Span, pending: int, mask: Tensor | None, kept: list[Any]) -> SpanStruct:
+    """A sequence's rows and slots; `kept` has what must outlive the structure."""
+    layout = span.sequence.layout
+    slots = (SlotsStruct * len(layout.groups))()
+    for number in range(len(slots)):
+        memory = span.sequence.memory(number)
+        if memory is None:
+            continue
+        views = (ViewStruct * len(memory))()
+        for view, (block, length) in zip(views, memory, strict=True):
+            view.keys, view.values = block.keys.data_ptr(), block.values.data_ptr()
+            view.positions, view.capacity, view.length = block.positions.data_ptr(), block.capacity, length
+        kept.append(views)
+        slots[number].views, slots[number].view = len(views), ctypes.addressof(views)
+    kept += [slots, mask]
+    places = layout.places.data_ptr()
+    return SpanStruct(
+        start=span.start,
+        stop=span.stop,
+        pending=pending,
+        mask=None if mask is None else mask.data_ptr(),
+        slots=ctypes.addressof(slots),
+        group_of=places,
+        index_of=places + layout.places.nbytes // 2,
+    )
 
 
 def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a model cannot run natively, in a few words; None if it can."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "it runs float32 and bfloat16 on CPU only"
-    if any(layer.kind != "attention" for layer in config.layers):
-        return "it knows no recurrent layers"
-    if len({(layer.heads, layer.kv_heads, layer.head_dim, layer.ffn) for layer in config.layers}) > 1:
+    if not all(isinstance(layer.keeps, Slots) for layer in config.layers):
+        return "it knows layers with keys and values of their own only"
+    if len({(layer.heads, layer.keeps, layer.ffn) for layer in config.layers}) > 1:
         return "all layers must have one shape"
     if config.layers[0].ffn % LANES:
         return f"feed-forward layers must have a multiple of {LANES} channels"
@@ -95,18 +116,9 @@ class NativeBackend:
         spans = (SpanStruct * len(rows.spans))()
         for index, span in enumerate(rows.spans):
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
-            views = _views(span.sequence)
             mask = span.dense_mask(span.sequence.pending)
-            mask = None if mask is None else mask.contiguous()
-            kept += [views, mask]
-            spans[index] = SpanStruct(
-                start=span.start,
-                stop=span.stop,
-                pending=span.sequence.pending,
-                mask=None if mask is None else mask.data_ptr(),
-                views=len(views),
-                view=ctypes.addressof(views),
-            )
+            spans[index] = _span(span, span.sequence.pending, None if mask is None else mask.contiguous(), kept)
+        elsewhere = _Elsewhere.of(model, rows)
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
         logits = torch.empty(len(numbers), model.head.out_features)
@@ -120,6 +132,7 @@ class NativeBackend:
             rows=count,
             tokens=tokens.data_ptr(),
             positions=positions.data_ptr(),
+            axes=1 if positions.dim() == 1 else positions.shape[1],
             embedded=None if embedded is None else embedded.data_ptr(),
             spans=len(spans),
             span=ctypes.addressof(spans),
@@ -128,9 +141,15 @@ class NativeBackend:
             logits=logits.data_ptr(),
             taps=len(states),
             tap=ctypes.addressof(tapped),
+            qkv=None if elsewhere is None else elsewhere.qkv.data_ptr(),
+            mixed=None if elsewhere is None else elsewhere.mixed.data_ptr(),
         )
-        if loaded.hasten_forward(ctypes.addressof(described), team(), ctypes.addressof(batch)):
-            raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
+        addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
+        while (layer := loaded.hasten_forward(*addresses, layer)) != layers:
+            if layer < 0:
+                raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
+            assert elsewhere is not None
+            elsewhere.attend(layer)
         if taps is not None:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))
@@ -150,7 +169,7 @@ class NativeBackend:
         """A greedy draft in one call: what follows `token` in a sequence, token by token; for models that it `runs`.
 
         Args:
-            sequence: its committed rows stand before `token`; the chain's rows are left pending.
+            sequence: its committed rows stand before `token`, in plain memory; the chain's rows are left pending.
             token, position: the chain's first row.
             vocabulary: tokens that may be chosen, from 0 on.
             most: how many to draft.
@@ -166,8 +185,8 @@ class NativeBackend:
         loaded, described = library(), self._describe(model)
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
-        views = _views(sequence)
-        span = SpanStruct(start=0, stop=1, pending=1, views=len(views), view=ctypes.addressof(views))
+        kept: list[Any] = []
+        span = _span(Span(sequence, 0, 1), 1, None, kept)
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
             *(ctypes.addressof(described), team(), ctypes.addressof(span), token, position, vocabulary),
@@ -192,6 +211,39 @@ class NativeBackend:
         return known[1]
 
 
+class _Elsewhere:
+    """Attention of spans whose slots are not plain memory in some layers: their own cache attends.
+
+    Attributes:
+        qkv: float32 [rows, (heads + 2 kv_heads) * head_dim], what the native step has projected and rotated.
+        mixed: float32 [rows, heads * head_dim], what attention makes of it.
+    """
+
+    def __init__(self, model: Decoder, rows: Rows, spans: list[Span]) -> None:
+        shape, count = model.config.layers[0], rows.tokens.shape[0]
+        self._heads = [shape.heads, shape.slots.heads, shape.slots.heads]
+        self._spans = [(span, additive_mask(span, model.cache_dtype)) for span in spans]
+        self.qkv = torch.empty(count, sum(self._heads) * shape.slots.key_width)
+        self.mixed = torch.empty(count, shape.heads * shape.slots.key_width)
+
+    @classmethod
+    def of(cls, model: Decoder, rows: Rows) -> _Elsewhere | None:
+        """None where all is plain memory."""
+        spans = [
+            span
+            for span in rows.spans
+            if any(span.sequence.memory(number) is None for number in range(len(span.sequence.layout.groups)))
+        ]
+        return cls(model, rows, spans) if spans else None
+
+    def attend(self, layer: int) -> None:
+        """Fill `mixed` for the spans that need it in this layer."""
+        for span, mask in self._spans:
+            if span.sequence.memory(span.sequence.layout.group_of[layer]) is None:
+                own = self.qkv[span.start : span.stop].view(span.stop - span.start, sum(self._heads), -1)
+                self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
+
+
 def _description(model: Decoder) -> ModelStruct | None:
     """See `NativeBackend._describe`; the structure keeps alive what it points to."""
     config, shape = model.config, model.config.layers[0]
@@ -203,9 +255,10 @@ def _description(model: Decoder) -> ModelStruct | None:
         kept.append(values.detach().float().contiguous())
         return int(kept[-1].data_ptr())
 
-    hidden, width = config.hidden_size, shape.heads * shape.head_dim
+    slots = shape.slots
+    hidden, width = config.hidden_size, shape.heads * slots.key_width
     # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
-    sizes = [(width + 2 * shape.kv_heads * shape.head_dim, hidden), (hidden, width)]
+    sizes = [(width + 2 * slots.heads * slots.key_width, hidden), (hidden, width)]
     sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
     if type(model.head) is not PanelLinear or type(model.norm) is not RMSNorm or shape.ffn % LANES:
         return None
@@ -238,18 +291,20 @@ def _description(model: Decoder) -> ModelStruct | None:
             down=down,
             window=config.layers[index].window or 0,
         )
-    kept.append(layers)
+    axes = torch.tensor(config.rope_axes) if config.rope_axes else None
+    kept += [layers, axes]
     described = ModelStruct(
         layers=len(layers),
         hidden=hidden,
         heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
+        kv_heads=slots.heads,
+        head_dim=slots.key_width,
         ffn=shape.ffn,
         vocabulary=model.embedding.shape[0],
         norm_eps=config.norm_eps,
         rope_factor=config.rope_factor,
         inverse_frequencies=pointer(torch.tensor(config.inverse_frequencies)),
+        axis_of=None if axes is None else axes.data_ptr(),
         embedding=model.embedding.data_ptr(),
         embedding_format=FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16"),
         final_norm=pointer(model.norm.weight),

@@ -39,13 +39,14 @@ struct Buffers {
     Inputs normed, mixed, inner, last;
 };
 
-void forward(const Model &model, Team &team, const Batch &batch) {
+// See `hasten_forward`.
+int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from) {
     static thread_local Buffers buffers;
     Buffers &of = buffers;
     const int64_t hidden = model.hidden, d = model.head_dim, half = d / 2, heads = model.heads, kv = model.kv_heads;
     const int64_t rows = batch.rows, width = (heads + 2 * kv) * d;
     float *now = grown(of.x, rows * hidden), *then = grown(of.next, rows * hidden);
-    float *qkv = grown(of.qkv, rows * width);
+    float *qkv = batch.qkv ? batch.qkv : grown(of.qkv, rows * width);
     float *cosine = grown(of.cosine, rows * half), *sine = grown(of.sine, rows * half);
     Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
     of.attend.resize(team.most());
@@ -64,6 +65,14 @@ void forward(const Model &model, Team &team, const Batch &batch) {
                 of.tiles.push_back({s, first, std::min(tile_rows, count - first), head, some});
                 head -= together - some;
             }
+    }
+
+    // The next layer with a span whose slots are unknown here.
+    auto elsewhere = [&](int64_t s, int64_t layer) { return batch.span[s].of(layer).views == 0; };
+    int64_t until = from + 1;
+    for (bool known = true; until < model.layers; ++until) {
+        for (int64_t s = 0; s < batch.spans; ++s) known = known && !elsewhere(s, until);
+        if (!known) break;
     }
 
     team.run([&](int number) {
@@ -98,15 +107,8 @@ void forward(const Model &model, Team &team, const Batch &batch) {
             share(inputs.rows(), [&](int64_t row) { inputs.quantise(row); });
             team.barrier();
         };
-        share(rows, [&](int64_t row) {
-            embed(model, batch, row, now + row * hidden);
-            for (int64_t i = 0; i < half; ++i) {
-                const float angle = static_cast<float>(batch.positions[row]) * model.inverse_frequencies[i];
-                cosine[row * half + i] = std::cos(angle) * model.rope_factor;
-                sine[row * half + i] = std::sin(angle) * model.rope_factor;
-            }
-        });
-        for (int64_t l = 0; l < model.layers; ++l) {
+        // A layer up to its attention, for the spans whose slots are known.
+        auto mix = [&](int64_t l) {
             const Layer &layer = model.layer[l];
             shape(normed, layer.qkv, rows);
             shape(mixed, layer.out, rows);
@@ -129,18 +131,40 @@ void forward(const Model &model, Team &team, const Batch &batch) {
                     rotate(own, cosine + row * half, sine + row * half, half);
                 }
                 if (head < heads) return;
+                if (elsewhere(of.span_of[row], l)) return;
                 const Span &span = batch.span[of.span_of[row]];
-                const View &view = span.view[span.views - 1];
-                const int64_t slot = view.length + span.pending - (span.stop - row);
-                const int64_t block = kv * view.capacity * d, kind = head < heads + kv ? 0 : model.layers;
-                const int64_t place = ((head - heads) % kv * view.capacity + slot) * d;
-                std::memcpy(view.storage + (kind + l) * block + place, own, d * sizeof(float));
+                const View &view = span.of(l).view[span.of(l).views - 1];
+                const int64_t slot = view.length + span.pending - (span.stop - row), own_head = (head - heads) % kv;
+                const int64_t place = ((span.index_of[l] * kv + own_head) * view.capacity + slot) * d;
+                std::memcpy((head < heads + kv ? view.keys : view.values) + place, own, d * sizeof(float));
             });
             team.barrier();
             deal(of.tiles.size(), [&](int64_t item) {
                 const Tile &tile = of.tiles[item];
-                of.attend[number](model, batch.span[tile.span], tile, l, batch.positions, qkv, width, mixed);
+                if (!elsewhere(tile.span, l)) of.attend[number](model, batch, tile, l, qkv, width, mixed);
             });
+        };
+        auto open = [&](int64_t row) {
+            embed(model, batch, row, now + row * hidden);
+            for (int64_t i = 0; i < half; ++i) {
+                const int64_t axis = batch.axes > 1 && model.axis_of ? model.axis_of[i] : 0;
+                const float angle = static_cast<float>(batch.positions[row * batch.axes + axis]) * model.inverse_frequencies[i];
+                cosine[row * half + i] = std::cos(angle) * model.rope_factor;
+                sine[row * half + i] = std::sin(angle) * model.rope_factor;
+            }
+        };
+        if (from < 0) share(rows, open);
+        for (int64_t l = std::max<int64_t>(from, 0); l < model.layers; ++l) {
+            const Layer &layer = model.layer[l];
+            if (l == from)
+                share(rows, [&](int64_t row) {
+                    if (!elsewhere(of.span_of[row], l)) return;
+                    std::memcpy(mixed.row(row), batch.mixed + row * heads * d, heads * d * sizeof(float));
+                    if (mixed.direct()) mixed.put(row, 0, heads * d);
+                });
+            else
+                mix(l);
+            if (l == until) return;
             finish(mixed);
             linear(layer.out, team, number, mixed, then, now);
             shape(normed, layer.gate_up, rows);
@@ -169,6 +193,7 @@ void forward(const Model &model, Team &team, const Batch &batch) {
         team.barrier();
         linear(model.head, team, number, last, batch.logits);
     });
+    return until;
 }
 
 // The likeliest of some logits, the first where several are, and its probability.

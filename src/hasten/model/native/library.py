@@ -45,7 +45,8 @@ def _load() -> ctypes.CDLL | None:
     loaded.hasten_borrow.restype, loaded.hasten_borrow.argtypes = c_int, [c_char_p]
     loaded.hasten_team.restype, loaded.hasten_team.argtypes = c_void_p, [c_int]
     loaded.hasten_disband.restype, loaded.hasten_disband.argtypes = None, [c_void_p]
-    loaded.hasten_forward.restype, loaded.hasten_forward.argtypes = c_int, [c_void_p, c_void_p, c_void_p]
+    loaded.hasten_forward.restype = c_int64
+    loaded.hasten_forward.argtypes = [c_void_p, c_void_p, c_void_p, c_int64]
     loaded.hasten_chain.restype = c_int64
     loaded.hasten_chain.argtypes = [
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),

@@ -174,6 +174,7 @@ struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, ffn, vocabulary;
     float norm_eps, rope_factor;
     const float *inverse_frequencies;  // [head_dim / 2]
+    const int64_t *axis_of;            // [head_dim / 2], by which axis of a position each turns; null: by the first
     const void *embedding;             // [vocabulary][hidden], float32 or bf16
     int64_t embedding_format;
     const float *final_norm;
@@ -181,17 +182,25 @@ struct Model {
     const Layer *layer;
 };
 
-// A sequence's rows in this pass, and the blocks that they see. The last view holds the pending rows behind its slots.
+// A block of the slots that some layers keep together; its first `length` are committed.
 struct View {
-    float *storage;  // [2][layers][kv_heads][capacity][head_dim]
+    float *keys, *values;  // [layers][kv_heads][capacity][head_dim]
     const int64_t *positions;
     int64_t capacity, length;
 };
+// All slots of these layers; the last view holds the pending rows behind its own. Without views they are kept in a way that
+// is unknown here, and somebody else attends.
+struct Slots {
+    int64_t views;
+    const View *view;
+};
+// A sequence's rows in this pass, and what they see.
 struct Span {
     int64_t start, stop, pending;
     const uint8_t *mask;  // [rows][pending], or null: causal
-    int64_t views;
-    const View *view;
+    const Slots *slots;
+    const int64_t *group_of, *index_of;  // of each layer: which slots, and its place in their blocks
+    const Slots &of(int64_t layer) const { return slots[group_of[layer]]; }
 };
 enum Site : int64_t { INPUT, ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, OUTPUT, FINAL_NORM };
 struct Tap {
@@ -201,7 +210,8 @@ struct Tap {
 };
 struct Batch {
     int64_t rows;
-    const int64_t *tokens, *positions;
+    const int64_t *tokens, *positions;  // positions [rows][axes]
+    int64_t axes;
     const float *embedded;  // [rows][hidden] where tokens are -1, or null
     int64_t spans;
     const Span *span;
@@ -210,6 +220,9 @@ struct Batch {
     float *logits;  // [wanted][vocabulary]
     int64_t taps;
     const Tap *tap;
+    // Where somebody else attends in some layer: queries, keys and values go out, and what comes of them comes in. Else null.
+    float *qkv;          // [rows][(heads + 2 kv_heads) * head_dim], rotated
+    const float *mixed;  // [rows][heads * head_dim]
 };
 
 }  // namespace
@@ -267,7 +280,7 @@ namespace {
 
 struct Kernels {
     const char *name;
-    void (*forward)(const Model &, Team &, const Batch &);
+    int64_t (*forward)(const Model &, Team &, const Batch &, int64_t);
     void (*apply)(const Linear &, Team &, int64_t, const float *, const float *, float *);
     int64_t (*likeliest)(const float *, int64_t, float *);
 };
@@ -313,7 +326,7 @@ extern "C" {
 
 // Of the structures that are mirrored, in the order of `STRUCTS`; then 0.
 const int64_t *hasten_sizes() {
-    static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View),
+    static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View), sizeof(Slots),
                                     sizeof(Span),   sizeof(Tap),   sizeof(Batch), 0};
     return sizes;
 }
@@ -340,20 +353,21 @@ int hasten_borrow(const char *path) {
 void *hasten_team(int count) { return new Team(count); }
 void hasten_disband(void *team) { delete static_cast<Team *>(team); }
 
-// 0, or 1 for a token that the embedding does not have.
-int hasten_forward(const Model *model, void *team, const Batch *batch) {
+// A pass, from its start (`from` -1) or, once somebody has attended in layer `from` for those spans whose slots are unknown
+// here, from there on. Returns the next layer where that is to be done, `model->layers` when the pass is over, or -1 for a
+// token that the embedding does not have. A pass that goes on must do so before the thread begins another one.
+int64_t hasten_forward(const Model *model, void *team, const Batch *batch, int64_t from) {
     for (int64_t row = 0; row < batch->rows; ++row) {
         const int64_t token = batch->tokens[row];
-        if (token >= model->vocabulary || (token < 0 && !batch->embedded)) return 1;
+        if (token >= model->vocabulary || (token < 0 && !batch->embedded)) return -1;
     }
-    if (batch->rows == 0) return 0;
-    kernels().forward(*model, *static_cast<Team *>(team), *batch);
-    return 0;
+    if (batch->rows == 0) return model->layers;
+    return kernels().forward(*model, *static_cast<Team *>(team), *batch, from);
 }
 
 // Continues one sequence greedily: `token` at `position`, then what is likeliest among the first `vocabulary` tokens, up to
-// `most` tokens or until all of them together have less probability than `confidence`. The span has one row; its view has
-// room for `most` slots.
+// `most` tokens or until all of them together have less probability than `confidence`. The span has one row; its slots are
+// known, and have room for `most` more.
 // Returns how many `tokens` and `probabilities` there are; -1 if the embedding does not have `token`. Where logits are not
 // finite, the last probability is NaN.
 int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t token, int64_t position, int64_t vocabulary,
@@ -364,8 +378,8 @@ int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t t
     for (int64_t i = 0; i < most; ++i, ++position) {
         Span now = *span;
         now.pending = i + 1;
-        const Batch batch{1, &token, &position, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr};
-        if (hasten_forward(model, team, &batch)) return -1;
+        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr, nullptr, nullptr};
+        if (hasten_forward(model, team, &batch, -1) < 0) return -1;
         token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
         reached *= probabilities[i];
         // Not a number, either.

@@ -37,6 +37,7 @@ class ModelStruct(ctypes.Structure):
         ("norm_eps", c_float),
         ("rope_factor", c_float),
         ("inverse_frequencies", c_void_p),
+        ("axis_of", c_void_p),
         ("embedding", c_void_p),
         ("embedding_format", c_int64),
         ("final_norm", c_void_p),
@@ -46,14 +47,19 @@ class ModelStruct(ctypes.Structure):
 
 
 class ViewStruct(ctypes.Structure):
-    """A cache block: its storage [2, layers, kv_heads, capacity, head_dim], and how many slots are committed."""
+    """A block: its keys and values, each [layers, kv_heads, capacity, head_dim], and how many slots are committed."""
 
     _fields_: ClassVar[Any] = [
-        ("storage", c_void_p),
-        ("positions", c_void_p),
+        *((name, c_void_p) for name in ("keys", "values", "positions")),
         ("capacity", c_int64),
         ("length", c_int64),
     ]
+
+
+class SlotsStruct(ctypes.Structure):
+    """The blocks of a group of layers; none where the slots are not plain memory."""
+
+    _fields_: ClassVar[Any] = [("views", c_int64), ("view", c_void_p)]
 
 
 class SpanStruct(ctypes.Structure):
@@ -61,9 +67,7 @@ class SpanStruct(ctypes.Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, c_int64) for name in ("start", "stop", "pending")),
-        ("mask", c_void_p),
-        ("views", c_int64),
-        ("view", c_void_p),
+        *((name, c_void_p) for name in ("mask", "slots", "group_of", "index_of")),
     ]
 
 
@@ -78,11 +82,11 @@ class BatchStruct(ctypes.Structure):
 
     _fields_: ClassVar[Any] = [
         ("rows", c_int64),
-        *((name, c_void_p) for name in ("tokens", "positions", "embedded")),
+        *(("tokens", c_void_p), ("positions", c_void_p), ("axes", c_int64), ("embedded", c_void_p)),
         *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
-        *(("taps", c_int64), ("tap", c_void_p)),
+        *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p)),
     ]
 
 
-STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ViewStruct, SpanStruct, TapStruct, BatchStruct)
+STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ViewStruct, SlotsStruct, SpanStruct, TapStruct, BatchStruct)
 """In the order of `hasten_sizes`."""
