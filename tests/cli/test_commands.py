@@ -115,6 +115,11 @@ def test_one_method(hasten):
         assert words in shown
     for name, default in entry["parameters"].items():
         assert f"  {name}={default}\n" in shown
+    assert entry["knob"] is None and "knob       -\n" in shown
+    (entry,) = hasten("methods", "prophet", "--json").json()
+    assert entry["knob"] == {"name": "scale", "values": [4, 2, 1, 0.5, 0.25], "scaled": ["early", "middle", "late"]}
+    knob = "knob       scale (times early, middle, late), from careful to fast: 4, 2, 1, 0.5, 0.25\n"
+    assert knob in hasten("methods", "prophet").out
     assert "hasten train scylla" in hasten("methods", "scylla").out
     refused = hasten("methods", "scyla")
     assert (refused.status, refused.out) == (2, "")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
 from hasten import SamplingParams, UserError, methods
-from hasten.engine import Draft, Drafter, Target, register, registry
+from hasten.engine import Draft, Drafter, Knob, Target, register, registry
 from hasten.engine.specification import split_methods
 from hasten.model import OracleModel
 
@@ -29,23 +29,24 @@ class Parameters:
             raise UserError("a-test-method: count must be at most 10")
 
 
+class Nothing(Drafter):
+    def __init__(self, target: Target, parameters: Parameters) -> None:
+        self.target, self.parameters = target, parameters
+
+    def propose(self, request, budget):
+        return Draft()
+
+
+def add(**more: Any) -> Callable[[type[Nothing]], type[Nothing]]:
+    return register(
+        "a-test-method", family="drafters", exactness="lossless", paper="0000.00000", title="Nothing",
+        parameters=Parameters, **more,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def method() -> Iterator[str]:
-    @register(
-        "a-test-method",
-        family="drafters",
-        exactness="lossless",
-        paper="0000.00000",
-        title="Nothing",
-        parameters=Parameters,
-    )
-    class Nothing(Drafter):
-        def __init__(self, target: Target, parameters: Parameters) -> None:
-            self.target, self.parameters = target, parameters
-
-        def propose(self, request, budget):
-            return Draft()
-
+    add()(Nothing)
     yield "a-test-method"
     registry._METHODS.pop("a-test-method")
 
@@ -144,6 +145,22 @@ def test_brackets_hold_specifications_within_specifications(llm):
 def test_bad_specifications(method, spec, message):
     with pytest.raises(UserError, match=message):
         registry.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (lambda: Knob("heat", (1, 2)), "a-test-method has no parameter 'heat'; its parameters are: count, share"),
+        (lambda: Knob("all", (1, 2), ("count", "heat")), "a-test-method has no parameter 'heat'"),
+        (lambda: Knob("count", (1, 2.5)), "a-test-method: count must be a whole number, not '2.5'"),
+        (lambda: Knob("count", (8, 12)), "a-test-method: count must be at most 10"),
+        (lambda: Knob("count", ()), "the knob 'count' has no values"),
+    ],
+)
+def test_knobs_turn_parameters(turn, message):
+    with pytest.raises(UserError, match=message):
+        add(knob=turn())(Nothing)
+    assert "a-test-method" not in methods()
 
 
 def test_created_for_a_target(method):

@@ -37,7 +37,8 @@ KEYS = ("slug", "aliases", "role", "family", "exactness", "paper", "title", "nee
 def _entry(method: Method) -> dict[str, Any]:
     """What `--json` says of one: the registry's fields, and its parameters with their defaults."""
     entry = {key: getattr(method, key) for key in KEYS}
-    return entry | {"aliases": list(method.aliases), "parameters": _defaults(method)}
+    knob = None if method.knob is None else dataclasses.asdict(method.knob)
+    return entry | {"aliases": list(method.aliases), "parameters": _defaults(method), "knob": knob}
 
 
 def _list(chosen: list[Method]) -> None:
@@ -75,6 +76,7 @@ def _show(method: Method) -> None:
         "source": f"arXiv {method.paper}" if method.paper else "-",
         "training": "needs weights trained for the model" if method.needs_training else "none",
         "at work": method.command,
+        "knob": _knob(method),
     }
     for name, fact in facts.items():
         console.print(f"  {name:<10} {fact}")
@@ -83,6 +85,15 @@ def _show(method: Method) -> None:
         console.print("parameters, with their defaults", style="bold")
         for name, default in defaults.items():
             console.print(f"  {name}={default}")
+
+
+def _knob(method: Method) -> str:
+    """What `hasten sweep` turns, and how far."""
+    knob = method.knob
+    if knob is None:
+        return "-"
+    scaled = f" (times {', '.join(knob.scaled)})" if knob.scaled else ""
+    return f"{knob.name}{scaled}, from careful to fast: {', '.join(f'{value:g}' for value in knob.values)}"
 
 
 def _defaults(method: Method) -> dict[str, object]:

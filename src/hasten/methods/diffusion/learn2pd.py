@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hasten.engine import Request, Target, View, register
+from hasten.engine import Knob, Request, Target, View, register
 from hasten.errors import UserError, require
 from hasten.files import replacing
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
@@ -103,6 +103,7 @@ def load_filter(file: Path) -> nn.Sequential:
     title="Learn2PD: a learned filter says what is final",
     parameters=Learn2PDParameters,
     needs_training=True,
+    knob=Knob("accept", (0.99, 0.96, 0.9, 0.8, 0.6)),
 )
 class Learn2PD(BlockDenoiser[Learn2PDParameters]):
     """Commits what the filter takes for final, and ends the canvas behind a predicted end of text.
