@@ -126,6 +126,16 @@ def test_one_method(hasten):
     assert "unknown method 'scyla'; did you mean scylla" in refused.err
 
 
+def test_a_methods_defaults_for_a_model(hasten):
+    candidates = "suffix/token-recycling:nodes=16"
+    for model, expected in (([], candidates), (["--model", "tiny"], f"{candidates}/draft-model")):
+        assert hasten("methods", "auto", *model).out.endswith(f"  candidates={expected}\n")
+        (entry,) = hasten("methods", "auto", *model, "--json").json()
+        assert entry["parameters"] == {"candidates": expected}
+    refused = hasten("methods", "--model", "tiny")
+    assert (refused.status, refused.out) == (2, "") and "name the method" in refused.err
+
+
 def test_every_command_of_the_list_names_a_model_that_its_method_is_for(hasten):
     """Made for the model, which is all that a method checks; the commands' own tests run them."""
     targets = {}

@@ -170,6 +170,17 @@ def test_created_for_a_target(method):
     assert drafter.parameters == Parameters(count=2)
 
 
+def test_a_targets_own_defaults_give_way_to_what_is_named(method):
+    add(defaults=lambda target: {"count": target.model.config.vocab_size, "name": "its own"})(Nothing)
+    target = Target(OracleModel(lambda history: None, 5))
+    made = [registry.create(f"a-test-method{rest}", target) for rest in ("", ":count=2", ":count=3,name=")]
+    assert [drafter.parameters for drafter in made] == [
+        Parameters(5, name="its own"), Parameters(2, name="its own"), Parameters(3, name=""),
+    ]  # fmt: skip
+    composed = registry.create("ngram+a-test-method:share=1", target)
+    assert composed.drafters[1].parameters == Parameters(5, 1.0, name="its own")
+
+
 def test_third_parties_register_through_entry_points(tmp_path: Path, monkeypatch):
     (tmp_path / "elsewhere_methods.py").write_text(
         "from dataclasses import dataclass\n"

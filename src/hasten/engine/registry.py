@@ -90,6 +90,11 @@ class Knob:
         return ",".join(f"{name}={setting:g}" for name, setting in settings.items())
 
 
+def no_defaults(target: Target) -> dict[str, Any]:
+    """Of a method whose parameters have the same defaults whatever the model."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method.
@@ -107,6 +112,8 @@ class Method:
         parameters: a dataclass with defaults; its fields are what `slug:key=value` sets.
         create: (target, parameters) to a drafter; None where it is no decoder.
         knob: what trades its accuracy for speed, if anything does.
+        defaults: values of parameters that a target has of its own, where the dataclass's are not meant for it; what a
+            specification names goes before them.
     """
 
     slug: str
@@ -121,6 +128,7 @@ class Method:
     parameters: type[Any]
     create: Callable[[Target, Any], Drafter] | None
     knob: Knob | None = None
+    defaults: Callable[[Target], dict[str, Any]] = no_defaults
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,12 @@ def register(
     needs_training: bool = False,
     command: str = "",
     knob: Knob | None = None,
+    defaults: Callable[[Target], dict[str, Any]] = no_defaults,
 ) -> Callable[[D], D]:
     """Decorator of a class, or of a function, that makes the drafter from (target, parameters).
 
     Without a command of its own, a method is shown at work beside plain decoding, on a model that ships. With a knob it
-    is one of those that `hasten sweep` compares.
+    is one of those that `hasten sweep` compares. What is registered is described at `Method`.
 
     Raises:
         UserError: the knob sets what is no parameter, or a value that the parameters refuse.
@@ -159,7 +168,7 @@ def register(
     def decorate(create: D) -> D:
         method = Method(
             slug, role, aliases, family, exactness, paper, title, needs_training,
-            command or f"hasten bench{model} --methods {slug}", parameters, create, knob,
+            command or f"hasten bench{model} --methods {slug}", parameters, create, knob, defaults,
         )  # fmt: skip
         if knob is not None:
             _try_out(method, knob)
@@ -325,14 +334,20 @@ def create(spec: str, target: Target) -> Drafter:
     Raises:
         UserError: unknown method or key, a value of the wrong type or out of range.
     """
-    drafters = [
-        method.create(target, parameters) for method, parameters in map(parse, split(spec)) if method.create is not None
-    ]
+    parts = split(spec)
+    drafters = [_create(part, target) for part in parts]
     if len(drafters) == 1:
         return drafters[0]
-    for part, drafter in zip(split(spec), drafters, strict=True):
+    for part, drafter in zip(parts, drafters, strict=True):
         refuse_alone(part, drafter, "a part of a composition")
     return FirstOf(drafters)
+
+
+def _create(spec: str, target: Target) -> Drafter:
+    """The drafter of a part, by what it names, else by the target's own defaults, else by the method's."""
+    method, named = read(spec)
+    assert method.create is not None
+    return method.create(target, method.parameters(**{**method.defaults(target), **named}))
 
 
 def refuse_alone(spec: str, drafter: Drafter, place: str) -> None:
