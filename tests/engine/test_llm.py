@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hasten import LLM, SamplingParams, UserError
 from hasten.engine import Draft
 from hasten.errors import Notice
 from hasten.model import tokenizer
+from hasten.model.weights import Piece, Pieces
 from helpers import END, START, VOCABULARY, Scripted, same
 
 SHORT = SamplingParams(max_tokens=6)
@@ -42,6 +44,21 @@ def test_text_and_ids(llm):
     assert one[0].text == llm.tokenizer.decode(one[0].token_ids, skip_special_tokens=True)
     assert one[0].choices[0].tokens_per_second > 0
     assert llm.generate([], SHORT) == []
+
+
+def test_transformed_weights(tiny, llm):
+    def without_layers(pieces: Pieces) -> Pieces:
+        silent = {
+            name: Piece(0 * pieces.weights[name].weight) for name in {"attention_out", "down"} & {*pieces.weights}
+        }
+        return replace(pieces, weights={**pieces.weights, **silent})
+
+    changed = LLM(tiny, transforms=[without_layers])
+    row = changed.model.embedding[llm.encode(TEXT)[-1]]
+    assert changed.generate(TEXT, SHORT)[0].token_ids[0] == int(changed.model.logits(row[None], None).argmax())
+    assert LLM(tiny, transforms=[lambda pieces: pieces]).generate(TEXT, SHORT)[0].token_ids == (
+        llm.generate(TEXT, SHORT)[0].token_ids
+    )
 
 
 def test_one_setting_per_prompt(llm):
