@@ -162,6 +162,21 @@ def test_a_chat_template_that_comes_to_no_end(copy, monkeypatch, template):
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ 9**9**9 }}", "{% set two = 2 %}{% generation %}{{ (two) ** 3 }}{% endgeneration %}"]
+)
+def test_a_chat_template_that_computes_powers_is_not_run(llm, monkeypatch, template):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=r"^the chat template computes powers, which may never end: it was not run$"):
+        llm.chat([{"role": "user", "content": "hm"}])
+
+
+def test_stars_that_are_no_powers(llm, monkeypatch):
+    template = "**{{ 2 * 3 }}**{{ '**' }}{# 2**3 #}{{ dict(a=1, **{'b': 2}) }}{{ dict(** {'c': 3}) }}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    assert llm.apply_chat_template([{"role": "user", "content": "hm"}]) == llm.encode("**6****{'a': 1, 'b': 2}{'c': 3}")
+
+
 # The checkpoint's generation config
 
 
