@@ -19,6 +19,7 @@ from hasten.errors import Notice, UserError
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
 from hasten.model.tokenizer import load_tokenizer, render_chat
+from hasten.model.weights import Transform
 
 Prompt = str | Sequence[Segment]
 
@@ -99,6 +100,8 @@ class LLM:
             `HASTEN_CACHE_BYTES`, and without it none. Where it is full, younger requests wait, and are read again.
         prefix_bytes: of it, what finished texts may keep, so that a prompt that goes on from one of them (the next turn
             of a conversation) is read from there on only; by default `HASTEN_PREFIX_BYTES`, and without it nothing.
+        transforms: what is made of the model's weights before they are stored (`hasten.model.weights.Transform`): its
+            tokens are then those of the transformed model.
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.
@@ -116,10 +119,11 @@ class LLM:
         numerics: str = "default",
         cache_bytes: int | str | None = None,
         prefix_bytes: int | str | None = None,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         folder = resolve(model)
         self.folder = folder
-        self.model: Decoder = load_model(folder, dtype, device, backend, weights, numerics)
+        self.model: Decoder = load_model(folder, dtype, device, backend, weights, numerics, transforms)
         self.tokenizer = load_tokenizer(folder)
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}

@@ -17,8 +17,9 @@ from hasten.bench import plots, report
 from hasten.bench.ideal import IdealModel, ideal_points
 from hasten.bench.parallelbench import parallelbench
 from hasten.bench.prompts import BenchPrompt
-from hasten.bench.sweep import KNOBS, settings, sweep, wilson
-from hasten.engine import methods
+from hasten.bench.sweep import settings, sweep, wilson
+from hasten.engine import Knob, methods, register, registry
+from hasten.methods.diffusion.denoise import Denoise, DenoiseParameters
 from hasten.tasks.parallelbench import SEVERAL_ANSWERS
 from hasten.tasks.parallelbench.theory import accuracy
 
@@ -32,16 +33,19 @@ def of_length(operation: str, size: int) -> list[BenchPrompt]:
 
 def test_settings_turn_the_knob_that_is_free():
     assert [each.method for each in settings("factor")] == [
-        f"factor:factor={value:g}" for value in KNOBS["factor"].values
+        f"factor:factor={value}" for value in ("0.7", "1", "1.3", "1.6", "1.9")
     ]
     turned = settings("denoise:order=random")
-    assert [each.value for each in turned] == list(KNOBS["denoise"].values)
+    assert [each.value for each in turned] == [1, 2, 3, 4, 6, 8, 16, 32]
     assert turned[1].method == "denoise:order=random,per_step=2" and turned[1].decoder == "denoise:order=random"
     assert [each.method for each in settings("threshold:threshold=0.3")] == ["threshold:threshold=0.3"]
     assert [each.method for each in settings("plain")] == ["plain"]
     assert settings("prophet")[0].method == "prophet:early=30,middle=20,late=10"
-    for slug in KNOBS:
-        assert methods()[slug].role == "denoiser" and len(settings(slug)) == len(KNOBS[slug].values)
+    assert [each.method for each in settings("prophet:middle=4")] == ["prophet:middle=4"]
+    for slug, method in methods().items():
+        assert (method.role == "denoiser") == (method.knob is not None)
+        if method.knob is not None:
+            assert [each.value for each in settings(slug)] == list(method.knob.values)
     with pytest.raises(UserError, match="no parameter 'heat'"):
         settings("factor:heat=1")
 
@@ -97,10 +101,31 @@ def test_greedy_decoding_of_the_ideal_model_by_one_is_always_right():
     assert rows["plain", "copy"]["rows_per_token"] > 1 and rows["plain", "copy"]["agreement"] is None
 
 
+def test_a_third_partys_decoder_is_swept_as_ours_are():
+    @register(
+        "a-denoiser", aliases=("another-name",), role="denoiser", family="diffusion", exactness="lossy", paper="",
+        title="Denoising", parameters=DenoiseParameters, knob=Knob("per_step", (1, 3)),
+    )  # fmt: skip
+    class Ours(Denoise):
+        """Another decoder of the same kind."""
+
+    try:
+        assert [each.method for each in settings("another-name")] == [
+            "another-name:per_step=1",
+            "another-name:per_step=3",
+        ]
+        rows = sweep(None, None, parallelbench("parallelbench-words:copy", 1), SamplingParams())["rows"]
+    finally:
+        registry._METHODS.pop("a-denoiser")
+    assert {row["method"] for row in rows if row["decoder"] == "a-denoiser"} == {
+        "a-denoiser:per_step=1", "a-denoiser:per_step=3",
+    }  # fmt: skip
+
+
 def test_what_the_ideal_model_cannot_do_is_left_out_or_refused():
     prompts = parallelbench("parallelbench:copy", 1)
     skipped = {entry["method"] for entry in sweep(None, None, prompts, SAMPLED)["skipped"]}
-    assert skipped == {"learn2pd", "fast-dllm-v2"}
+    assert skipped == {"learn2pd", "fast-dllm-v2", "nbdiff"}
     with pytest.raises(UserError, match="next token"):
         sweep(None, ["ngram"], prompts, SAMPLED)
     with pytest.raises(UserError, match="list operations"):

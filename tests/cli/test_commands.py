@@ -115,10 +115,25 @@ def test_one_method(hasten):
         assert words in shown
     for name, default in entry["parameters"].items():
         assert f"  {name}={default}\n" in shown
+    assert entry["knob"] is None and "knob       -\n" in shown
+    (entry,) = hasten("methods", "prophet", "--json").json()
+    assert entry["knob"] == {"name": "scale", "values": [4, 2, 1, 0.5, 0.25], "scaled": ["early", "middle", "late"]}
+    knob = "knob       scale (times early, middle, late), from careful to fast: 4, 2, 1, 0.5, 0.25\n"
+    assert knob in hasten("methods", "prophet").out
     assert "hasten train scylla" in hasten("methods", "scylla").out
     refused = hasten("methods", "scyla")
     assert (refused.status, refused.out) == (2, "")
     assert "unknown method 'scyla'; did you mean scylla" in refused.err
+
+
+def test_a_methods_defaults_for_a_model(hasten):
+    candidates = "suffix/token-recycling:nodes=16"
+    for model, expected in (([], candidates), (["--model", "tiny"], f"{candidates}/draft-model")):
+        assert hasten("methods", "auto", *model).out.endswith(f"  candidates={expected}\n")
+        (entry,) = hasten("methods", "auto", *model, "--json").json()
+        assert entry["parameters"] == {"candidates": expected}
+    refused = hasten("methods", "--model", "tiny")
+    assert (refused.status, refused.out) == (2, "") and "name the method" in refused.err
 
 
 def test_every_command_of_the_list_names_a_model_that_its_method_is_for(hasten):

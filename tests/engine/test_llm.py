@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hasten import LLM, SamplingParams, UserError
 from hasten.engine import Draft
 from hasten.errors import Notice
 from hasten.model import tokenizer
+from hasten.model.weights import Piece, Pieces
 from helpers import END, START, VOCABULARY, Scripted, same
 
 SHORT = SamplingParams(max_tokens=6)
@@ -42,6 +44,21 @@ def test_text_and_ids(llm):
     assert one[0].text == llm.tokenizer.decode(one[0].token_ids, skip_special_tokens=True)
     assert one[0].choices[0].tokens_per_second > 0
     assert llm.generate([], SHORT) == []
+
+
+def test_transformed_weights(tiny, llm):
+    def without_layers(pieces: Pieces) -> Pieces:
+        silent = {
+            name: Piece(0 * pieces.weights[name].weight) for name in {"attention_out", "down"} & {*pieces.weights}
+        }
+        return replace(pieces, weights={**pieces.weights, **silent})
+
+    changed = LLM(tiny, transforms=[without_layers])
+    row = changed.model.embedding[llm.encode(TEXT)[-1]]
+    assert changed.generate(TEXT, SHORT)[0].token_ids[0] == int(changed.model.logits(row[None], None).argmax())
+    assert LLM(tiny, transforms=[lambda pieces: pieces]).generate(TEXT, SHORT)[0].token_ids == (
+        llm.generate(TEXT, SHORT)[0].token_ids
+    )
 
 
 def test_one_setting_per_prompt(llm):
@@ -143,6 +160,21 @@ def test_a_chat_template_that_comes_to_no_end(copy, monkeypatch, template):
     for thread in threading.enumerate()[before:]:
         thread.join(20)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 9**9**9 }}", "{% set two = 2 %}{% generation %}{{ (two) ** 3 }}{% endgeneration %}"]
+)
+def test_a_chat_template_that_computes_powers_is_not_run(llm, monkeypatch, template):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=r"^the chat template computes powers, which may never end: it was not run$"):
+        llm.chat([{"role": "user", "content": "hm"}])
+
+
+def test_stars_that_are_no_powers(llm, monkeypatch):
+    template = "**{{ 2 * 3 }}**{{ '**' }}{# 2**3 #}{{ dict(a=1, **{'b': 2}) }}{{ dict(** {'c': 3}) }}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    assert llm.apply_chat_template([{"role": "user", "content": "hm"}]) == llm.encode("**6****{'a': 1, 'b': 2}{'c': 3}")
 
 
 # The checkpoint's generation config

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
 from hasten import SamplingParams, UserError, methods
-from hasten.engine import Draft, Drafter, Target, register, registry
+from hasten.engine import Draft, Drafter, Knob, Target, register, registry
 from hasten.engine.specification import split_methods
 from hasten.model import OracleModel
 
@@ -29,23 +29,24 @@ class Parameters:
             raise UserError("a-test-method: count must be at most 10")
 
 
+class Nothing(Drafter):
+    def __init__(self, target: Target, parameters: Parameters) -> None:
+        self.target, self.parameters = target, parameters
+
+    def propose(self, request, budget):
+        return Draft()
+
+
+def add(**more: Any) -> Callable[[type[Nothing]], type[Nothing]]:
+    return register(
+        "a-test-method", family="drafters", exactness="lossless", paper="0000.00000", title="Nothing",
+        parameters=Parameters, **more,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def method() -> Iterator[str]:
-    @register(
-        "a-test-method",
-        family="drafters",
-        exactness="lossless",
-        paper="0000.00000",
-        title="Nothing",
-        parameters=Parameters,
-    )
-    class Nothing(Drafter):
-        def __init__(self, target: Target, parameters: Parameters) -> None:
-            self.target, self.parameters = target, parameters
-
-        def propose(self, request, budget):
-            return Draft()
-
+    add()(Nothing)
     yield "a-test-method"
     registry._METHODS.pop("a-test-method")
 
@@ -146,11 +147,38 @@ def test_bad_specifications(method, spec, message):
         registry.parse(spec)
 
 
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (lambda: Knob("heat", (1, 2)), "a-test-method has no parameter 'heat'; its parameters are: count, share"),
+        (lambda: Knob("all", (1, 2), ("count", "heat")), "a-test-method has no parameter 'heat'"),
+        (lambda: Knob("count", (1, 2.5)), "a-test-method: count must be a whole number, not '2.5'"),
+        (lambda: Knob("count", (8, 12)), "a-test-method: count must be at most 10"),
+        (lambda: Knob("count", ()), "the knob 'count' has no values"),
+    ],
+)
+def test_knobs_turn_parameters(turn, message):
+    with pytest.raises(UserError, match=message):
+        add(knob=turn())(Nothing)
+    assert "a-test-method" not in methods()
+
+
 def test_created_for_a_target(method):
     target = Target(OracleModel(lambda history: None, 5))
     drafter = registry.create("a-test-method:count=2", target)
     assert drafter.target is target
     assert drafter.parameters == Parameters(count=2)
+
+
+def test_a_targets_own_defaults_give_way_to_what_is_named(method):
+    add(defaults=lambda target: {"count": target.model.config.vocab_size, "name": "its own"})(Nothing)
+    target = Target(OracleModel(lambda history: None, 5))
+    made = [registry.create(f"a-test-method{rest}", target) for rest in ("", ":count=2", ":count=3,name=")]
+    assert [drafter.parameters for drafter in made] == [
+        Parameters(5, name="its own"), Parameters(2, name="its own"), Parameters(3, name=""),
+    ]  # fmt: skip
+    composed = registry.create("ngram+a-test-method:share=1", target)
+    assert composed.drafters[1].parameters == Parameters(5, 1.0, name="its own")
 
 
 def test_third_parties_register_through_entry_points(tmp_path: Path, monkeypatch):

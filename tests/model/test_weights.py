@@ -301,6 +301,21 @@ def test_norms_and_heads_that_do_not_fit_are_refused(
         load(make_checkpoint("qwen3"), misfit, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("layer", "name", "place"),
+    [
+        *((1, name, "layer 1") for name in ("mixer_norm", "mlp_norm", *LINEARS)),
+        *((None, name, "what stands outside the layers") for name in ("embedding", "norm")),
+    ],
+)
+def test_pieces_that_are_left_out_are_named(layer: int | None, name: str, place: str, make_checkpoint: Make) -> None:
+    def drop(pieces: Pieces) -> Pieces:
+        return replace(pieces, weights={key: piece for key, piece in pieces.weights.items() if key != name})
+
+    with pytest.raises(UserError, match=f"^{place} was transformed to pieces without {name}, which must be there$"):
+        load(make_checkpoint("llama"), only(layer, drop))
+
+
 def test_a_bias_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"a weight of \[3, 2\] cannot have a bias of \[2\]"):
         Piece(torch.ones(3, 2), torch.ones(2))

@@ -10,43 +10,13 @@ from typing import Any
 from hasten.bench.compare import OVERALL, compare, warm_engines
 from hasten.bench.ideal import IdealModel
 from hasten.bench.prompts import BenchPrompt
-from hasten.engine import SamplingParams
-from hasten.engine.registry import parse
+from hasten.engine import SamplingParams, registry
 from hasten.errors import UserError
 from hasten.llm import LLM
 
 Report = Callable[[int], None]
 NORMAL = 1.96
 """Standard deviations to either side that hold 95 % of a normal law."""
-
-
-@dataclass(frozen=True)
-class Knob:
-    """The parameter that trades accuracy for speed, and its values; several parameters move together by a factor."""
-
-    name: str
-    values: tuple[float, ...]
-    scaled: tuple[tuple[str, float], ...] = ()
-
-    def written(self, value: float) -> str:
-        """The setting as parameters of a specification: `threshold=0.9`."""
-        if self.scaled:
-            return ",".join(f"{key}={value * base:g}" for key, base in self.scaled)
-        return f"{self.name}={value:g}"
-
-
-KNOBS = {
-    "denoise": Knob("per_step", (1, 2, 3, 4, 6, 8, 16, 32)),
-    "threshold": Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
-    "factor": Knob("factor", (0.7, 1.0, 1.3, 1.6, 1.9)),
-    "localleap": Knob("relaxed", (0.9, 0.75, 0.6, 0.45, 0.3)),
-    "dparallel": Knob("entropy", (0.1, 0.3, 0.5, 0.8, 1.2, 1.6)),
-    "prophet": Knob("scale", (4.0, 2.0, 1.0, 0.5, 0.25), (("early", 7.5), ("middle", 5.0), ("late", 2.5))),
-    "learn2pd": Knob("accept", (0.99, 0.96, 0.9, 0.8, 0.6)),
-    "fast-dllm-v2": Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
-    "freedave": Knob("drafts", (2, 4, 8)),
-}
-"""From careful to fast, by method. Thresholds and factors are those of ParallelBench's own sweep (2510.04767)."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +35,14 @@ def settings(decoder: str) -> list[Setting]:
     Raises:
         UserError: unknown method or parameter.
     """
-    slug, _, given = decoder.partition(":")
-    knob = KNOBS.get(slug.strip())
-    parse(decoder)
-    keys = {item.partition("=")[0].strip() for item in given.split(",")}
-    if knob is None or keys & {knob.name, *(key for key, _ in knob.scaled)}:
+    method, named = registry.read(decoder)
+    knob = method.knob
+    if knob is None or named.keys() & set(knob.turns):
         return [Setting(decoder, None, None, decoder)]
+    slug, _, given = decoder.partition(":")
     made = []
     for value in knob.values:
-        spec = f"{slug}:{','.join(filter(None, (given, knob.written(value))))}"
+        spec = f"{slug}:{','.join(filter(None, (given, knob.at(value, method.parameters))))}"
         made.append(Setting(decoder, knob.name, value, spec))
     return made
 
@@ -89,13 +58,14 @@ def sweep(
 
     Args:
         llm: the model; None for the ideal one.
-        decoders: specifications; if None, all of `KNOBS` that the model can be decoded with.
+        decoders: specifications; if None, all with a knob that the model can be decoded with.
         report: is told of each prompt that is done.
 
     Raises:
         UserError: a decoder that was named is unknown or does not fit; the ideal model does not know the prompts.
     """
-    wanted, skipped = list(dict.fromkeys(KNOBS if decoders is None else decoders)), {}
+    known = [slug for slug, method in registry.decoders().items() if method.knob is not None]
+    wanted, skipped = list(dict.fromkeys(known if decoders is None else decoders)), {}
     models = [IdealModel(prompt) for prompt in prompts] if llm is None else []
     chosen: list[Setting] = []
     for decoder in wanted:

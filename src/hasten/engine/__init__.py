@@ -8,7 +8,7 @@ from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
 from hasten.engine.prompt import Embedded
-from hasten.engine.registry import Method, Target, decoders, methods, register
+from hasten.engine.registry import Knob, Method, Target, decoders, methods, register
 from hasten.engine.report import Statistics, TokenLogprobs
 from hasten.engine.request import Progress, Request
 from hasten.engine.sampling.grammar import Constraint
@@ -28,6 +28,7 @@ __all__ = [
     "Engine",
     "FullWindow",
     "Hypothesis",
+    "Knob",
     "Limits",
     "Method",
     "Observation",

@@ -54,6 +54,48 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Knob:
+    """What trades a method's accuracy for speed: one parameter, or several that move together.
+
+    Attributes:
+        name: of the parameter; with `scaled`, what the factor is called.
+        values: from careful to fast.
+        scaled: parameters that are the factor times their defaults.
+
+    Raises:
+        UserError: no values.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    scaled: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise UserError(f"the knob {self.name!r} has no values")
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The parameters that it sets."""
+        return self.scaled or (self.name,)
+
+    def at(self, value: float, parameters: type[Any]) -> str:
+        """A value of it, as a specification says it: `threshold=0.9`.
+
+        Args:
+            parameters: the method's, whose defaults are scaled.
+        """
+        defaults = parameters()
+        settings = {name: value * getattr(defaults, name) for name in self.scaled} or {self.name: value}
+        return ",".join(f"{name}={setting:g}" for name, setting in settings.items())
+
+
+def no_defaults(target: Target) -> dict[str, Any]:
+    """Of a method whose parameters have the same defaults whatever the model."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Method:
     """A registered method.
 
@@ -69,6 +111,9 @@ class Method:
         command: shows it at work.
         parameters: a dataclass with defaults; its fields are what `slug:key=value` sets.
         create: (target, parameters) to a drafter; None where it is no decoder.
+        knob: what trades its accuracy for speed, if anything does.
+        defaults: values of parameters that a target has of its own, where the dataclass's are not meant for it; what a
+            specification names goes before them.
     """
 
     slug: str
@@ -82,6 +127,8 @@ class Method:
     command: str
     parameters: type[Any]
     create: Callable[[Target, Any], Drafter] | None
+    knob: Knob | None = None
+    defaults: Callable[[Target], dict[str, Any]] = no_defaults
 
 
 @dataclass(frozen=True)
@@ -105,21 +152,43 @@ def register(
     aliases: tuple[str, ...] = (),
     needs_training: bool = False,
     command: str = "",
+    knob: Knob | None = None,
+    defaults: Callable[[Target], dict[str, Any]] = no_defaults,
 ) -> Callable[[D], D]:
     """Decorator of a class, or of a function, that makes the drafter from (target, parameters).
 
-    Without a command of its own, a method is shown at work beside plain decoding, on a model that ships.
+    Without a command of its own, a method is shown at work beside plain decoding, on a model that ships. With a knob it
+    is one of those that `hasten sweep` compares. What is registered is described at `Method`.
+
+    Raises:
+        UserError: the knob sets what is no parameter, or a value that the parameters refuse.
     """
     model = " --model tiny-block" if role == "denoiser" else ""
 
     def decorate(create: D) -> D:
-        _METHODS[slug] = Method(
+        method = Method(
             slug, role, aliases, family, exactness, paper, title, needs_training,
-            command or f"hasten bench{model} --methods {slug}", parameters, create,
+            command or f"hasten bench{model} --methods {slug}", parameters, create, knob, defaults,
         )  # fmt: skip
+        if knob is not None:
+            _try_out(method, knob)
+        _METHODS[slug] = method
         return create
 
     return decorate
+
+
+def _try_out(method: Method, knob: Knob) -> None:
+    """Turn a knob through all of its values.
+
+    Raises:
+        UserError: one cannot be set.
+    """
+    for name in knob.turns:
+        if name not in _kinds(method):
+            raise _no_parameter(method, name)
+    for value in knob.values:
+        method.parameters(**_values(method, knob.at(value, method.parameters)))
 
 
 def register_system(
@@ -179,22 +248,49 @@ def parse(spec: str) -> tuple[Method, Any]:
     Raises:
         UserError: unknown method or key, a value of the wrong type or out of range, a system that is no decoder.
     """
+    method, named = read(spec)
+    return method, method.parameters(**named)
+
+
+def read(spec: str) -> tuple[Method, dict[str, Any]]:
+    """A decoder, and the values that a specification names.
+
+    Raises:
+        UserError: unknown method or key, a value of the wrong type, a system that is no decoder.
+    """
     slug, _, rest = spec.partition(":")
     method = find(slug.strip())
     if method.create is None:
         what = f"{'an' if method.role[0] in 'ae' else 'a'} {method.role}"
         raise UserError(f"{slug.strip()} is {what}, not a way of decoding; it is run by: {method.command}")
-    types = get_type_hints(method.parameters)
-    fields = {field.name: types[field.name] for field in dataclasses.fields(method.parameters)}
-    values: dict[str, Any] = {}
-    for item in filter(None, pieces(rest, ",")):
-        key, equals, text = item.partition("=")
+    return method, _values(method, rest)
+
+
+def _values(method: Method, text: str) -> dict[str, Any]:
+    """`key=value,key=value` to values of the parameters' types.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type.
+    """
+    kinds, values = _kinds(method), {}
+    for item in filter(None, pieces(text, ",")):
+        key, equals, value = item.partition("=")
         key = key.strip().replace("-", "_")
-        if not equals or key not in fields:
-            names = ", ".join(fields) or "none"
-            raise UserError(f"{slug} has no parameter {key!r}; its parameters are: {names}")
-        values[key] = _convert(slug, key, bare(text), fields[key])
-    return method, method.parameters(**values)
+        if not equals or key not in kinds:
+            raise _no_parameter(method, key)
+        values[key] = _convert(method.slug, key, bare(value), kinds[key])
+    return values
+
+
+def _kinds(method: Method) -> dict[str, Any]:
+    """The types of a method's parameters, by name."""
+    types = get_type_hints(method.parameters)
+    return {field.name: types[field.name] for field in dataclasses.fields(method.parameters)}
+
+
+def _no_parameter(method: Method, name: str) -> UserError:
+    names = ", ".join(_kinds(method)) or "none"
+    return UserError(f"{method.slug} has no parameter {name!r}; its parameters are: {names}")
 
 
 def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
@@ -238,14 +334,20 @@ def create(spec: str, target: Target) -> Drafter:
     Raises:
         UserError: unknown method or key, a value of the wrong type or out of range.
     """
-    drafters = [
-        method.create(target, parameters) for method, parameters in map(parse, split(spec)) if method.create is not None
-    ]
+    parts = split(spec)
+    drafters = [_create(part, target) for part in parts]
     if len(drafters) == 1:
         return drafters[0]
-    for part, drafter in zip(split(spec), drafters, strict=True):
+    for part, drafter in zip(parts, drafters, strict=True):
         refuse_alone(part, drafter, "a part of a composition")
     return FirstOf(drafters)
+
+
+def _create(spec: str, target: Target) -> Drafter:
+    """The drafter of a part, by what it names, else by the target's own defaults, else by the method's."""
+    method, named = read(spec)
+    assert method.create is not None
+    return method.create(target, method.parameters(**{**method.defaults(target), **named}))
 
 
 def refuse_alone(spec: str, drafter: Drafter, place: str) -> None:

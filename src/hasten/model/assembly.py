@@ -32,12 +32,12 @@ def assemble(
         transforms: applied to each in this order.
 
     Raises:
-        UserError: a transform leaves widths that do not fit each other.
+        UserError: a transform leaves out a piece, or leaves widths that do not fit each other.
     """
     changed = map(lambda each: reduce(lambda given, transform: transform(given), transforms, each), pieces)
     outside = next(changed)
     # Backends read its memory as it lies.
-    embedding = outside.weights["embedding"].weight.contiguous()
+    embedding = _weight(outside, "embedding").weight.contiguous()
     frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float32, device=embedding.device)
     if embedding.dtype == torch.float64:
         frequencies = frequencies.double()
@@ -69,19 +69,23 @@ class _Builder:
         """The norm of `width` channels.
 
         Raises:
-            UserError: it has others.
+            UserError: it has others, or is missing.
         """
-        weight = pieces.weights[name].weight.to(self.embedding.dtype)
+        weight = _weight(pieces, name).weight.to(self.embedding.dtype)
         if weight.shape != (width,):
             raise UserError(f"{_place(pieces)} was transformed to a {name} of {list(weight.shape)}, not [{width}]")
         return RMSNorm(weight, pieces.config.norm_eps)
 
     def linear(self, pieces: Pieces, name: str) -> Linear:
-        """The linear layer, ready or by the backend."""
+        """The linear layer, ready or by the backend.
+
+        Raises:
+            UserError: it is missing.
+        """
         ready = pieces.linears.get(name)
         if ready is not None:
             return ready
-        return self.backend.linear(pieces.weights[name].to(self.embedding.dtype), Source(name, pieces.layer))
+        return self.backend.linear(_weight(pieces, name).to(self.embedding.dtype), Source(name, pieces.layer))
 
     def head(self, outside: Pieces) -> Linear:
         """The head; a tied one shares the embedding's memory where its storage is the plain matrix.
@@ -139,6 +143,17 @@ class _Builder:
                 f"{self.hidden} channels: {sizes}"
             )
         return LayerConfig.attention(heads, kv_heads, width, ffn, given.window)
+
+
+def _weight(pieces: Pieces, name: str) -> Piece:
+    """A weight that must be there.
+
+    Raises:
+        UserError: a transform left it out.
+    """
+    if name not in pieces.weights:
+        raise UserError(f"{_place(pieces)} was transformed to pieces without {name}, which must be there")
+    return pieces.weights[name]
 
 
 def _place(pieces: Pieces) -> str:

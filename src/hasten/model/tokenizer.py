@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -67,18 +69,30 @@ TEMPLATE_SECONDS = 10.0
 """After which a chat template is taken to loop for ever."""
 
 
+@lru_cache
+def _raises_to_powers(template: str) -> bool:
+    """Whether a template has the operator `**`; before keywords of a call it stands behind a bracket or a comma."""
+    from jinja2 import Environment
+
+    tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
+    return any(token == ("operator", "**") and before not in ("(", ",") for (_, before), token in pairwise(tokens))
+
+
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     """The text of a conversation, ready for the assistant's turn, by the tokenizer's chat template.
 
-    A template is a program that a checkpoint brings: it runs in a thread of its own, which can be ended.
+    A template is a program that a checkpoint brings: it runs in a thread of its own, which can be ended between two of
+    its steps. A power can be a step that never ends, and no template of a chat needs one.
 
     Raises:
-        UserError: the template refuses the messages, or takes more than `TEMPLATE_SECONDS`.
+        UserError: the template refuses the messages, takes more than `TEMPLATE_SECONDS`, or computes powers.
     """
     outcome: list[str | BaseException] = []
 
     def render() -> None:
         try:
+            if _raises_to_powers(tokenizer.get_chat_template()):
+                raise UserError("the chat template computes powers, which may never end: it was not run")
             outcome.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except BaseException as error:  # jinja raises whatever the template raises
             outcome.append(error)
@@ -94,6 +108,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     if not outcome:
         raise UserError(f"the chat template did not come to an end within {TEMPLATE_SECONDS:g} seconds")
     text = outcome[0]
+    if isinstance(text, UserError):
+        raise text
     if isinstance(text, BaseException):
         raise UserError(f"the chat template refuses the messages: {text}") from text
     return text

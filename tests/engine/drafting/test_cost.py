@@ -82,6 +82,15 @@ def test_a_measured_curve_is_kept_on_disk(monkeypatch, tmp_path, llm):
     assert cost.verify_cost(llm.model, str(llm.folder)) == CURVE
 
 
+def test_weights_that_are_stored_otherwise_have_a_curve_of_their_own(monkeypatch, tmp_path, llm):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost, "measure", lambda model: CURVE)
+    for size in (llm.model.weight_bytes(), 100):
+        monkeypatch.setattr(llm.model, "weight_bytes", lambda size=size: size)
+        cost.verify_cost(llm.model, str(llm.folder))
+    assert len(list((tmp_path / "verify-cost").iterdir())) == 2
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [1]}', '{"rows": 3, "contexts": [], "seconds": []}', NAN])
 def test_a_damaged_record_is_measured_again(monkeypatch, tmp_path, llm, content):
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))

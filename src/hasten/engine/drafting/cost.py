@@ -169,6 +169,8 @@ def verify_cost(model: Model, folder: str | None) -> VerifyCost:
     subject = {
         "model": str(Path(folder).resolve()),
         "weights": weight_bytes(Path(folder)),
+        # How they are stored, rounded or transformed.
+        "read": model.weight_bytes(),
         "dtype": str(getattr(model, "dtype", model.cache_dtype)),
         "backend": getattr(getattr(model, "backend", None), "name", ""),
         "kernels": native.kernels(),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine import Request, View, register
+from hasten.engine import Knob, Request, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
@@ -50,6 +50,7 @@ class DenoiseParameters(BlockParameters):
     paper="2502.09992",
     title="Denoising: so many tokens per pass, the surest first",
     parameters=DenoiseParameters,
+    knob=Knob("per_step", (1, 2, 3, 4, 6, 8, 16, 32)),
 )
 class Denoise(BlockDenoiser[DenoiseParameters]):
     """Commits the same number of positions after each look, in the order of `scores` or at random."""

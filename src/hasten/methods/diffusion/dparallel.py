@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.engine import Request, View, register
+from hasten.engine import Knob, Request, View, register
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
 
@@ -30,6 +30,7 @@ class DParallelParameters(BlockParameters):
     paper="2509.26488",
     title="dParallel: all tokens below an entropy at once",
     parameters=DParallelParameters,
+    knob=Knob("entropy", (0.1, 0.3, 0.5, 0.8, 1.2, 1.6)),
 )
 class DParallel(BlockDenoiser[DParallelParameters]):
     """Commits every position whose prediction has little entropy; the surest one if none has."""

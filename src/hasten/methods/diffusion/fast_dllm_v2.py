@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.engine import BlockWindow, Canvas, Request, Target, View, Window, register
+from hasten.engine import BlockWindow, Canvas, Knob, Request, Target, View, Window, register
 from hasten.errors import UserError, require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
@@ -43,6 +43,7 @@ class FastDllmV2Parameters(BlockParameters):
     paper="2509.26328",
     title="Fast-dLLM v2: parts of blocks, with two levels of cache",
     parameters=FastDllmV2Parameters,
+    knob=Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
 )
 class FastDllmV2(BlockDenoiser[FastDllmV2Parameters]):
     """Commits above the threshold, part by part of a block, with the rest of the block cached as it was.

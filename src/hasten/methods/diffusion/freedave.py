@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from hasten.engine import Canvas, Hypothesis, Passes, Request, Target, View, register
+from hasten.engine import Canvas, Hypothesis, Knob, Passes, Request, Target, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.denoise import DenoiseParameters, scores
@@ -51,6 +51,7 @@ class FreeDaveParameters(BlockParameters):
     paper="2510.00294",
     title="FreeDave: guesses denoising's next steps, checks them",
     parameters=FreeDaveParameters,
+    knob=Knob("drafts", (2, 4, 8)),
 )
 class FreeDave(BlockDenoiser[FreeDaveParameters]):
     """Has several next steps of static decoding looked at together, and keeps them as far as each leads to the next."""

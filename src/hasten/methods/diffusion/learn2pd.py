@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hasten.engine import Request, Target, View, register
+from hasten.engine import Knob, Request, Target, View, register
 from hasten.errors import UserError, require
 from hasten.files import replacing
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
@@ -94,6 +94,11 @@ def load_filter(file: Path) -> nn.Sequential:
     return network.eval()
 
 
+def own_filter(target: Target) -> dict[str, Any]:
+    """A checkpoint's own filter."""
+    return {} if target.folder is None else {"filter": str(Path(target.folder) / FILE)}
+
+
 @register(
     "learn2pd",
     role="denoiser",
@@ -103,6 +108,8 @@ def load_filter(file: Path) -> nn.Sequential:
     title="Learn2PD: a learned filter says what is final",
     parameters=Learn2PDParameters,
     needs_training=True,
+    knob=Knob("accept", (0.99, 0.96, 0.9, 0.8, 0.6)),
+    defaults=own_filter,
 )
 class Learn2PD(BlockDenoiser[Learn2PDParameters]):
     """Commits what the filter takes for final, and ends the canvas behind a predicted end of text.
@@ -115,9 +122,9 @@ class Learn2PD(BlockDenoiser[Learn2PDParameters]):
 
     def __init__(self, target: Target, parameters: Learn2PDParameters) -> None:
         super().__init__(target, parameters)
-        if not parameters.filter and target.folder is None:
+        if not parameters.filter:
             raise UserError("learn2pd: say where its filter is (learn2pd:filter=FILE)")
-        self.network = load_filter(Path(parameters.filter or Path(target.folder or "") / FILE))
+        self.network = load_filter(Path(parameters.filter))
         self.width: int = self.network[0].in_features  # type: ignore[assignment]
         own = None if self.config is None else self.config.block
         size = own or parameters.block or self.width

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from hasten.engine import Request, View, register
+from hasten.engine import Knob, Request, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
@@ -47,6 +47,7 @@ class LocalLeapParameters(BlockParameters):
     paper="2510.07081",
     title="LocalLeap: a lower threshold near certain positions",
     parameters=LocalLeapParameters,
+    knob=Knob("relaxed", (0.9, 0.75, 0.6, 0.45, 0.3)),
 )
 class LocalLeap(BlockDenoiser[LocalLeapParameters]):
     """Commits nearly certain positions, and likely ones in their neighbourhood; the surest one in any case."""

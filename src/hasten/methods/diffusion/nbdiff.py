@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine import Draft, Drafter, Request, Target, View, register
+from hasten.engine import Draft, Drafter, Knob, Request, Target, View, register
 from hasten.engine.sampling.sampler import likeliest_of_model
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
@@ -58,6 +58,7 @@ class NBDiffParameters(BlockParameters):
     title="NBDiff: blocks denoised behind a causal context",
     parameters=NBDiffParameters,
     needs_training=True,
+    knob=Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
 )
 class NBDiff(BlockDenoiser[NBDiffParameters]):
     """Commits the surest position of a block after each look, and with the confidence rule all above the threshold.

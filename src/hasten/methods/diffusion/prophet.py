@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.engine import Canvas, Passes, Request, Target, View, register
+from hasten.engine import Canvas, Knob, Passes, Request, Target, View, register
 from hasten.errors import UserError, require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.model import ModelConfig
@@ -68,6 +68,7 @@ class ProphetParameters(BlockParameters):
     paper="2508.19982",
     title="Prophet: fills all at once when the answer has settled",
     parameters=ProphetParameters,
+    knob=Knob("scale", (4.0, 2.0, 1.0, 0.5, 0.25), scaled=("early", "middle", "late")),
 )
 class Prophet(BlockDenoiser[ProphetParameters]):
     """Commits the surest position after each look, and all at once when the gap over the answer is wide enough.

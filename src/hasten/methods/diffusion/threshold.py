@@ -3,7 +3,8 @@
 Fast-dLLM (2505.22618), section 3.3: `threshold` commits what has at least a given probability; `factor` the n surest
 with (n + 1)(1 - p_n) <= f, the condition of its theorem under which the likeliest tokens of the marginals are the
 likeliest of the joint distribution. Both commit at least the surest. The released scan of the factor rule commits one
-token too many where it fails at the last one; this is the rule as proved. Exactness: lossy.
+token too many where it fails at the last one; this is the rule as proved. The knobs' values are those of
+ParallelBench's own sweep (2510.04767). Exactness: lossy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.engine import Request, View, register
+from hasten.engine import Knob, Request, View, register
 from hasten.errors import require
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 
@@ -40,6 +41,7 @@ class ThresholdParameters(BlockParameters):
     paper="2505.22618",
     title="Fast-dLLM: all tokens above a confidence at once",
     parameters=ThresholdParameters,
+    knob=Knob("threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
 )
 class Threshold(BlockDenoiser[ThresholdParameters]):
     """Commits every position of at least the threshold's confidence; the surest one in any case."""
@@ -76,6 +78,7 @@ ROUNDING = 1e-6
     paper="2505.22618",
     title="Fast-dLLM: as many tokens as are likely all together",
     parameters=FactorParameters,
+    knob=Knob("factor", (0.7, 1.0, 1.3, 1.6, 1.9)),
 )
 class Factor(BlockDenoiser[FactorParameters]):
     """Commits the n surest positions, n the largest whose least confidence c keeps (n + 1) (1 - c) to the factor."""

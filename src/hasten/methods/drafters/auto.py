@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.drafting.composition import memory_of, weights_of
@@ -25,9 +26,11 @@ from hasten.engine.registry import create, is_lossless, refuse_alone, split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
+from hasten.methods.drafters.small_model import beside
 from hasten.model.taps import Taps
 
 CANDIDATES = "suffix/token-recycling:nodes=16"
+"""What needs no training."""
 CHEAP = 0.1
 """Share of a plain step below which a drafter is simply asked, unless it rests."""
 
@@ -36,16 +39,14 @@ CHEAP = 0.1
 class AutoParameters:
     """`candidates`: specifications separated by `/`, in the order in which they are asked.
 
-    Empty takes the training-free ones, and the drafter that stands beside the target where there is one.
-
     Raises:
         UserError: a candidate that is lossy, or auto itself.
     """
 
-    candidates: str = ""
+    candidates: str = CANDIDATES
 
     def __post_init__(self) -> None:
-        for name in filter(None, split(self.candidates, "/")):
+        for name in split(self.candidates, "/"):
             if name.partition(":")[0] == "auto":
                 raise UserError("auto: it cannot be a candidate of itself")
             if not is_lossless(name):
@@ -91,6 +92,12 @@ class _Choice:
     clock: float = 0.0
 
 
+def with_small_model(target: Target) -> dict[str, Any]:
+    """Where a small model stands beside the target, it is a candidate, too."""
+    folder = beside(target)
+    return {} if folder is None or not Path(folder).is_dir() else {"candidates": f"{CANDIDATES}/draft-model"}
+
+
 @register(
     "auto",
     family="drafters",
@@ -98,16 +105,15 @@ class _Choice:
     paper="",
     title="The best of several drafters, as far as it pays",
     parameters=AutoParameters,
+    defaults=with_small_model,
 )
 class Auto(Drafter):
     """One object per engine: what it learns of times serves all requests, what it learns from texts their tenant's."""
 
     def __init__(self, target: Target, parameters: AutoParameters) -> None:
-        names = parameters.candidates or CANDIDATES
-        if not parameters.candidates and target.folder and Path(f"{target.folder.rstrip('/')}-draft").is_dir():
-            names += "/draft-model"
-        self._drafters = [create(name, target) for name in split(names, "/")]
-        for name, drafter in zip(split(names, "/"), self._drafters, strict=True):
+        names = split(parameters.candidates, "/")
+        self._drafters = [create(name, target) for name in names]
+        for name, drafter in zip(names, self._drafters, strict=True):
             refuse_alone(name, drafter, "a candidate of auto")
         self.candidates = [Candidate(drafter) for drafter in self._drafters]
         self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})

@@ -44,21 +44,27 @@ def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
     return model
 
 
+def beside(target: Target) -> str | None:
+    """Where a target's own small model is looked for: the folder named like the target's with `-draft`."""
+    return None if target.folder is None else f"{target.folder.rstrip('/')}-draft"
+
+
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
     """The small model, after checking that it speaks the target's tokens.
 
     Args:
         slug: the method that asks, for messages.
-        name: folder or hub id; `auto` looks for a sibling folder named like the target's with `-draft`.
+        name: folder or hub id; `auto` is the one beside the target.
         dtype: of the weights.
 
     Raises:
         UserError: none found, another tokenizer, a smaller vocabulary, or a checkpoint that cannot be loaded.
     """
     if name == "auto":
-        if target.folder is None:
+        own = beside(target)
+        if own is None:
             raise UserError(f"{slug} needs a model: use {slug}:model=FOLDER")
-        name = f"{target.folder.rstrip('/')}-draft"
+        name = own
         if not Path(name).is_dir():
             raise UserError(
                 f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
