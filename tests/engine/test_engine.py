@@ -7,7 +7,7 @@ import torch
 
 from hasten import SamplingParams, UserError
 from hasten.engine import ROOT, Draft, Engine, Limits
-from hasten.engine.engine import DRAFTERS
+from hasten.engine.preparation import DRAFTERS
 from hasten.model import CanvasOracle, DiffusionConfig, OracleModel
 from helpers import Scripted
 
@@ -305,7 +305,7 @@ def test_drafters_of_unused_specifications_are_let_go():
     first = made.drafter("ngram:length=1")[1]
     made.step()
     kept = [made.drafter(f"ngram:length={length}")[1] for length in range(2, 3 * DRAFTERS)]
-    assert len(made._drafters) == DRAFTERS
+    assert len(made._preparation._drafters) == DRAFTERS
     # What a request uses stays, and what was used last.
     assert made.drafter("ngram:length=1")[1] is first is request.drafter
     assert made.drafter(f"ngram:length={3 * DRAFTERS - 1}")[1] is kept[-1]

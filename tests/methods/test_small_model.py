@@ -167,7 +167,7 @@ def test_specifications_share_one_small_model(llm):
     assert other.model is not first.model
     # Nothing is kept for its own sake.
     gone = ref(other.model)
-    engine._drafters.clear()
+    engine._preparation._drafters.clear()
     del other
     collect()
     assert gone() is None

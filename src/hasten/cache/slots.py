@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -265,9 +265,9 @@ class SlotCache:
             self._cache.drop(view.block)
         self._views, self._writer = [BlockView(fresh, filled)], True
 
-    def fork(self) -> SlotCache:
-        """See `GroupCache`; blocks are shared, and copied by nobody."""
-        child = SlotCache(self._cache, self._group)
+    def fork(self) -> Self:
+        """See `GroupCache`; blocks are shared, and copied by nobody. A subclass that holds more gives that, too."""
+        child = type(self)(self._cache, self._group)
         child.length = self.length
         for view in self._views:
             view.block.references += 1

@@ -4,6 +4,7 @@ from hasten.engine.canvas.canvas import Canvas
 from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.view import Hypothesis, View
 from hasten.engine.canvas.window import BlockWindow, FullWindow, Passes, Window
+from hasten.engine.context import ContextPolicy
 from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
@@ -20,6 +21,7 @@ __all__ = [
     "BlockWindow",
     "Canvas",
     "Constraint",
+    "ContextPolicy",
     "Denoiser",
     "Draft",
     "Drafter",

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.cache import Cache, Prefixes
-from hasten.engine import registry
 from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.filling import Filling
+from hasten.engine.context import EVERYTHING, ContextPolicy
 from hasten.engine.decoding import Answer, TokenKind
-from hasten.engine.drafting.draft import MAX_DRAFT, Draft
+from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.drafting.speculation import Speculation
 from hasten.engine.memory import Footprint, Ledger
-from hasten.engine.passage import Passage
-from hasten.engine.prompt import EMBEDDED, Segment, laid_out
+from hasten.engine.packing import packed, taps_of, wanted_taps
+from hasten.engine.placement import Placement
+from hasten.engine.preparation import Preparation, Prepared
+from hasten.engine.prompt import EMBEDDED, Segment
+from hasten.engine.registry import Target
 from hasten.engine.request import Progress, Request
-from hasten.engine.sampling.grammar import Grammars, GrammarState
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
-from hasten.engine.scheduler import Limits, Scheduled, Scheduler
+from hasten.engine.scheduler import Limits, Scheduler
 from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.turn import Turn
-from hasten.errors import UserError
 from hasten.model import Model, Rows, Span, Taps
 from hasten.model.threads import refuse_fork
-
-DRAFTERS = 16
-"""Specifications whose drafters an engine keeps though no request uses them."""
 
 
 class Engine:
@@ -68,50 +64,26 @@ class Engine:
         self.scheduler = Scheduler(limits or Limits())
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
         self.prefixes = Prefixes(prefix_bytes)
-        self.target = registry.Target(model, tokenizer, folder, self.end_ids)
+        self.target = Target(model, tokenizer, folder, self.end_ids)
         self.ledger = Ledger()
-        self._drafters: dict[str, Drafter] = {}
-        self._grammars: Grammars | None = None
+        self._preparation = Preparation(self.target, self._methods_in_use)
+        self._placement = Placement(self.scheduler, self.cache, self.prefixes)
         self._next_id = 0
         self._turn = Turn()
-        # Whose drafts wait for the next pass.
-        self._late: list[Request] = []
 
     # Requests
 
     def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
-        """The shared drafter of a specification, or a drafter object as it is.
-
-        It is made once, and kept with what it learns as long as it is among the `DRAFTERS` used last, or in use.
+        """A specification's drafter, which all its requests share, and its name: see `Preparation.drafter`.
 
         Raises:
             UserError: unknown, or not for this model.
         """
-        if isinstance(method, Drafter):
-            name, drafter = type(method).__name__, method
-        else:
-            known = method in self._drafters
-            drafter = self._drafters.pop(method) if known else registry.create(method, self.target)
-            name, self._drafters[method] = method, drafter
-            if len(self._drafters) > DRAFTERS:
-                used = {method, *(each.method for each in (*self.scheduler.running, *self.scheduler.waiting))}
-                idle = [spec for spec in self._drafters if spec not in used]
-                for spec in idle[: len(self._drafters) - DRAFTERS]:
-                    del self._drafters[spec]
-        config = self.model.config
-        if isinstance(drafter, Denoiser) and config.diffusion is None:
-            raise UserError(f"{name} needs a model that fills masked positions; this one predicts the next token")
-        if not isinstance(drafter, Denoiser) and config.fills_canvas:
-            raise UserError(f"{name} needs a model that predicts the next token; this one fills masked positions")
-        return name, drafter
+        return self._preparation.drafter(method)
 
-    def _grammar(self, params: SamplingParams) -> GrammarState | None:
-        """A constraint's state at the start of a request."""
-        if params.constraint is None:
-            return None
-        if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.end_ids)
-        return self._grammars.start(params.constraint)
+    def _methods_in_use(self) -> set[str]:
+        # Copies, since another thread may be taking a step.
+        return {request.method for request in (*list(self.scheduler.running), *list(self.scheduler.waiting))}
 
     def add(
         self,
@@ -119,44 +91,35 @@ class Engine:
         params: SamplingParams,
         method: str | Drafter = "plain",
         read: bool = False,
+        context: str | ContextPolicy = EVERYTHING,
     ) -> list[Request]:
         """Queue a prompt and return its choices (`params.n` requests).
+
+        What takes long (loading a drafter, compiling a grammar, measuring) is done before, beside the steps of others.
 
         Args:
             prompt: token ids, and spans of embeddings; at least one.
             params: sampling, stopping, reporting.
             method: specification or drafter, for this prompt only.
             read: keep `Progress.text` up to date, and all progress in `Request.unread` (streaming).
+            context: specification or policy: what the cache keeps of this prompt and its answers.
 
         Raises:
             UserError: an empty prompt, ids outside the vocabulary (of prompt or logit_bias), embeddings that do not
                 fit, no room left in the context, unknown method, a constraint that cannot be used; a forked process.
         """
         refuse_fork()
+        prepared = self._preparation.prepare(prompt, params, method, context)
         with self._turn:
-            return self._add(prompt, params, method, read)
+            return self._add(prepared, read)
 
-    def _add(
-        self, prompt: Sequence[Segment], params: SamplingParams, method: str | Drafter, read: bool
-    ) -> list[Request]:
-        config = self.model.config
-        tokens, spans = laid_out(prompt, config.vocab_size, config.hidden_size, self.model.device)
-        room = config.max_positions - len(tokens)
-        if room <= 0:
-            raise UserError(
-                f"the prompt has {len(tokens)} tokens, which leaves no room in the context of {config.max_positions}"
-            )
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, and this model has none")
-        if params.seed is None:
-            params = replace(params, seed=random.getrandbits(63))
-        name, drafter = self.drafter(method)
+    def _add(self, prepared: Prepared, read: bool) -> list[Request]:
+        config, params, drafter = self.model.config, prepared.params, prepared.drafter
+        tokens = prepared.tokens
         words = [token for token in tokens if token != EMBEDDED]
         requests: list[Request] = []
         unread: deque[Progress] | None = deque() if read else None
-        for choice in range(params.n):
-            stopper = Stopper(params, self.end_ids, self.tokenizer, room, read)
-            sequence = self.cache.sequence()
+        for choice, grammar in enumerate(prepared.grammars):
             request = Request(
                 id=self._next_id,
                 tokens=list(tokens),
@@ -164,11 +127,12 @@ class Engine:
                 params=params,
                 choice=choice,
                 drafter=drafter,
-                method=name,
-                sequence=sequence,
-                sampler=Sampler(params, choice, words, config.vocab_size, self._grammar(params)),
-                stopper=stopper,
-                spans=spans,
+                method=prepared.method,
+                context=prepared.context,
+                sequence=prepared.context.sequence(self.cache),
+                sampler=Sampler(params, choice, words, config.vocab_size, grammar),
+                stopper=Stopper(params, self.end_ids, self.tokenizer, prepared.room, read),
+                spans=prepared.spans,
                 leader=requests[0] if requests else None,
                 unread=unread,
             )
@@ -190,7 +154,8 @@ class Engine:
 
     def _recall(self, request: Request) -> None:
         """Begin a request behind what an earlier text has in common with its prompt."""
-        if not self.prefixes.limit_bytes or request.spans or request.drafter.taps:
+        whole = request.context is EVERYTHING and not request.spans
+        if not self.prefixes.limit_bytes or not whole or request.drafter.taps:
             return
         sequence = self.prefixes.fork(request.params.tenant, request.tokens)
         if sequence is not None:
@@ -242,31 +207,31 @@ class Engine:
 
     def _step(self) -> list[Progress]:
         plan = self.scheduler.plan()
-        progress = self._propose([each.request for each in plan if not each.piece and each.request not in self._late])
-        plan, passages, failed = self._place([each for each in plan if each.request.finish_reason is None])
-        progress += failed
-        if not plan:
+        late = self._placement.late
+        progress = self._propose([each.request for each in plan if not each.piece and each.request not in late])
+        placed, refused = self._placement.place([each for each in plan if each.request.finish_reason is None])
+        if refused is not None:
+            progress += self._fail(*refused)
+        if not placed:
             return progress
         started = time.perf_counter()
-        rows, wanted = self._pack(plan, passages)
-        taps = self._taps(plan)
+        rows, wanted = packed(placed, self.model.config.hidden_size, self.model.device)
+        taps = wanted_taps(placed)
         logits = self.model.forward(rows, wanted, taps)
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
             logits[:, self.model.config.diffusion.mask_id] = -torch.inf
         best, finite = likeliest_if_finite(logits)
         forward_seconds = time.perf_counter() - started
-        self._record(plan, rows, logits)
+        self._record(rows, logits)
 
         stop = 0
-        for scheduled, passage, span in zip(plan, passages, rows.spans, strict=True):
-            request = scheduled.request
+        for ((request, piece), passage), span in zip(placed, rows.spans, strict=True):
             request.statistics.forward_seconds += forward_seconds
             offset, stop = stop, stop + len(passage.wanted)
-            first = span.stop - 1 if scheduled.piece else span.start
-            hidden = _rows_of(taps, request.drafter, first, span.stop)
+            hidden = taps_of(taps, request.drafter, span.stop - 1 if piece else span.start, span.stop)
             answer = Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
-            if not scheduled.piece:
+            if not piece:
                 progress += self._alone(request, self._decode, answer)
                 continue
             progress += self._alone(request, self._read, span, taps)
@@ -299,7 +264,7 @@ class Engine:
             request.unread.append(progress)
         return progress
 
-    def _record(self, plan: Sequence[Scheduled], rows: Rows, logits: Tensor) -> None:
+    def _record(self, rows: Rows, logits: Tensor) -> None:
         """Enter the step into the ledger."""
         masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
@@ -342,116 +307,18 @@ class Engine:
             request.statistics.draft_seconds += seconds
         return []
 
-    def _place(self, plan: Sequence[Scheduled]) -> tuple[list[Scheduled], list[Passage], list[Progress]]:
-        """Find room in the cache for the step's rows; where there is none, younger requests wait until there is.
-
-        Returns:
-            who takes part and with which passage; and what became of a request for which there never will be room.
-        """
-        placed: dict[int, tuple[Scheduled, Passage]] = {}
-        refused: dict[int, tuple[Request, UserError]] = {}
-        drafted, late = 0, self._late
-        self._late = []
-        for scheduled in sorted(plan, key=lambda each: each.request not in late) if late else plan:
-            request = scheduled.request
-            draft = 0 if scheduled.piece else request.decoding.drafted
-            if draft and drafted and drafted + draft > self.scheduler.limits.draft_rows:
-                self._late.append(request)
-                continue
-            drafted += draft
-            while request in self.scheduler.running:
-                try:
-                    passage = request.decoding.passage(request, scheduled.piece)
-                    self._make_room(request, len(passage.tokens))
-                    placed[request.id] = scheduled, passage
-                    break
-                except UserError as error:
-                    if self.prefixes.evict():
-                        continue
-                    if isinstance(request.decoding, Speculation) and request.decoding.draft:
-                        # Before anybody makes place for it.
-                        request.decoding.draft = Draft()
-                        continue
-                    victim = self._victim(request)
-                    if victim is None:
-                        refused[request.id] = request, error
-                        break
-                    placed.pop(victim.id, None)
-                    self.scheduler.preempt(victim)
-                    victim.sequence.release()
-                    victim.sequence, victim.read = self.cache.sequence(), 0
-        failed = []
-        if refused and not placed:
-            # Nobody will give back what the youngest of them waits for.
-            failed = self._fail(*refused[max(refused)])
-        return [each for each, _ in placed.values()], [passage for _, passage in placed.values()], failed
-
-    def _make_room(self, request: Request, rows: int) -> None:
-        """Room for a pass; when a request begins, for all that is known of it, and what may come as far as that fits.
-
-        Raises:
-            UserError: the cache is full.
-        """
-        if request.read <= request.prompt_length:
-            begun_at = (0, request.statistics.recalled_rows, request.prompt_length)
-            if request.read in begun_at if isinstance(request.decoding, Speculation) else not request.sequence.length:
-                known = max(rows, request.decoding.slots(request))
-                request.sequence.reserve(known, request.drafter.headroom(request))
-        if self.cache.limit_bytes is not None:
-            request.sequence.reserve(rows)
-
-    def _victim(self, request: Request) -> Request | None:
-        """Who gives back its slots and is read again, to make place for a request: the youngest, or that one itself.
-
-        One that only begins takes nobody's place. One that runs alone begins anew if that is all it takes: a block that
-        is outgrown needs place beside its successor.
-        """
-        others = [each for each in self.scheduler.running if each is not request and each.sequence.nbytes()]
-        again = [each for each in (*others, request) if isinstance(each.decoding, Speculation)]
-        if others and request.sequence.length and again:
-            return max(again, key=lambda each: each.id)
-        fits = others or self.cache.fits(len(request.tokens) + 1)
-        return request if request in again and fits and (others or request.sequence.length) else None
-
-    def _pack(self, plan: Sequence[Scheduled], passages: Sequence[Passage]) -> tuple[Rows, list[int]]:
-        """All rows of the step, and the numbers of those whose logits are wanted."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        spans: list[Span] = []
-        wanted: list[int] = []
-        device = self.model.device
-        for scheduled, passage in zip(plan, passages, strict=True):
-            start = len(tokens)
-            tokens += passage.tokens
-            positions += passage.positions
-            wanted += [start + row for row in passage.wanted]
-            mask = passage.mask.to(device) if isinstance(passage.mask, Tensor) else passage.mask
-            spans.append(Span(scheduled.request.sequence, start, len(tokens), mask))
-        numbers = torch.tensor([tokens, positions], device=device)
-        embeddings = None
-        if any(passage.embedded for passage in passages):
-            embeddings = torch.zeros(len(tokens), self.model.config.hidden_size, device=device)
-            for span, passage in zip(spans, passages, strict=True):
-                for first, states in passage.embedded:
-                    embeddings[span.start + first : span.start + first + len(states)] = states
-        return Rows(numbers[0], numbers[1], spans, embeddings), wanted
-
-    def _taps(self, plan: Sequence[Scheduled]) -> Taps | None:
-        """Taps for all sites any drafter of this step asks for."""
-        sites = {site for scheduled in plan for site in scheduled.request.drafter.taps}
-        return Taps(sites) if sites else None
-
     def _read(self, request: Request, span: Span, taps: Taps | None) -> list[Progress]:
         """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
         start, count = request.read, span.stop - span.start
         request.sequence.commit(count)
         request.read += count
         request.statistics.prompt_rows += count
+        request.context.committed(request)
         fresh, stop = max(start, request.shown), min(request.read, request.prompt_length)
         if fresh < stop:
             request.shown = stop
             first = span.start - start
-            hidden = _rows_of(taps, request.drafter, first + fresh, first + stop)
+            hidden = taps_of(taps, request.drafter, first + fresh, first + stop)
             for each in (request, *self.scheduler.followers(request)):
                 each.drafter.observe_prompt(each, fresh, hidden)
         return []
@@ -499,6 +366,7 @@ class Engine:
             request.first_token_at = time.perf_counter()
         progress = self._progress(request, tokens, kinds)
         if request.finish_reason is None:
+            request.context.committed(request)
             decoding.observe(request, tokens)
         else:
             self._finish(request)
@@ -516,20 +384,11 @@ class Engine:
 
     def _give_back(self, request: Request) -> None:
         """Release a request's slots, or keep them for prompts that begin as its text."""
-        # What was evicted, or never was a token, is no text to begin behind.
-        whole = request.sequence.length == request.read and not request.spans
+        # What was left out, or never was a token, is no text to begin behind.
+        whole = request.context is EVERYTHING and not request.spans
         if self.prefixes.limit_bytes and whole and isinstance(request.decoding, Speculation):
             # The last draft may have been accepted beyond where the text was ended.
             request.sequence.crop(min(request.read, len(request.tokens)))
             self.prefixes.keep(request.params.tenant, request.tokens[: request.read], request.sequence)
         else:
             request.sequence.release()
-
-
-def _rows_of(taps: Taps | None, drafter: Drafter, start: int, stop: int) -> Taps | None:
-    """The rows `start:stop` of the sites one drafter asked for."""
-    if taps is None or not drafter.taps:
-        return None
-    own = Taps(drafter.taps)
-    own.states = {site: taps.states[site][start:stop] for site in drafter.taps}
-    return own

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
+from hasten.engine.context import ContextPolicy
 from hasten.engine.drafting.composition import FirstOf
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.specification import bare, pieces
@@ -34,8 +35,11 @@ Role = Literal[
     "evaluation",
     "simulator",
 ]
-"""What a published system is. A drafter proposes next tokens and a denoiser fills canvases: requests choose among these
-two, the decoders; the others are chosen at load, or are commands of their own."""
+"""What a published system is. A drafter proposes next tokens and a denoiser fills canvases: a request chooses one of
+these decoders, and perhaps a cache policy or a prompt reducer, which say what is kept of it. The others are chosen at
+load, or are commands of their own."""
+DECODERS: tuple[Role, ...] = ("drafter", "denoiser")
+CONTEXT_POLICIES: tuple[Role, ...] = ("cache policy", "prompt reducer")
 ENTRY_POINTS = "hasten.methods"
 
 
@@ -110,7 +114,7 @@ class Method:
         needs_training: whether it needs weights that have to be trained for the target.
         command: shows it at work.
         parameters: a dataclass with defaults; its fields are what `slug:key=value` sets.
-        create: (target, parameters) to a drafter; None where it is no decoder.
+        create: (target, parameters) to a drafter or a context policy; None for what no request chooses.
         knob: what trades its accuracy for speed, if anything does.
         defaults: values of parameters that a target has of its own, where the dataclass's are not meant for it; what a
             specification names goes before them.
@@ -126,7 +130,7 @@ class Method:
     needs_training: bool
     command: str
     parameters: type[Any]
-    create: Callable[[Target, Any], Drafter] | None
+    create: Callable[[Target, Any], Drafter | ContextPolicy] | None
     knob: Knob | None = None
     defaults: Callable[[Target], dict[str, Any]] = no_defaults
 
@@ -137,7 +141,7 @@ class NoParameters:
 
 
 _METHODS: dict[str, Method] = {}
-D = TypeVar("D", bound=Callable[[Target, Any], Drafter])
+D = TypeVar("D", bound=Callable[[Target, Any], Drafter | ContextPolicy])
 
 
 def register(
@@ -148,17 +152,17 @@ def register(
     paper: str,
     title: str,
     parameters: type[Any],
-    role: Literal["drafter", "denoiser"] = "drafter",
+    role: Literal["drafter", "denoiser", "cache policy", "prompt reducer"] = "drafter",
     aliases: tuple[str, ...] = (),
     needs_training: bool = False,
     command: str = "",
     knob: Knob | None = None,
     defaults: Callable[[Target], dict[str, Any]] = no_defaults,
 ) -> Callable[[D], D]:
-    """Decorator of a class, or of a function, that makes the drafter from (target, parameters).
+    """Decorator of a class, or of a function, that makes a drafter or context policy from (target, parameters).
 
-    Without a command of its own, a method is shown at work beside plain decoding, on a model that ships. With a knob it
-    is one of those that `hasten sweep` compares. What is registered is described at `Method`.
+    Without a command of its own, a decoder is shown at work beside plain decoding, on a model that ships. With a knob
+    it is one of those that `hasten sweep` compares. What is registered is described at `Method`.
 
     Raises:
         UserError: the knob sets what is no parameter, or a value that the parameters refuse.
@@ -222,8 +226,8 @@ def methods() -> Mapping[str, Method]:
 
 
 def decoders() -> Mapping[str, Method]:
-    """What a request can choose, by slug: drafters and denoisers."""
-    return {slug: method for slug, method in methods().items() if method.create is not None}
+    """The ways of decoding, by slug: drafters and denoisers."""
+    return {slug: method for slug, method in methods().items() if method.role in DECODERS}
 
 
 def find(slug: str) -> Method:
@@ -252,17 +256,21 @@ def parse(spec: str) -> tuple[Method, Any]:
     return method, method.parameters(**named)
 
 
-def read(spec: str) -> tuple[Method, dict[str, Any]]:
-    """A decoder, and the values that a specification names.
+def read(spec: str, roles: Sequence[Role] = DECODERS) -> tuple[Method, dict[str, Any]]:
+    """A method, and the values that a specification names.
+
+    Args:
+        roles: what it may be.
 
     Raises:
-        UserError: unknown method or key, a value of the wrong type, a system that is no decoder.
+        UserError: unknown method or key, a value of the wrong type, a system that is something else.
     """
     slug, _, rest = spec.partition(":")
     method = find(slug.strip())
-    if method.create is None:
+    if method.role not in roles:
+        wanted = "a way of decoding" if roles == DECODERS else " or ".join(f"a {role}" for role in roles)
         what = f"{'an' if method.role[0] in 'ae' else 'a'} {method.role}"
-        raise UserError(f"{slug.strip()} is {what}, not a way of decoding; it is run by: {method.command}")
+        raise UserError(f"{slug.strip()} is {what}, not {wanted}; it is run by: {method.command}")
     return method, _values(method, rest)
 
 
@@ -335,7 +343,7 @@ def create(spec: str, target: Target) -> Drafter:
         UserError: unknown method or key, a value of the wrong type or out of range.
     """
     parts = split(spec)
-    drafters = [_create(part, target) for part in parts]
+    drafters: list[Drafter] = [_create(part, target) for part in parts]
     if len(drafters) == 1:
         return drafters[0]
     for part, drafter in zip(parts, drafters, strict=True):
@@ -343,9 +351,19 @@ def create(spec: str, target: Target) -> Drafter:
     return FirstOf(drafters)
 
 
-def _create(spec: str, target: Target) -> Drafter:
-    """The drafter of a part, by what it names, else by the target's own defaults, else by the method's."""
-    method, named = read(spec)
+def create_context(spec: str, target: Target) -> ContextPolicy:
+    """The context policy of a specification, for one target.
+
+    Raises:
+        UserError: unknown method or key, a value of the wrong type or out of range, a system that is something else.
+    """
+    policy: ContextPolicy = _create(spec, target, CONTEXT_POLICIES)
+    return policy
+
+
+def _create(spec: str, target: Target, roles: Sequence[Role] = DECODERS) -> Any:
+    """What a method makes of what is named, else of the target's own defaults, else of its own."""
+    method, named = read(spec, roles)
     assert method.create is not None
     return method.create(target, method.parameters(**{**method.defaults(target), **named}))
 

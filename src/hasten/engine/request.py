@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hasten.cache import SequenceCache
+from hasten.engine.context import ContextPolicy
 from hasten.engine.decoding import Decoding, TokenKind
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.drafting.speculation import Speculation
@@ -42,6 +43,7 @@ class Request:
         shown: so many of the prompt's the drafter has been shown: after a preemption they are only read again.
         drafter: proposes for it.
         method: the drafter's specification, for reports.
+        context: what is kept of it.
         spans: embeddings in the prompt.
         leader: the sibling choice whose prompt cache this one forks, until it has.
         unread: what steps gave it and its sibling choices and nobody has taken yet; None where nobody reads along.
@@ -56,6 +58,7 @@ class Request:
     choice: int
     drafter: Drafter
     method: str
+    context: ContextPolicy
     sequence: SequenceCache
     sampler: Sampler
     stopper: Stopper

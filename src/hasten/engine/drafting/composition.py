@@ -46,6 +46,10 @@ class FirstOf(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self.drafters)
 
+    def prepare(self) -> None:
+        for drafter in self.drafters:
+            drafter.prepare()
+
     def begin(self, request: Request) -> None:
         for drafter in self.drafters:
             drafter.begin(request)

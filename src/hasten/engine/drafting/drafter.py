@@ -83,6 +83,12 @@ class Drafter:
         """Whether a waiting request may start now; asked before every step until it may."""
         return True
 
+    def prepare(self) -> None:
+        """Do what takes long and steps would wait for, such as measuring; called before each request is added.
+
+        Other threads may be taking steps meanwhile, also with this drafter.
+        """
+
     def begin(self, request: Request) -> None:
         """A request starts; `request.tokens` is its prompt."""
 

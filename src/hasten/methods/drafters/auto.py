@@ -147,6 +147,12 @@ class Auto(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)
 
+    def prepare(self) -> None:
+        """Measures the curve, unless it is known; the one that is kept on disk is of the fastest passes."""
+        _ = self._plans
+        for drafter in self._drafters:
+            drafter.prepare()
+
     def begin(self, request: Request) -> None:
         expected = self._experience.expect(request.params.tenant, request.tokens)
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):
