@@ -649,6 +649,31 @@ def test_recurrent_layers_take_no_slots(recurrent: SequenceCache) -> None:
     assert recurrent.layout.group_of == (0, -1)
 
 
+def block_bytes_of(slots: int) -> int:
+    """Of the attention layer beside a recurrent one."""
+    return Block.bytes_for(by_shape([ATTENTION])[0], slots, torch.float32)
+
+
+def test_states_count_before_there_are_any() -> None:
+    """What is refused is refused before the pass: a step must not find that its states do not fit."""
+    layers, cpu = [ATTENTION, RECURRENT], torch.device("cpu")
+    roomy = Cache(layers, torch.float32, cpu)
+    assert roomy.state_bytes == 3 * 4
+    sequence = roomy.sequence()
+    sequence.reserve(10)
+    assert roomy.used_bytes == sequence.nbytes() == roomy.sequence_bytes(10) == roomy.state_bytes + block_bytes_of(10)
+    child = sequence.fork()
+    advance(child, 2)
+    assert roomy.used_bytes == 2 * roomy.state_bytes + block_bytes_of(10) + block_bytes_of(4)
+    for each in (sequence, child):
+        each.release()
+    assert roomy.used_bytes == 0
+    tight = Cache(layers, torch.float32, cpu, limit_bytes=roomy.state_bytes - 1)
+    with pytest.raises(UserError, match="the KV cache is full: 12 bytes wanted, 11 allowed"):
+        advance(tight.sequence(), 1)
+    assert tight.used_bytes == 0
+
+
 @pytest.mark.parametrize("kept", [0, 2, 3, [0, 1], [], [0, 1, 2]])
 def test_recurrent_layers_keep_part_of_a_chain(kept: int | list[int], recurrent: SequenceCache) -> None:
     advance(recurrent, 3)

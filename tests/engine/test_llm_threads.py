@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams, UserError
-from hasten.engine import Draft
+from hasten.engine import Draft, registry
+from hasten.engine.drafting import cost
 from hasten.model import Decoder
 from hasten.model.native.library import LIBRARY
 from helpers import Scripted
@@ -247,3 +248,51 @@ def test_no_stream_loses_its_end(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     got = at_once([read, lambda: generated(llm, "the moon", long, "plain")])
     assert got[0] == expected
+
+
+def test_steps_do_not_wait_for_what_is_prepared(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread's drafter is loaded, the others' requests go on to their end."""
+    loading, decoded = threading.Event(), threading.Event()
+
+    def create(spec: str, target: Any) -> Any:
+        if spec == "ngram:length=7":
+            loading.set()
+            assert decoded.wait(20), "nobody else was served meanwhile"
+        return made(spec, target)
+
+    made = registry.create
+    monkeypatch.setattr(registry, "create", create)
+
+    def other() -> list[int]:
+        assert loading.wait(20)
+        tokens = generated(llm, "the moon", asked(2), "suffix")
+        decoded.set()
+        return tokens
+
+    slow, quick = at_once([lambda: generated(llm, "the cat and", asked(0), "ngram:length=7"), other])
+    assert slow == generated(llm, "the cat and", asked(0), "plain")
+    assert quick == generated(llm, "the moon", asked(2), "plain")
+
+
+def test_measuring_is_no_part_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepping: list[bool] = []
+    measured: list[bool] = []
+    step, measure = llm.engine._step, cost.measure
+
+    def counted() -> Any:
+        stepping.append(True)
+        try:
+            return step()
+        finally:
+            stepping.pop()
+
+    def looked(model: Any) -> Any:
+        measured.append(bool(stepping))
+        return measure(model)
+
+    monkeypatch.setattr(llm.engine, "_step", counted)
+    monkeypatch.setattr(cost, "measure", looked)
+    monkeypatch.setattr(cost, "_read", lambda file: None)
+    for method in ("auto:candidates=ngram", "ngram+auto:candidates=suffix"):
+        generated(llm, "the cat and", asked(0), method)
+    assert measured == [False, False]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import getrandbits
 from threading import Lock
@@ -18,6 +19,8 @@ from hasten.errors import UserError
 
 DRAFTERS = 16
 """Specifications whose drafters an engine keeps though no request uses them."""
+POLICIES = 64
+"""Specifications whose context policies an engine keeps; requests hold on to theirs."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Prepared:
 
 
 class Preparation:
-    """Makes and keeps what requests share. Any thread may come; one at a time makes something.
+    """Makes and keeps what requests share. Any thread may come; who asks for what another one is making waits for that.
 
     Args:
         target: the model and what belongs to it.
@@ -53,7 +56,8 @@ class Preparation:
 
     def __init__(self, target: registry.Target, used: Callable[[], Collection[str]]) -> None:
         self._target, self._used = target, used
-        self._making = Lock()
+        self._lock = Lock()
+        self._making: dict[Hashable, Lock] = {}
         self._drafters: dict[str, Drafter] = {}
         self._policies: dict[str, ContextPolicy] = {}
         self._grammars: Grammars | None = None
@@ -85,9 +89,9 @@ class Preparation:
         name, drafter = self.drafter(method)
         if isinstance(drafter, Denoiser) and policy is not EVERYTHING:
             raise UserError(f"{name} fills a canvas, all of which must be kept: it cannot have a context policy")
-        with self._making:
+        with self._one_at_a_time(id(drafter)):
             drafter.prepare()
-            grammars = [self._grammar(params) for _ in range(params.n)]
+        grammars = [self._grammar(params) for _ in range(params.n)]
         return Prepared(tokens, spans, params, name, drafter, policy, grammars, room)
 
     def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
@@ -101,23 +105,17 @@ class Preparation:
         if isinstance(method, Drafter):
             name, drafter = type(method).__name__, method
         else:
-            with self._making:
-                known = self._drafters.pop(method, None)
-                drafter = registry.create(method, self._target) if known is None else known
-                name, self._drafters[method] = method, drafter
-                self._forget({method, *self._used()})
+            with self._one_at_a_time(("drafter", method)):
+                with self._lock:
+                    known = self._drafters.get(method)
+                name, drafter = method, registry.create(method, self._target) if known is None else known
+                self._remember(method, drafter)
         config = self._target.model.config
         if isinstance(drafter, Denoiser) and config.diffusion is None:
             raise UserError(f"{name} needs a model that fills masked positions; this one predicts the next token")
         if not isinstance(drafter, Denoiser) and config.fills_canvas:
             raise UserError(f"{name} needs a model that predicts the next token; this one fills masked positions")
         return name, drafter
-
-    def _forget(self, used: Collection[str]) -> None:
-        """Drafters that were not used for longest, where there are too many."""
-        idle = [spec for spec in self._drafters if spec not in used]
-        for spec in idle[: max(0, len(self._drafters) - DRAFTERS)]:
-            del self._drafters[spec]
 
     def context(self, policy: str | ContextPolicy) -> ContextPolicy:
         """The shared context policy of a specification, or a policy object as it is.
@@ -127,16 +125,41 @@ class Preparation:
         """
         if isinstance(policy, ContextPolicy):
             return policy
-        with self._making:
-            if policy not in self._policies:
-                self._policies[policy] = registry.create_context(policy, self._target)
-            return self._policies[policy]
+        with self._one_at_a_time(("context", policy)):
+            known = self._policies.get(policy) or registry.create_context(policy, self._target)
+            self._policies[policy] = known
+            for old in list(self._policies)[:-POLICIES]:
+                self._policies.pop(old, None)
+            return known
 
     def _grammar(self, params: SamplingParams) -> GrammarState | None:
         """A constraint's state at the start of a request."""
         if params.constraint is None:
             return None
-        if self._grammars is None:
-            target = self._target
-            self._grammars = Grammars(target.tokenizer, target.model.config.vocab_size, target.end_ids)
+        with self._one_at_a_time(Grammars):
+            if self._grammars is None:
+                target = self._target
+                self._grammars = Grammars(target.tokenizer, target.model.config.vocab_size, target.end_ids)
         return self._grammars.start(params.constraint)
+
+    def _remember(self, method: str, drafter: Drafter) -> None:
+        """As the one used last; where there are too many, those that were not used for longest go."""
+        with self._lock:
+            self._drafters.pop(method, None)
+            self._drafters[method] = drafter
+            used = {method, *self._used()}
+            idle = [spec for spec in self._drafters if spec not in used]
+            for spec in idle[: max(0, len(self._drafters) - DRAFTERS)]:
+                del self._drafters[spec]
+
+    @contextmanager
+    def _one_at_a_time(self, what: Hashable) -> Iterator[None]:
+        """Threads that make the same do so one after the other."""
+        with self._lock:
+            lock = self._making.setdefault(what, Lock())
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                self._making.pop(what, None)

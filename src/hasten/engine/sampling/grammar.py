@@ -77,7 +77,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles constraints for one model, and remembers the last used ones.
+    """Compiles constraints for one model, and remembers the last used ones. Any thread may come.
 
     Args:
         tokenizer: of transformers, backed by the tokenizers library.
@@ -157,8 +157,9 @@ class Grammars:
         if compiled.is_error():
             raise UserError(f"the {constraint.kind} cannot be used: {_sentence(compiled.get_error())}")
         self._compiled[constraint] = compiled
-        while len(self._compiled) > KEPT_COMPILED:
-            del self._compiled[next(iter(self._compiled))]
+        # Another thread may do the same meanwhile.
+        for old in list(self._compiled)[:-KEPT_COMPILED]:
+            self._compiled.pop(old, None)
         return compiled.deep_copy()
 
 
