@@ -18,9 +18,9 @@ from hasten.bench.prompts import BenchPrompt
 from hasten.bench.race import default_method, race
 from hasten.bench.verify import verify
 from hasten.engine import Draft, Drafter, SamplingParams
+from hasten.engine.creation import is_lossless
 from hasten.engine.drafting.cost import VerifyCost
 from hasten.engine.drafting.verification import Verdict
-from hasten.engine.registry import is_lossless
 from hasten.engine.specification import split_methods
 from hasten.model import Rows
 
@@ -120,7 +120,7 @@ def test_verify_reports_the_first_divergence(llm: LLM, monkeypatch: pytest.Monke
             return Draft.chain([7])
 
     monkeypatch.setattr("hasten.engine.drafting.verification.match", gullible)
-    monkeypatch.setattr("hasten.engine.registry.create", lambda spec, target: Wrong() if spec == "wrong" else plain)
+    monkeypatch.setattr("hasten.engine.creation.create", lambda spec, target: Wrong() if spec == "wrong" else plain)
     plain = type("Nothing", (Drafter,), {"propose": lambda self, request, budget: Draft()})()
     result = verify(llm, "wrong", [PROMPT, llm.encode(PROMPT + " red")], max_tokens=6)
     assert result.identical == 0 and result.prompts == 2
@@ -189,7 +189,7 @@ def test_every_round_starts_with_fresh_drafters(llm: LLM, monkeypatch: pytest.Mo
         made.append(type("Nothing", (Drafter,), {"propose": lambda self, request, budget: Draft()})())
         return made[-1]
 
-    monkeypatch.setattr("hasten.engine.registry.create", create)
+    monkeypatch.setattr("hasten.engine.creation.create", create)
     rows = compare(llm, ["fake"], prompts(PROMPT), SamplingParams(max_tokens=2), rounds=3, curve=CURVE)
     assert len(made) == 2 * 3 and rows[-1]["prompts"] == 3
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams, UserError
-from hasten.engine import Draft, registry
+from hasten.engine import Draft, creation
 from hasten.engine.drafting import cost
 from hasten.model import Decoder
 from hasten.model.native.library import LIBRARY
@@ -260,8 +260,8 @@ def test_steps_do_not_wait_for_what_is_prepared(llm: LLM, monkeypatch: pytest.Mo
             assert decoded.wait(20), "nobody else was served meanwhile"
         return made(spec, target)
 
-    made = registry.create
-    monkeypatch.setattr(registry, "create", create)
+    made = creation.create
+    monkeypatch.setattr(creation, "create", create)
 
     def other() -> list[int]:
         assert loading.wait(20)

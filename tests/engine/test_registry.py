@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from hasten import SamplingParams, UserError, methods
-from hasten.engine import Draft, Drafter, Knob, Target, register, registry
+from hasten.engine import Draft, Drafter, Knob, Target, creation, register, registry
 from hasten.engine.specification import split_methods
 from hasten.model import OracleModel
 
@@ -165,7 +165,7 @@ def test_knobs_turn_parameters(turn, message):
 
 def test_created_for_a_target(method):
     target = Target(OracleModel(lambda history: None, 5))
-    drafter = registry.create("a-test-method:count=2", target)
+    drafter = creation.create("a-test-method:count=2", target)
     assert drafter.target is target
     assert drafter.parameters == Parameters(count=2)
 
@@ -173,11 +173,11 @@ def test_created_for_a_target(method):
 def test_a_targets_own_defaults_give_way_to_what_is_named(method):
     add(defaults=lambda target: {"count": target.model.config.vocab_size, "name": "its own"})(Nothing)
     target = Target(OracleModel(lambda history: None, 5))
-    made = [registry.create(f"a-test-method{rest}", target) for rest in ("", ":count=2", ":count=3,name=")]
+    made = [creation.create(f"a-test-method{rest}", target) for rest in ("", ":count=2", ":count=3,name=")]
     assert [drafter.parameters for drafter in made] == [
         Parameters(5, name="its own"), Parameters(2, name="its own"), Parameters(3, name=""),
     ]  # fmt: skip
-    composed = registry.create("ngram+a-test-method:share=1", target)
+    composed = creation.create("ngram+a-test-method:share=1", target)
     assert composed.drafters[1].parameters == Parameters(5, 1.0, name="its own")
 
 
@@ -200,7 +200,7 @@ def test_third_parties_register_through_entry_points(tmp_path: Path, monkeypatch
     registry._load_entry_points.cache_clear()
     try:
         assert "elsewhere" in methods()
-        assert registry.create("elsewhere:depth=5", Target(OracleModel(lambda history: None, 5))).depth == 5
+        assert creation.create("elsewhere:depth=5", Target(OracleModel(lambda history: None, 5))).depth == 5
     finally:
         registry._METHODS.pop("elsewhere", None)
 

@@ -7,8 +7,8 @@ import pytest
 from hasten import SamplingParams, UserError
 from hasten.cache import Cache
 from hasten.engine import Draft, Engine, Limits, Target
+from hasten.engine.creation import create
 from hasten.engine.memory import logits_bytes, mask_bytes
-from hasten.engine.registry import create
 from hasten.methods.drafters.specmemo import SpecMemo, SpecMemoParameters
 from helpers import PeakBytes
 

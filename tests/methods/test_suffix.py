@@ -15,7 +15,7 @@ import pytest
 from counting import Counts, speculate
 
 from hasten import LLM, SamplingParams
-from hasten.engine import Draft, Engine, Target, registry
+from hasten.engine import Draft, Engine, Target, creation
 from hasten.errors import UserError
 from hasten.methods.drafters.suffix import NOTHING, Speculator, Suffix, SuffixParameters
 from hasten.methods.drafters.suffix_index import SuffixIndex
@@ -387,7 +387,7 @@ def test_store_that_vanishes_is_told_once(tmp_path):
 )
 def test_out_of_range(spec):
     with pytest.raises(UserError, match=r"^suffix: "):
-        registry.create(f"suffix:{spec}", TARGET)
+        creation.create(f"suffix:{spec}", TARGET)
 
 
 # What it is worth

@@ -20,7 +20,8 @@ from hasten.bench.lane import Lane, interleave
 from hasten.bench.prompts import BenchPrompt, encode
 from hasten.bench.race import default_method
 from hasten.engine import Engine, SamplingParams, decoders
-from hasten.engine.registry import Method, is_lossless, parse
+from hasten.engine.creation import is_lossless
+from hasten.engine.registry import Method, parse
 from hasten.errors import UserError
 from hasten.llm import LLM
 from hasten.model import ModelConfig

@@ -72,7 +72,7 @@ def _live(
 
     from hasten.bench import race as racing
     from hasten.bench.lane import Lane, engine_for, interleave, reference
-    from hasten.engine.registry import is_lossless
+    from hasten.engine.creation import is_lossless
 
     racing.race(llm, prompt, method, params, rounds=1)
     console = Console()

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from random import getrandbits
 from threading import Lock
 
-from hasten.engine import registry
+from hasten.engine import creation
 from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.context import EVERYTHING, ContextPolicy
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.prompt import EmbeddedSpan, Segment, laid_out
+from hasten.engine.registry import Target
 from hasten.engine.sampling.grammar import Grammars, GrammarState
 from hasten.engine.sampling.params import SamplingParams
 from hasten.errors import UserError
@@ -54,7 +55,7 @@ class Preparation:
         used: specifications whose drafters are in use now.
     """
 
-    def __init__(self, target: registry.Target, used: Callable[[], Collection[str]]) -> None:
+    def __init__(self, target: Target, used: Callable[[], Collection[str]]) -> None:
         self._target, self._used = target, used
         self._lock = Lock()
         self._making: dict[Hashable, Lock] = {}
@@ -108,7 +109,7 @@ class Preparation:
             with self._one_at_a_time(("drafter", method)):
                 with self._lock:
                     known = self._drafters.get(method)
-                name, drafter = method, registry.create(method, self._target) if known is None else known
+                name, drafter = method, creation.create(method, self._target) if known is None else known
                 self._remember(method, drafter)
         config = self._target.model.config
         if isinstance(drafter, Denoiser) and config.diffusion is None:
@@ -126,7 +127,7 @@ class Preparation:
         if isinstance(policy, ContextPolicy):
             return policy
         with self._one_at_a_time(("context", policy)):
-            known = self._policies.get(policy) or registry.create_context(policy, self._target)
+            known = self._policies.get(policy) or creation.create_context(policy, self._target)
             self._policies[policy] = known
             for old in list(self._policies)[:-POLICIES]:
                 self._policies.pop(old, None)

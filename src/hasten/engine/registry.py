@@ -1,20 +1,17 @@
-"""The registry of methods: what exists, how it is named, and how `slug:key=value+slug` becomes a drafter."""
+"""The registry of methods: what exists, and how it is named."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from math import isfinite
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hasten.engine.context import ContextPolicy
-from hasten.engine.drafting.composition import FirstOf
 from hasten.engine.drafting.drafter import Drafter
-from hasten.engine.specification import bare, pieces
+from hasten.engine.specification import pieces, require_parameter, values
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,10 +186,9 @@ def _try_out(method: Method, knob: Knob) -> None:
         UserError: one cannot be set.
     """
     for name in knob.turns:
-        if name not in _kinds(method):
-            raise _no_parameter(method, name)
+        require_parameter(method.slug, method.parameters, name)
     for value in knob.values:
-        method.parameters(**_values(method, knob.at(value, method.parameters)))
+        method.parameters(**values(method.slug, method.parameters, knob.at(value, method.parameters)))
 
 
 def register_system(
@@ -271,54 +267,7 @@ def read(spec: str, roles: Sequence[Role] = DECODERS) -> tuple[Method, dict[str,
         wanted = "a way of decoding" if roles == DECODERS else " or ".join(f"a {role}" for role in roles)
         what = f"{'an' if method.role[0] in 'ae' else 'a'} {method.role}"
         raise UserError(f"{slug.strip()} is {what}, not {wanted}; it is run by: {method.command}")
-    return method, _values(method, rest)
-
-
-def _values(method: Method, text: str) -> dict[str, Any]:
-    """`key=value,key=value` to values of the parameters' types.
-
-    Raises:
-        UserError: an unknown key, or a value of the wrong type.
-    """
-    kinds, values = _kinds(method), {}
-    for item in filter(None, pieces(text, ",")):
-        key, equals, value = item.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or key not in kinds:
-            raise _no_parameter(method, key)
-        values[key] = _convert(method.slug, key, bare(value), kinds[key])
-    return values
-
-
-def _kinds(method: Method) -> dict[str, Any]:
-    """The types of a method's parameters, by name."""
-    types = get_type_hints(method.parameters)
-    return {field.name: types[field.name] for field in dataclasses.fields(method.parameters)}
-
-
-def _no_parameter(method: Method, name: str) -> UserError:
-    names = ", ".join(_kinds(method)) or "none"
-    return UserError(f"{method.slug} has no parameter {name!r}; its parameters are: {names}")
-
-
-def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
-    """Text as the field's type."""
-    if kind is bool:
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise UserError(f"{slug}: {key} must be true or false, not {text!r}")
-    if kind in (int, float):
-        try:
-            number = kind(text)
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise UserError(f"{slug}: {key} must be {wanted}, not {text!r}") from None
-        if not isfinite(number):
-            raise UserError(f"{slug}: {key} must be a finite number, not {text!r}")
-        return number
-    return text
+    return method, values(method.slug, method.parameters, rest)
 
 
 def split(spec: str, separator: str = "+") -> list[str]:
@@ -332,59 +281,3 @@ def split(spec: str, separator: str = "+") -> list[str]:
         else:
             parts.append(piece)
     return parts
-
-
-def create(spec: str, target: Target) -> Drafter:
-    """The drafter of a method specification, for one target.
-
-    `a+b` is a composition: where `a` has nothing to propose, `b` is asked.
-
-    Raises:
-        UserError: unknown method or key, a value of the wrong type or out of range.
-    """
-    parts = split(spec)
-    drafters: list[Drafter] = [_create(part, target) for part in parts]
-    if len(drafters) == 1:
-        return drafters[0]
-    for part, drafter in zip(parts, drafters, strict=True):
-        refuse_alone(part, drafter, "a part of a composition")
-    return FirstOf(drafters)
-
-
-def create_context(spec: str, target: Target) -> ContextPolicy:
-    """The context policy of a specification, for one target.
-
-    Raises:
-        UserError: unknown method or key, a value of the wrong type or out of range, a system that is something else.
-    """
-    policy: ContextPolicy = _create(spec, target, CONTEXT_POLICIES)
-    return policy
-
-
-def _create(spec: str, target: Target, roles: Sequence[Role] = DECODERS) -> Any:
-    """What a method makes of what is named, else of the target's own defaults, else of its own."""
-    method, named = read(spec, roles)
-    assert method.create is not None
-    return method.create(target, method.parameters(**{**method.defaults(target), **named}))
-
-
-def refuse_alone(spec: str, drafter: Drafter, place: str) -> None:
-    """Refuse a drafter that must be the whole method.
-
-    Args:
-        spec: its specification.
-        place: what it was named as, for the message.
-
-    Raises:
-        UserError: it must be.
-    """
-    if drafter.alone:
-        slug = spec.partition(":")[0].strip()
-        takes = any(field.name == "drafter" for field in dataclasses.fields(find(slug).parameters))
-        hint = f"; the others can be its own ({slug}:drafter=...)" if takes else ""
-        raise UserError(f"{slug} cannot be {place}, since it must be the whole method{hint}")
-
-
-def is_lossless(spec: str) -> bool:
-    """Whether every part of a specification gives plain decoding's tokens."""
-    return all(parse(part)[0].exactness == "lossless" for part in split(spec))

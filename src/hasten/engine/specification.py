@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from math import isfinite
+from typing import Any, get_type_hints
+
 from hasten.errors import UserError
 
 
@@ -46,3 +50,54 @@ def split_methods(text: str) -> list[str]:
     if not names:
         raise UserError("give at least one method")
     return names
+
+
+def values(slug: str, parameters: type[Any], text: str) -> dict[str, Any]:
+    """`key=value,key=value` to values of the types of a dataclass's fields.
+
+    Args:
+        slug: of the method, for messages.
+
+    Raises:
+        UserError: an unknown key, a key without a value, or a value of the wrong type.
+    """
+    types, found = get_type_hints(parameters), {}
+    for item in filter(None, pieces(text, ",")):
+        key, equals, value = item.partition("=")
+        key = key.strip().replace("-", "_")
+        require_parameter(slug, parameters, key)
+        if not equals:
+            raise UserError(f"{slug}: {key} needs a value: {key}=...")
+        found[key] = _convert(slug, key, bare(value), types[key])
+    return found
+
+
+def require_parameter(slug: str, parameters: type[Any], name: str) -> None:
+    """Refuse what is no field of a method's dataclass.
+
+    Raises:
+        UserError: it is none.
+    """
+    names = [field.name for field in dataclasses.fields(parameters)]
+    if name not in names:
+        raise UserError(f"{slug} has no parameter {name!r}; its parameters are: {', '.join(names) or 'none'}")
+
+
+def _convert(slug: str, key: str, text: str, kind: Any) -> Any:
+    """Text as the field's type."""
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        if text.lower() in ("false", "0", "no", "off"):
+            return False
+        raise UserError(f"{slug}: {key} must be true or false, not {text!r}")
+    if kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise UserError(f"{slug}: {key} must be {wanted}, not {text!r}") from None
+        if not isfinite(number):
+            raise UserError(f"{slug}: {key} must be a finite number, not {text!r}")
+        return number
+    return text

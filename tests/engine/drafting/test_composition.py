@@ -6,8 +6,9 @@ import pytest
 
 from hasten import SamplingParams, UserError
 from hasten.engine import Draft, Drafter, registry
+from hasten.engine.creation import create, is_lossless
 from hasten.engine.drafting.composition import FirstOf
-from hasten.engine.registry import create, is_lossless, split
+from hasten.engine.registry import split
 from hasten.model import load_model
 from hasten.model.checkpoint import resolve
 

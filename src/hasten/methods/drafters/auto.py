@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.creation import create, is_lossless, refuse_alone
 from hasten.engine.drafting.composition import memory_of, weights_of
 from hasten.engine.drafting.cost import VerifyCost, verify_cost
 from hasten.engine.drafting.planner import Planner
-from hasten.engine.registry import create, is_lossless, refuse_alone, split
+from hasten.engine.registry import split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience

@@ -28,9 +28,10 @@ from dataclasses import dataclass, field
 
 from hasten.cache import Cache
 from hasten.engine import Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.creation import create, is_lossless
 from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.memory import logits_bytes, mask_bytes, parse_bytes
-from hasten.engine.registry import create, is_lossless, split
+from hasten.engine.registry import split
 from hasten.engine.sampling.sampler import Sampler
 from hasten.errors import UserError, require
 from hasten.model.taps import Taps
