@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import hasten
 
 ROOT = Path(hasten.__file__).parent
@@ -66,8 +68,10 @@ def test_no_import_points_upwards() -> None:
         assert not higher, f"{name} imports {', '.join(higher)}"
 
 
-def test_no_circle() -> None:
+@pytest.mark.parametrize("types", [False, True])
+def test_no_circle(types: bool) -> None:
+    """Nor one of annotations."""
     try:
-        list(TopologicalSorter(graph(types=False)).static_order())
+        list(TopologicalSorter(graph(types)).static_order())
     except CycleError as error:
         raise AssertionError(f"a circle: {' imports '.join(error.args[1][::-1])}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from hasten.engine import Drafter, Engine, Limits, Request, SamplingParams, Statistics, TokenLogprobs
+from hasten.engine import Drafter, Engine, Job, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.memory import parse_bytes
 from hasten.engine.prompt import Embedded, Segment
 from hasten.engine.text import decode
@@ -213,7 +213,7 @@ class LLM:
         many = _as_prompts(prompts)
         each_params = _spread(params if params is not None else self.default_params, len(many), "params")
         each_method = _spread(method if method is not None else self.method, len(many), "method")
-        groups: list[list[Request]] = []
+        groups: list[list[Job]] = []
         try:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
                 groups.append(self.engine.add(self._segments(prompt), own_params, own_method))

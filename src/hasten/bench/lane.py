@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hasten.engine import Engine, Limits, Progress, Request, SamplingParams
+from hasten.engine import Engine, Job, Limits, Progress, SamplingParams
 from hasten.llm import LLM
 
 MEMORY_EVERY = 16
@@ -81,7 +81,7 @@ class Lane:
         self._until_first: tuple[float, float, float, float, int] | None = None
         self._memory_bytes = 0
         started = time.perf_counter()
-        self.request: Request = engine.add(prompt, params, method, read=read)[0]
+        self.request: Job = engine.add(prompt, params, method, read=read)[0]
         self.seconds += time.perf_counter() - started
 
     @property

@@ -8,6 +8,7 @@ from hasten.engine.context import ContextPolicy
 from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
+from hasten.engine.job import Job
 from hasten.engine.prompt import Embedded
 from hasten.engine.registry import Knob, Method, Target, decoders, methods, register
 from hasten.engine.report import Statistics, TokenLogprobs
@@ -30,6 +31,7 @@ __all__ = [
     "Engine",
     "FullWindow",
     "Hypothesis",
+    "Job",
     "Knob",
     "Limits",
     "Method",

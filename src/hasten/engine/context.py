@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from hasten.cache import Cache, GroupCache, SequenceCache, SlotCache
 from hasten.engine.prompt import Segment
+from hasten.engine.request import Request
 from hasten.model.layout import Group, Layout
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
 
 
 class ContextPolicy:

@@ -6,19 +6,14 @@ There are two: `Speculation` of the next tokens, and `Filling` of a canvas.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from hasten.engine.passage import Passage
+from hasten.engine.report import TokenKind
+from hasten.engine.request import Request
 from hasten.model import Taps
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
-
-TokenKind = Literal["plain", "accepted", "correction"]
-"""How a token came: without a draft, from a draft (or with others in one look at a canvas), or as the target's own one
-at the end of a draft."""
 
 
 class Answer(NamedTuple):

@@ -14,17 +14,19 @@ from hasten.cache import Cache, Prefixes
 from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.filling import Filling
 from hasten.engine.context import EVERYTHING, ContextPolicy
-from hasten.engine.decoding import Answer, TokenKind
+from hasten.engine.decoding import Answer
 from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.drafting.speculation import Speculation
+from hasten.engine.job import Job
 from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.packing import packed, taps_of, wanted_taps
 from hasten.engine.placement import Placement
 from hasten.engine.preparation import Preparation, Prepared
 from hasten.engine.prompt import EMBEDDED, Segment
 from hasten.engine.registry import Target
-from hasten.engine.request import Progress, Request
+from hasten.engine.report import TokenKind
+from hasten.engine.request import Progress
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
 from hasten.engine.scheduler import Limits, Scheduler
@@ -92,7 +94,7 @@ class Engine:
         method: str | Drafter = "plain",
         read: bool = False,
         context: str | ContextPolicy = EVERYTHING,
-    ) -> list[Request]:
+    ) -> list[Job]:
         """Queue a prompt and return its choices (`params.n` requests).
 
         What takes long (loading a drafter, compiling a grammar, measuring) is done before, beside the steps of others.
@@ -113,14 +115,15 @@ class Engine:
         with self._turn:
             return self._add(prepared, read)
 
-    def _add(self, prepared: Prepared, read: bool) -> list[Request]:
+    def _add(self, prepared: Prepared, read: bool) -> list[Job]:
         config, params, drafter = self.model.config, prepared.params, prepared.drafter
         tokens = prepared.tokens
         words = [token for token in tokens if token != EMBEDDED]
-        requests: list[Request] = []
+        requests: list[Job] = []
         unread: deque[Progress] | None = deque() if read else None
         for choice, grammar in enumerate(prepared.grammars):
-            request = Request(
+            request = Job(
+                decoding=Speculation(drafter),
                 id=self._next_id,
                 tokens=list(tokens),
                 prompt_length=len(tokens),
@@ -152,7 +155,7 @@ class Engine:
             raise
         return requests
 
-    def _recall(self, request: Request) -> None:
+    def _recall(self, request: Job) -> None:
         """Begin a request behind what an earlier text has in common with its prompt."""
         whole = request.context is EVERYTHING and not request.spans
         if not self.prefixes.limit_bytes or not whole or request.drafter.taps:
@@ -162,11 +165,11 @@ class Engine:
             request.sequence = sequence
             request.read = request.shown = request.statistics.recalled_rows = sequence.length
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Job) -> None:
         """End a request, at the latest after the step that another thread is taking; harmless if it has ended."""
         self._turn.later(lambda: self._end(request, "abort"))
 
-    def _end(self, request: Request, reason: FinishReason) -> None:
+    def _end(self, request: Job, reason: FinishReason) -> None:
         """End a request before its time."""
         if request.finish_reason is None:
             request.finish_reason = reason
@@ -240,7 +243,7 @@ class Engine:
                     progress += self._alone(choice, self._decode, answer)
         return progress
 
-    def _alone(self, request: Request, work: Callable[..., list[Progress]], *arguments: Any) -> list[Progress]:
+    def _alone(self, request: Job, work: Callable[..., list[Progress]], *arguments: Any) -> list[Progress]:
         """Do a request's part of a step; what goes wrong there ends that request only."""
         try:
             return work(request, *arguments)
@@ -251,13 +254,13 @@ class Engine:
             self._end(request, "abort")
             raise
 
-    def _fail(self, request: Request, error: Exception) -> list[Progress]:
+    def _fail(self, request: Job, error: Exception) -> list[Progress]:
         """End a request that cannot go on."""
         request.error = error
         self._end(request, "error")
         return [self._progress(request, [], [])]
 
-    def _progress(self, request: Request, tokens: list[int], kinds: list[TokenKind]) -> Progress:
+    def _progress(self, request: Job, tokens: list[int], kinds: list[TokenKind]) -> Progress:
         """Report what a step gave, to the stepping thread and to who reads along."""
         progress = Progress(request, tokens, kinds, request.stopper.fresh(), request.finish_reason)
         if request.unread is not None:
@@ -269,9 +272,9 @@ class Engine:
         masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
 
-    def _propose(self, requests: Sequence[Request]) -> list[Progress]:
+    def _propose(self, requests: Sequence[Job]) -> list[Progress]:
         """Have drafts made, and canvases' first passages; what became of the requests where that failed."""
-        groups: dict[int, list[Request]] = {}
+        groups: dict[int, list[Job]] = {}
         failed: list[Progress] = []
         for request in requests:
             if isinstance(request.decoding, Filling):
@@ -287,11 +290,11 @@ class Engine:
                     failed += self._alone(request, self._draft)
         return failed
 
-    def _look(self, request: Request) -> list[Progress]:
+    def _look(self, request: Job) -> list[Progress]:
         request.decoding.passage(request, 0)
         return []
 
-    def _draft(self, *requests: Request) -> list[Progress]:
+    def _draft(self, *requests: Job) -> list[Progress]:
         """Clamped drafts for requests with one drafter."""
         started = time.perf_counter()
         # The target adds a token of its own, so a draft is never longer than what may come, less one.
@@ -307,7 +310,7 @@ class Engine:
             request.statistics.draft_seconds += seconds
         return []
 
-    def _read(self, request: Request, span: Span, taps: Taps | None) -> list[Progress]:
+    def _read(self, request: Job, span: Span, taps: Taps | None) -> list[Progress]:
         """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
         start, count = request.read, span.stop - span.start
         request.sequence.commit(count)
@@ -323,7 +326,7 @@ class Engine:
                 each.drafter.observe_prompt(each, fresh, hidden)
         return []
 
-    def _fork(self, leader: Request) -> list[Request]:
+    def _fork(self, leader: Job) -> list[Job]:
         """Give the sibling choices that wait for this prompt its cache, by reference.
 
         All get their first token with it, those that still queue for a place in the batch, too.
@@ -334,7 +337,7 @@ class Engine:
             follower.read, follower.shown = leader.read, leader.shown
         return followers
 
-    def _bequeath(self, leader: Request) -> None:
+    def _bequeath(self, leader: Job) -> None:
         """Let the first sibling that waits for an aborted choice go on reading their prompt in its place."""
         followers = self.scheduler.followers(leader)
         if not followers:
@@ -345,7 +348,7 @@ class Engine:
         for follower in followers[1:]:
             follower.leader = heir
 
-    def _decode(self, request: Request, answer: Answer) -> list[Progress]:
+    def _decode(self, request: Job, answer: Answer) -> list[Progress]:
         """What a pass gave a request goes through the stopping rules, and is kept and reported."""
         started = time.perf_counter()
         decoding, statistics, grammar = request.decoding, request.statistics, request.sampler.grammar
@@ -372,7 +375,7 @@ class Engine:
             self._finish(request)
         return [progress]
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Job) -> None:
         """Release everything a request holds; only then it is over, for those who wait for it."""
         self.scheduler.remove(request)
         try:
@@ -382,7 +385,7 @@ class Engine:
             self._give_back(request)
             request.finished_at = time.perf_counter()
 
-    def _give_back(self, request: Request) -> None:
+    def _give_back(self, request: Job) -> None:
         """Release a request's slots, or keep them for prompts that begin as its text."""
         # What was left out, or never was a token, is no text to begin behind.
         whole = request.context is EVERYTHING and not request.spans

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hasten.cache import Cache, Prefixes
 from hasten.engine.drafting.draft import Draft
 from hasten.engine.drafting.speculation import Speculation
+from hasten.engine.job import Job
 from hasten.engine.passage import Passage
-from hasten.engine.request import Request
 from hasten.engine.scheduler import Scheduled, Scheduler
 from hasten.errors import UserError
 
@@ -30,12 +30,12 @@ class Placement:
 
     def __init__(self, scheduler: Scheduler, cache: Cache, prefixes: Prefixes) -> None:
         self._scheduler, self._cache, self._prefixes = scheduler, cache, prefixes
-        self.late: list[Request] = []
+        self.late: list[Job] = []
 
-    def place(self, plan: Sequence[Scheduled]) -> tuple[list[Placed], tuple[Request, UserError] | None]:
+    def place(self, plan: Sequence[Scheduled]) -> tuple[list[Placed], tuple[Job, UserError] | None]:
         """Who of the scheduled requests takes part, and one for which there never will be room, if that shows."""
         placed: dict[int, Placed] = {}
-        refused: dict[int, tuple[Request, UserError]] = {}
+        refused: dict[int, tuple[Job, UserError]] = {}
         drafted, late = 0, self.late
         self.late = []
         for scheduled in sorted(plan, key=lambda each: each.request not in late) if late else plan:
@@ -69,7 +69,7 @@ class Placement:
         # Where nobody is placed, nobody will give back what the youngest of them waits for.
         return list(placed.values()), refused[max(refused)] if refused and not placed else None
 
-    def _make_room(self, request: Request, rows: int) -> None:
+    def _make_room(self, request: Job, rows: int) -> None:
         """Room for a pass; when a request begins, for all that is known of it, and what may come as far as that fits.
 
         Raises:
@@ -83,7 +83,7 @@ class Placement:
         if self._cache.limit_bytes is not None:
             request.sequence.reserve(rows)
 
-    def _victim(self, request: Request) -> Request | None:
+    def _victim(self, request: Job) -> Job | None:
         """Who gives back its slots and is read again, to make place for a request: the youngest, or that one itself.
 
         One that only begins takes nobody's place. One that runs alone begins anew if that is all it takes: a block that

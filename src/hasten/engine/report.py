@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+TokenKind = Literal["plain", "accepted", "correction"]
+"""How a token came: without a draft, from a draft (or with others in one look at a canvas), or as the target's own one
+at the end of a draft."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A request: one choice of one prompt, from arrival to the last token. All its state lives here, none in the batch."""
+"""A request: one choice of one prompt, from arrival to the last token; what methods may know of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hasten.cache import SequenceCache
-from hasten.engine.context import ContextPolicy
-from hasten.engine.decoding import Decoding, TokenKind
-from hasten.engine.drafting.drafter import Drafter
-from hasten.engine.drafting.speculation import Speculation
 from hasten.engine.prompt import EmbeddedSpan
-from hasten.engine.report import Statistics, TokenLogprobs
+from hasten.engine.report import Statistics, TokenKind, TokenLogprobs
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler
 from hasten.engine.stopping import FinishReason, Stopper
@@ -29,21 +25,18 @@ class Progress(NamedTuple):
     finish_reason: FinishReason | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Request:
-    """One sequence being decoded.
+    """One sequence being decoded. All its state lives here and in `Job`, none in the batch.
 
     Attributes:
         id: unique within the engine.
         tokens: prompt and committed output; `EMBEDDED` where the prompt has an embedding.
         prompt_length: how many of them are the prompt.
         sequence: its cache. How many slots it has says nothing of positions: a policy may keep fewer.
-        decoding: how it comes to its tokens.
         read: so many of its tokens the model has read; all but the last once the first new one is out.
         shown: so many of the prompt's the drafter has been shown: after a preemption they are only read again.
-        drafter: proposes for it.
         method: the drafter's specification, for reports.
-        context: what is kept of it.
         spans: embeddings in the prompt.
         leader: the sibling choice whose prompt cache this one forks, until it has.
         unread: what steps gave it and its sibling choices and nobody has taken yet; None where nobody reads along.
@@ -56,13 +49,10 @@ class Request:
     prompt_length: int
     params: SamplingParams
     choice: int
-    drafter: Drafter
     method: str
-    context: ContextPolicy
     sequence: SequenceCache
     sampler: Sampler
     stopper: Stopper
-    decoding: Decoding = field(default_factory=Speculation)
     read: int = 0
     shown: int = 0
     spans: tuple[EmbeddedSpan, ...] = ()

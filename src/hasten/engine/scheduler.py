@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hasten.engine.request import Request
+from hasten.engine.job import Job
 from hasten.errors import UserError
 
 
@@ -37,7 +37,7 @@ class Limits:
 class Scheduled(NamedTuple):
     """A request's share of a step: so many tokens of its prompt; 0 where the prompt is read."""
 
-    request: Request
+    request: Job
     piece: int
 
 
@@ -46,26 +46,26 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Job) -> None:
         """Queue a request."""
         self.waiting.append(request)
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: Job) -> None:
         """A running request makes place for older ones; it is the first to run again."""
         self.running.remove(request)
         self.waiting.appendleft(request)
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: Job) -> None:
         """Forget a request wherever it is."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def followers(self, leader: Request) -> list[Request]:
+    def followers(self, leader: Job) -> list[Job]:
         """Sibling choices that wait for a request to read the prompt, first come first."""
         return [request for request in (*self.running, *self.waiting) if request.leader is leader]
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hasten.engine.canvas.canvas import Canvas
 from hasten.engine.canvas.window import Passes
 from hasten.engine.drafting.draft import Draft
 from hasten.engine.drafting.drafter import Drafter
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
-    from hasten.model import ModelConfig
+from hasten.engine.request import Request
+from hasten.model import ModelConfig
 
 
 class Denoiser(Drafter):

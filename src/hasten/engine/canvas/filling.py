@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch
 
 from hasten.engine.canvas.canvas import Canvas
 from hasten.engine.canvas.denoiser import Denoiser
-from hasten.engine.decoding import Answer, TokenKind
+from hasten.engine.decoding import Answer
 from hasten.engine.passage import Passage
+from hasten.engine.report import TokenKind
+from hasten.engine.request import Request
 from hasten.errors import UserError
 from hasten.model import ModelConfig
 from hasten.model.decoder import NOT_FINITE
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
 
 
 class Filling:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from hasten.engine.drafting.draft import Draft
 from hasten.engine.drafting.drafter import Drafter, Observation
+from hasten.engine.request import Request
 from hasten.model.taps import Taps
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
 
 
 def weights_of(drafters: Sequence[Drafter]) -> dict[int, int]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.engine.drafting.draft import MAX_DRAFT, Draft
+from hasten.engine.request import Request
 from hasten.model.taps import Site, Taps
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
 
 
 @dataclass

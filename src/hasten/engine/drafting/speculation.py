@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hasten.engine.decoding import Answer, TokenKind
+from hasten.engine.decoding import Answer
 from hasten.engine.drafting import verification
 from hasten.engine.drafting.draft import ROOT, Draft
-from hasten.engine.drafting.drafter import Observation
+from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.drafting.verification import Verdict
 from hasten.engine.passage import Passage
 from hasten.engine.prompt import embedded_in
-from hasten.engine.report import TokenLogprobs
+from hasten.engine.report import TokenKind, TokenLogprobs
+from hasten.engine.request import Request
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
-
-if TYPE_CHECKING:
-    from hasten.engine.request import Request
-
 
 NOTHING = torch.empty(0, 0)
 
@@ -33,11 +29,15 @@ NOTHING = torch.empty(0, 0)
 class Speculation:
     """Reads the prompt in pieces, then verifies a draft per step.
 
+    Args:
+        drafter: is shown what is verified.
+
     Attributes:
         draft: what the next pass verifies; the engine has it proposed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
         self.draft = Draft()
         self._verdict = Verdict([], -1)
         self._answer: Answer | None = None
@@ -125,7 +125,7 @@ class Speculation:
         if self.draft.probes:
             shown, probes = answer.logits[:count], answer.logits[count:]
         seen = Observation(self.draft, self._verdict.path, list(tokens), shown, states, probes, answer.rows)
-        request.drafter.observe(request, seen)
+        self._drafter.observe(request, seen)
         request.statistics.draft_seconds += time.perf_counter() - started
         self.draft, self._answer = Draft(), None
 
