@@ -46,6 +46,10 @@ class FirstOf(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self.drafters)
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        # What one has drafted stays while the next drafts.
+        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self.drafters)
+
     def begin(self, request: Request) -> None:
         for drafter in self.drafters:
             drafter.begin(request)

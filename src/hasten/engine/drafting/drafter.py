@@ -75,6 +75,14 @@ class Drafter:
         """
         return 0
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        """Bytes that drafts of at most so many nodes for each of these requests take for a while, at most.
+
+        While they are made and while it is shown what became of them, beside `memory_bytes`. What the drafts hold until
+        they are verified is part of it.
+        """
+        return 0
+
     def headroom(self, request: Request) -> int:
         """Cache slots to set aside for a request's output: what it may still produce, within reason, and a draft."""
         return min(request.stopper.left, 512) + MAX_DRAFT

@@ -141,6 +141,9 @@ class Auto(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self._drafters)
+
     def begin(self, request: Request) -> None:
         expected = self._experience.expect(request.params.tenant, request.tokens)
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):

@@ -5,10 +5,10 @@ what speed they leave. The abstract names the means: a model of the footprint, e
 of the longest possible one, and a tree that is sized by what is left. The paper's text was not at hand: footprint,
 admission and the solver for the tree's size are this module's own, and are held to the paper's two questions.
 
-What counts: the KV cache of all requests of this method, the logits that verification looks at, what choosing tokens
-from them takes for a while (with the default acceptance), the masks of trees, and the drafter (tables, caches,
-weights). What a small model's own pass takes for a while does not. Weights and activations of the target do not; the
-latter are bounded by the rows of a step (`Limits.rows`). The order in which things give way:
+What counts: the KV cache of all requests of this method, the logits that verification looks at, what deciding on drafts
+takes for a while, the masks of trees, and the drafter: what it holds (tables, caches, weights), and what it takes for a
+while to draft (a small model's logits and passes). Weights and activations of the target do not; the latter are bounded
+by the rows of a step (`Limits.rows`). The order in which things give way:
 
 1. A request reserves exactly the slots that it may fill (prompt and `max_tokens`). One that does not fit even alone is
    refused; one that does not fit now waits.
@@ -17,7 +17,7 @@ latter are bounded by the rows of a step (`Limits.rows`). The order in which thi
 3. A drafter that leaves no room for a request is given up, with what it has learned. It comes back with the next
    request that is added while there is room for it beside all that run or wait.
 
-The sizes of Python tables are those that drafters estimate, what choosing takes is a bound; the rest is exact.
+The sizes of Python tables are those that drafters estimate, what is taken for a while is a bound; the rest is exact.
 Exactness: lossless, as its drafter is; with fewer nodes a step accepts less, never something else.
 """
 
@@ -241,10 +241,10 @@ class SpecMemo(Drafter):
         known = [requests[index] for index in seen]
         if not known or not self._grows(inner, known):
             return drafts
-        most = self._nodes(known)
+        most = self._nodes(inner, known)
         if most < self.parameters.nodes:
             inner.measure()
-            most = self._nodes(known)
+            most = self._nodes(inner, known)
         if most < 1:
             return drafts
         # The slots that are reserved for what may still come hold the draft, too.
@@ -253,16 +253,17 @@ class SpecMemo(Drafter):
             drafts[index] = draft.clamped(bound, MAX_DRAFT, self._vocabulary)
         return drafts
 
-    def _nodes(self, requests: Sequence[Request]) -> int:
+    def _nodes(self, inner: _Inner, requests: Sequence[Request]) -> int:
         """The most nodes for each of these requests' drafts that fit into what is free.
 
-        Tokens are chosen for one request after the other, so what that takes for a while counts once.
+        Drafts are decided on one after the other, so what that takes for a while counts once.
         """
         free, drafts = self.free, len(requests)
         low, high = 0, self.parameters.nodes
         while low < high:
             middle = (low + high + 1) // 2
             scratch = max(request.sampler.scratch_bytes(middle) for request in requests)
+            scratch += inner.drafter.scratch_bytes(requests, middle)
             taken = drafts * (logits_bytes(middle, self._vocabulary) + mask_bytes(middle)) + scratch
             low, high = (middle, high) if taken <= free else (low, middle - 1)
         return low
