@@ -241,8 +241,9 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Progress]:
+        progress = self._hold_back()
         plan = self.scheduler.plan()
-        progress = self._propose([each.request for each in plan if not each.piece and each.request not in self._late])
+        progress += self._propose([each.request for each in plan if not each.piece and each.request not in self._late])
         plan, passages, failed = self._place([each for each in plan if each.request.finish_reason is None])
         progress += failed
         if not plan:
@@ -303,6 +304,24 @@ class Engine:
         """Enter the step into the ledger."""
         masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
+
+    def _hold_back(self) -> list[Progress]:
+        """Let those that run wait whose drafters do not let them go on; what became of them where that failed."""
+        failed: list[Progress] = []
+        for request in reversed(self.scheduler.running.copy()):
+            failed += self._alone(request, self._ask)
+        return failed
+
+    def _ask(self, request: Request) -> list[Progress]:
+        if not request.drafter.admits(request):
+            self._preempt(request)
+        return []
+
+    def _preempt(self, request: Request) -> None:
+        """Have a running request wait; its text will be read again."""
+        self.scheduler.preempt(request)
+        request.sequence.release()
+        request.sequence, request.read = self.cache.sequence(), 0
 
     def _propose(self, requests: Sequence[Request]) -> list[Progress]:
         """Have drafts made, and canvases' first passages; what became of the requests where that failed."""
@@ -377,9 +396,7 @@ class Engine:
                         refused[request.id] = request, error
                         break
                     placed.pop(victim.id, None)
-                    self.scheduler.preempt(victim)
-                    victim.sequence.release()
-                    victim.sequence, victim.read = self.cache.sequence(), 0
+                    self._preempt(victim)
         failed = []
         if refused and not placed:
             # Nobody will give back what the youngest of them waits for.

@@ -88,7 +88,13 @@ class Drafter:
         return min(request.stopper.left, 512) + MAX_DRAFT
 
     def admits(self, request: Request) -> bool:
-        """Whether a waiting request may start now; asked before every step until it may."""
+        """Whether a request may take part in the next step; asked before every one.
+
+        One that waits starts then. One that runs and may not gives its slots back, and waits to be read again.
+
+        Raises:
+            UserError: one that runs never will.
+        """
         return True
 
     def begin(self, request: Request) -> None:
