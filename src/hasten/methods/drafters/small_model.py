@@ -247,7 +247,7 @@ class SmallModelDrafter(Drafter):
         rows, vocabulary, samplers = self.widest(nodes), self.vocabulary, list(map(self._sampler, requests))
         looking = rows * (vocabulary * PROBABILITIES + nodes * CHILD)
         looking += max(sampler.scratch_bytes(rows) for sampler in samplers)
-        drawn = sum(sampled_bytes(sampler, nodes) for sampler in samplers)
+        drawn = sum(sampled_bytes(sampler, nodes, sampler.kept) for sampler in samplers)
         return len(requests) * logits_bytes(rows, vocabulary) + looking + drawn + self._pass_bytes(requests, nodes)
 
     def _pass_bytes(self, requests: Sequence[Request], nodes: int) -> int:

@@ -186,13 +186,13 @@ class SpecMemo(Drafter):
         Raises:
             UserError: the request does not fit even alone and without drafts.
         """
-        slots, growing = len(request.tokens) + request.stopper.left, request.params.max_tokens is None
-        if growing:
+        slots, growing = len(request.tokens) + request.stopper.left, None
+        if request.params.max_tokens is None:
             # It reads the prompt for itself, whatever choice it is: then it can give back what it holds.
-            request.leader = None
+            request.leader, growing = None, request
         number = request.id if request.leader is None else request.leader.id
-        group = self._groups.setdefault(number, _Group(0, 0, request.sampler, growing=request if growing else None))
-        if not growing:
+        group = self._groups.setdefault(number, _Group(0, 0, request.sampler, growing=growing))
+        if growing is None:
             # A choice beside the first shares the prompt's block, and fills one of its own.
             group.kv += self._cache.block_bytes(slots if not group.rows else request.stopper.left + 1)
         group.rows += 1
