@@ -95,7 +95,7 @@ class Decoder:
         causal = min(rows, PER_HEAD_CAUSAL_ROWS) ** 2
         most = 0
         for layer in self.config.layers:
-            width, group = (layer.heads + 2 * layer.kv_heads) * layer.head_dim, layer.heads // layer.kv_heads
+            width, group = (layer.heads + 2 * layer.kv_heads) * layer.head_dim, layer.heads // max(1, layer.kv_heads)
             values = rows * (6 * hidden + max(8 * width, 3 * (width + layer.ffn)))
             masks = (group + 2) * (rows * (masked if layer.window is None else slots) + causal)
             scores = 0 if self.device.type == "cpu" else 3 * layer.heads * rows * slots
