@@ -308,6 +308,7 @@ class Engine:
     def _hold_back(self) -> list[Progress]:
         """Let those that run wait whose drafters do not let them go on; what became of them where that failed."""
         failed: list[Progress] = []
+        # The last first: each comes to the head of the queue.
         for request in reversed(self.scheduler.running.copy()):
             failed += self._alone(request, self._ask)
         return failed
