@@ -239,9 +239,10 @@ class PeakBytes(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        given = {
-            each.untyped_storage().data_ptr() for each in tree_leaves((arguments, options)) if isinstance(each, Tensor)
-        }
+        leaves = tree_leaves((arguments, options))
+        # Packed weights have no storage that can be looked at.
+        tensors = [each for each in leaves if isinstance(each, Tensor) and not each.is_mkldnn]
+        given = {each.untyped_storage().data_ptr() for each in tensors}
         result = operation(*arguments, **(options or {}))
         for each in tree_leaves(result):
             if isinstance(each, Tensor):

@@ -55,6 +55,45 @@ def test_who_is_preempted_is_read_again(llm: LLM, plenty: list[list[int]]) -> No
         assert drafter.read[request.id] == [0]
 
 
+def test_a_drafter_may_let_a_request_wait_that_runs(llm: LLM, plenty: list[list[int]]) -> None:
+    """It gives back its slots, and has them again later; the others go on."""
+    engine, asked, held = small(llm, 5000), [0, 0], []
+    drafter = Scripted(lambda request: Draft())
+
+    def admits(request):
+        asked[request.id] += 1
+        if request.id == 0 and asked[0] in range(5, 12):
+            held.append(request.sequence.length)
+            return False
+        return True
+
+    drafter.admits = admits  # type: ignore[method-assign]
+    requests = [engine.add(llm.encode(WORDS[number]), PARAMS[number], drafter)[0] for number in (0, 1)]
+    list(engine.run())
+    assert [request.output for request in requests] == plenty[:2]
+    # Asked twice in the step in which it was held back: once more as one that waits.
+    assert held[0] > 0 and set(held[1:]) == {0}
+    assert requests[0].statistics.prompt_rows > requests[0].prompt_length
+    assert asked[1] == requests[1].statistics.steps and engine.cache.used_bytes == 0
+
+
+def test_a_request_that_never_may_go_on_fails_alone(llm: LLM, plenty: list[list[int]]) -> None:
+    engine = small(llm, 5000)
+    drafter = Scripted(lambda request: Draft())
+
+    def admits(request):
+        if request.id == 0 and len(request.output) > 9:
+            raise UserError("no more")
+        return True
+
+    drafter.admits = admits  # type: ignore[method-assign]
+    requests = [engine.add(llm.encode(WORDS[number]), PARAMS[number], drafter)[0] for number in (0, 1)]
+    while engine.busy:
+        engine.step()
+    assert (requests[0].finish_reason, str(requests[0].error)) == ("error", "no more")
+    assert requests[0].output == plenty[0][:10] and requests[1].output == plenty[1]
+
+
 def test_choices_of_one_prompt(llm: LLM) -> None:
     asked = SamplingParams(max_tokens=100, ignore_eos=True, temperature=1, seed=3, n=4)
     expected = [choice.token_ids for choice in llm.generate(WORDS[0], asked)[0].choices]

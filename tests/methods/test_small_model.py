@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hasten import SamplingParams, UserError
+from hasten import LLM, SamplingParams, UserError
 from hasten.engine import ROOT, Engine
+from hasten.engine.sampling.sampler import likeliest_of_model
+from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
+from hasten.methods.drafters.dyspec import DySpec, DySpecParameters
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter
 from hasten.model import OracleModel, Rows
+from helpers import PeakBytes
 
 
 class Random(Growth):
@@ -156,6 +160,133 @@ def test_a_small_model_without_finite_logits(llm, value, settings):
         pass
     assert well.output == llm.generate([[7]], SamplingParams(max_tokens=8, ignore_eos=True))[0].token_ids
     assert engine.cache.used_bytes == drafter.cache.used_bytes == 0
+
+
+class OracleDraft(DraftModel):
+    """Draws from a law in the small model's place."""
+
+    def _load(self, target, parameters):
+        return oracle()
+
+
+class OracleTree(DySpec):
+    def _load(self, target, parameters):
+        return oracle()
+
+
+def oracle(size: int = 4000) -> OracleModel:
+    """Eight tokens are likely, none more than the others by much: trees become as wide as they may."""
+    table = torch.rand(7, size, generator=torch.Generator().manual_seed(0))
+    table[:, 40:48] += 14
+    return OracleModel(lambda history: table[sum(history[-2:]) % 7], size)
+
+
+def measured(engine, drafter, prompts, nodes: int, **settings) -> list[tuple[int, int]]:
+    """Per round of drafts: bytes that they took beside caches, at most, and what was said."""
+    params = SamplingParams(**{"max_tokens": 40, "seed": 4, "ignore_eos": True, **settings})
+    propose_all, rounds = drafter.propose_all, []
+
+    def watched(requests, budgets):
+        said, used = drafter.scratch_bytes(requests, nodes), drafter.cache.used_bytes
+        with PeakBytes() as peak:
+            drafts = propose_all(requests, [nodes] * len(requests))
+        rounds.append((peak.most - (drafter.cache.used_bytes - used), said))
+        return drafts
+
+    drafter.propose_all = watched
+    for prompt in prompts:
+        engine.add(prompt, params, drafter)
+    for _ in engine.run():
+        pass
+    return rounds
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.2},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 0.8, "acceptance": "max"},
+        {"temperature": 0.8, "acceptance": "max", "top_p": 0.9},
+        {"temperature": 0.8, "acceptance": "typical"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda target: OracleDraft(target, DraftModelParameters(confidence=0)),
+        lambda target: OracleDraft(target, DraftModelParameters(width=4, length=4)),
+        lambda target: OracleTree(target, DySpecParameters(nodes=16)),
+        lambda target: OracleTree(target, DySpecParameters(nodes=16, construction="fixed")),
+    ],
+    ids=["chain", "levels", "threshold", "fixed"],
+)
+def test_what_drafts_take_for_a_while(make, settings):
+    """Of logits: there is nothing else with an oracle."""
+    for batch in (1, 3):
+        engine = Engine(oracle())
+        rounds = measured(engine, make(engine.target), PROMPTS[:batch], 16, **settings)
+        assert all(most <= said for most, said in rounds)
+        taken, announced = map(max, zip(*rounds, strict=True))
+        assert announced < 7 * taken
+
+
+@pytest.mark.parametrize("spec", ["draft-model", "draft-model:width=3", "dyspec:nodes=20", "vocabtrim:width=2"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "acceptance": "max"}], ids=str)
+def test_what_the_small_model_takes_for_a_while(tiny, monkeypatch, spec, settings):
+    """Of its passes: a prompt is read in pieces, and what those take does not grow with it."""
+    target = LLM(tiny, dtype="float32", backend="torch")
+    taken, announced = {}, {}
+    for reading in (256, 32):
+        monkeypatch.setattr("hasten.methods.drafters.small_model.READING", reading)
+        engine = Engine(target.model, target.tokenizer, folder=str(tiny))
+        prompts = [[5, 9, 20, 33], [7] * 200, list(range(2, 100))]
+        rounds = measured(engine, engine.drafter(spec)[1], prompts, 20, **settings)
+        assert all(most <= said for most, said in rounds)
+        taken[reading], announced[reading] = map(max, zip(*rounds, strict=True))
+    assert announced[256] < 4 * taken[256]
+    assert taken[32] < taken[256] / 2 and announced[32] < announced[256] / 2
+
+
+def test_a_prompt_in_pieces_is_the_same_prompt(llm, monkeypatch):
+    drafts = []
+    for reading in (256, 5, 1):
+        monkeypatch.setattr("hasten.methods.drafters.small_model.READING", reading)
+        growths, drafter, _ = grown(llm, PROMPTS)
+        drafts.append([growth.draft.tokens for growth in growths])
+        assert [sequence.length for sequence in drafter._sequences.values()] == [len(prompt) + 1 for prompt in PROMPTS]
+    assert drafts[0] == drafts[1] == drafts[2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_greedy_drafts_of_a_model_without_finite_logits(value):
+    """The search for the likeliest tells: only logits that are adjusted first are searched before."""
+    size = 150
+    well = torch.arange(size, dtype=torch.float32)
+    broken = torch.full((size,), value) if value < 0 else torch.where(well == 7, value, well)
+    engine = Engine(OracleModel(lambda history: well, size))
+    drafter = RandomDrafter(OracleModel(lambda history: broken if len(history) > 4 else well, size))
+    (request,) = engine.add([5, 6], SamplingParams(max_tokens=8, ignore_eos=True), drafter)
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        list(engine.run())
+    assert request.finish_reason == "error" and drafter.cache.used_bytes == 0
+
+
+def test_greedy_drafting_searches_its_logits_once(llm, monkeypatch):
+    searches = []
+
+    def searched(logits):
+        searches.append(len(logits))
+        return likeliest_of_model(logits)
+
+    monkeypatch.setattr("hasten.methods.drafters.small_model.likeliest_of_model", searched)
+    grown(llm, PROMPTS)
+    assert not searches
+    grown(llm, PROMPTS, logit_bias={3: 1.0})
+    assert searches
 
 
 def test_specifications_share_one_small_model(llm):

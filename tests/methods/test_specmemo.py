@@ -10,7 +10,7 @@ from hasten.engine import Draft, Engine, Limits, Target
 from hasten.engine.creation import create
 from hasten.engine.memory import logits_bytes, mask_bytes
 from hasten.methods.drafters.specmemo import SpecMemo, SpecMemoParameters
-from helpers import PeakBytes
+from helpers import CONTEXT, PeakBytes
 
 PROMPTS = [[2, 3, 4] * 4, [9] * 7, list(range(10, 30)), [5, 6] * 9]
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -45,7 +45,7 @@ def make(llm, budget: int, drafter: str = TREE, nodes: int = 64) -> SpecMemo:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llm(llm):
     llm.target_folder = llm.engine.target.folder
     return llm
@@ -126,43 +126,47 @@ def test_the_draft_is_as_large_as_fits(llm):
         engine = Engine(llm.model, llm.tokenizer)
         requests = engine.add(PROMPTS[0], PARAMS, memo)
         assert memo.free == budget - base
-        assert memo._nodes(requests) == most
+        assert memo._nodes(memo._inner, requests) == most
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0.8}, {"temperature": 0.8, "top_k": 9}, {"repetition_penalty": 1.3}]
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3, "logprobs": 3},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 9},
+        {"temperature": 0.8, "acceptance": "max"},
+        {"temperature": 0.8, "acceptance": "max", "top_p": 0.9},
+        {"temperature": 0.8, "acceptance": "typical"},
+    ],
+    ids=str,
 )
-def test_choosing_tokens_fits_the_budget_too(llm, settings):
-    """What sampling takes for a while, measured: with the step's other bytes, it never goes over the budget."""
+@pytest.mark.parametrize(
+    "drafter",
+    ["ngram:minimum=1", TREE, "stand:minimum=1,maximum=2", "draft-model:width=3", "dyspec/ngram:minimum=1"],
+)
+def test_all_that_exists_at_once_is_within_the_budget(llm, drafter, settings):
+    """Measured: every tensor that is made while requests run, from the cache to what sampling takes for a while."""
     params = SamplingParams(max_tokens=60, ignore_eos=True, seed=1, **settings)
-    need = plain_need(llm, len(PROMPTS[0]), 60)
-    for budget in (need + 20_000, need + 60_000, need + 200_000):
-        memo = make(llm, budget, "ngram:minimum=1", nodes=32)
-        engine, worst, most = Engine(llm.model, llm.tokenizer), 0, 0
-        (request,) = engine.add(PROMPTS[0], params, memo)
-        choose, peaks = request.sampler.choose, []
-
-        def watched(logits, positions, paths, choose=choose, peaks=peaks):
-            with PeakBytes() as peak:
-                tokens = choose(logits, positions, paths)
-            peaks.append(peak.most)
-            return tokens
-
-        request.sampler.choose = watched
-        while engine.busy:
-            peaks.clear()
-            engine.step()
-            worst = max(worst, engine.ledger.last.total + memo.memory_bytes + max(peaks, default=0))
-            most = max(most, len(peaks))
-        assert most and worst <= budget
-    assert request.statistics.accepted > 0
+    held, need = make(llm, 10**8, drafter).memory_bytes, 2 * plain_need(llm, len(PROMPTS[0]), 60)
+    accepted = 0
+    for extra in (20_000, 60_000, 200_000, 10**6):
+        memo = make(llm, held + need + extra, drafter, nodes=32)
+        engine = Engine(llm.model, llm.tokenizer)
+        requests = [engine.add(PROMPTS[number], params, memo)[0] for number in (0, 3)]
+        with PeakBytes() as peak:
+            list(engine.run())
+        assert held + peak.most <= memo.budget
+        accepted += sum(request.statistics.accepted for request in requests)
+    assert accepted
 
 
 def test_more_bytes_never_mean_smaller_drafts(llm):
     table = make(llm, 10**8, "token-recycling:nodes=64").memory_bytes
     need = plain_need(llm, len(PROMPTS[0]), 60)
     rows = []
-    for extra in (0, table, table + 700, table + 3000, table + 8000, 10**8):
+    for extra in (0, table, table + 2000, table + 5000, table + 12000, 10**8):
         requests, _, _ = decode(llm, make(llm, need + extra, "token-recycling:nodes=64"), PROMPTS[:1])
         rows.append(requests[0].statistics.rows / requests[0].statistics.steps)
     assert rows == sorted(rows) and rows[-1] > rows[2] > rows[0] == 1
@@ -188,6 +192,85 @@ def test_choices_of_a_prompt_share_its_cache(llm):
         requests, engine, worst = decode(llm, make(llm, budget, "ngram"), PROMPTS[2:3], params, sequences=2)
         assert [request.output for request in requests] == [request.output for request in alone]
         assert worst <= budget and engine.cache.used_bytes == 0
+
+
+ENDLESS = SamplingParams(ignore_eos=True)
+"""As much as the context holds."""
+
+
+@pytest.fixture(scope="module")
+def endless(llm):
+    return [generation.token_ids for generation in llm.generate(PROMPTS, ENDLESS, "plain")]
+
+
+@pytest.mark.parametrize("drafter", [TREE, "ngram", "draft-model"])
+@pytest.mark.parametrize("share", [1.01, 1.3, 1.9, 2.6, 10])
+@pytest.mark.parametrize("ahead", [16, 128])
+def test_without_max_tokens_it_reserves_as_the_text_grows(llm, endless, monkeypatch, drafter, share, ahead):
+    """Texts that fill the context, several at a time where the budget does not hold as many to the end."""
+    monkeypatch.setattr("hasten.methods.drafters.specmemo.AHEAD", ahead)
+    whole = plain_need(llm, 0, CONTEXT)
+    memo = make(llm, int(share * whole), drafter)
+    requests, engine, worst = decode(llm, memo, PROMPTS, ENDLESS)
+    assert worst <= memo.budget and engine.cache.peak_bytes <= memo.budget
+    assert [request.output for request in requests] == endless
+    assert engine.cache.used_bytes == 0 and memo.reserved == 0 and not memo._groups and not memo._begun
+
+
+def test_texts_that_grow_run_together(llm, endless, monkeypatch):
+    """Neither has the budget for itself, and both come to their end, though it does not hold both of them whole."""
+    monkeypatch.setattr("hasten.methods.drafters.specmemo.AHEAD", 32)
+    memo = make(llm, int(1.5 * plain_need(llm, 0, CONTEXT)), "ngram")
+    engine, together = Engine(llm.model, llm.tokenizer), 0
+    requests = [engine.add(prompt, ENDLESS, memo)[0] for prompt in PROMPTS[:2]]
+    bounded = engine.add(PROMPTS[2], PARAMS, memo)[0]
+    while engine.busy:
+        engine.step()
+        assert engine.ledger.last.total <= memo.budget
+        together += len(engine.scheduler.running) > 1
+    read = sum(request.statistics.prompt_rows - request.prompt_length for request in requests)
+    assert together > 40 and 0 < read < 4 * CONTEXT
+    assert bounded.statistics.prompt_rows == bounded.prompt_length
+    assert [request.output for request in requests] == endless[:2]
+    assert bounded.output == llm.generate([PROMPTS[2]], PARAMS, "plain")[0].token_ids
+
+
+def test_only_a_text_that_outgrows_the_budget_fails(llm, endless):
+    """Its tokens until then are right, and others go on."""
+    need = plain_need(llm, 0, 150)
+    memo = make(llm, need, "ngram")
+    engine = Engine(llm.model, llm.tokenizer)
+    (long,), (short,) = engine.add(PROMPTS[0], ENDLESS, memo), engine.add(PROMPTS[1], PARAMS, memo)
+    with pytest.raises(UserError, match=r"specmemo: a text of 151 tokens needs .* bytes, the budget is"):
+        list(engine.run())
+    assert long.finish_reason == "error" and long.output == endless[0][: 151 - len(PROMPTS[0])]
+    list(engine.run())
+    assert short.output == llm.generate([PROMPTS[1]], PARAMS, "plain")[0].token_ids
+    assert engine.cache.used_bytes == 0 and memo.reserved == 0
+    with pytest.raises(UserError, match="specmemo: a text of 200 tokens needs"):
+        engine.add([2] * 200, ENDLESS, memo)
+    assert not memo._groups and not engine.busy
+
+
+def test_choices_that_grow_give_back_each_for_itself(llm):
+    params = SamplingParams(n=3, ignore_eos=True, temperature=0.8, seed=1)
+    alone, _, _ = decode(llm, create("plain", Target(llm.model, llm.tokenizer)), PROMPTS[2:3], params)
+    for share in (1.2, 2.2, 10):
+        memo = make(llm, int(share * plain_need(llm, 0, CONTEXT)), "ngram")
+        requests, engine, worst = decode(llm, memo, PROMPTS[2:3], params)
+        assert [request.output for request in requests] == [request.output for request in alone]
+        assert worst <= memo.budget and engine.cache.used_bytes == 0
+
+
+def test_a_text_that_grows_in_a_cache_with_a_limit(llm, endless):
+    """Whichever of the two is the tighter one."""
+    whole = plain_need(llm, 0, CONTEXT)
+    for limit, share in ((1.2, 3), (2, 1.2), (1.05, 1.05)):
+        memo = make(llm, int(share * whole), "ngram")
+        engine = Engine(llm.model, llm.tokenizer, cache_bytes=int(limit * whole))
+        requests = [engine.add(prompt, ENDLESS, memo)[0] for prompt in PROMPTS]
+        list(engine.run())
+        assert [request.output for request in requests] == endless
 
 
 def test_a_drafter_in_the_way_is_given_up_and_comes_back(llm, expected):

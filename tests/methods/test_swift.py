@@ -28,7 +28,7 @@ from hasten.methods.skipping.swift import (
     forward,
 )
 from hasten.model import OracleModel, Rows, Span, load_model
-from helpers import CONTEXT, VOCABULARY, make_model, same
+from helpers import CONTEXT, VOCABULARY, PeakBytes, make_model, same
 
 LAYERS = 6
 FAINT = frozenset({2, 4})
@@ -655,6 +655,34 @@ def test_tenants_are_apart_and_bounded(deep):
     assert len(drafter._searches) == TENANTS
     assert "one" in drafter._searches
     assert "two" not in drafter._searches
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.8}, {"temperature": 0.8, "acceptance": "max"}, {"temperature": 0.8, "top_k": 9}],
+    ids=str,
+)
+@pytest.mark.parametrize("parameters", [OFF, {"window": 16}], ids=["drafts", "trials"])
+def test_what_drafts_take_for_a_while(deep, parameters, settings):
+    drafter = drafter_of(deep, width=3, threshold=0.0, length=6, **parameters)
+    asked = SamplingParams(max_tokens=40, seed=3, ignore_eos=True, **settings)
+    propose_all, rounds = drafter.propose_all, []
+
+    def watched(requests, budgets):
+        said = drafter.scratch_bytes(requests, 12)
+        with PeakBytes() as peak:
+            drafts = propose_all(requests, [12] * len(requests))
+        rounds.append((peak.most, said))
+        return drafts
+
+    drafter.propose_all = watched
+    engine = Engine(deep.model)
+    for prompt in PROMPTS[:2]:
+        engine.add(prompt, asked, drafter)
+    list(engine.run())
+    assert all(most <= said for most, said in rounds)
+    taken, announced = map(max, zip(*rounds, strict=True))
+    assert announced < 6 * taken
 
 
 # The Gaussian process

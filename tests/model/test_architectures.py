@@ -14,6 +14,7 @@ from torch import Tensor
 from hasten.cache import Cache, SequenceCache
 from hasten.model import Decoder, Rows, Span, Taps, load_model
 from hasten.model.native.library import LIBRARY
+from helpers import PeakBytes
 
 Make = Callable[..., Any]
 
@@ -227,6 +228,29 @@ def test_weight_bytes_counts_what_a_pass_reads(plain: tuple[Any, Decoder]) -> No
         if weight.dim() == 2 and "embed" not in name
     )
     assert model.weight_bytes() == matrices
+
+
+@pytest.mark.parametrize("rows", [1, 50, 150])
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_pass_takes_for_a_while(make_checkpoint: Make, name: str, rows: int) -> None:
+    """Of pieces of prompts, and of levels of trees, as PyTorch holds them; what the native step holds is not seen."""
+    architecture, settings = CASES[name]
+    folder = make_checkpoint(architecture, **settings).folder
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(folder, dtype=dtype, device="cpu", backend="torch")
+        sequences = [new_sequence(model) for _ in range(2)]
+        for sequence in sequences:
+            sequence.reserve(400)
+            model.forward(Rows.of(sequence, some_tokens(40), 0), [])
+            sequence.commit(40)
+        tokens, positions = torch.tensor(some_tokens(2 * rows)), torch.arange(40, 40 + rows).repeat(2)
+        for masked in (0, rows):
+            mask = torch.eye(rows, dtype=torch.bool) if masked else None
+            spans = [Span(each, index * rows, (index + 1) * rows, mask) for index, each in enumerate(sequences)]
+            with PeakBytes() as peak:
+                model.forward(Rows(tokens, positions, spans), [0])
+            said = model.scratch_bytes(2 * rows, masked, 40 + rows) + 4 * model.config.vocab_size
+            assert peak.most <= said < 4 * peak.most
 
 
 @pytest.mark.parametrize("wanted", [[4], [0, 4], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2], [1] * 9, [-1], []])

@@ -100,6 +100,17 @@ class SequenceCache:
         for group in self.groups:
             group.reserve(slots, more)
 
+    def make_room(self, rows: int) -> None:
+        """Make room for a pass of so many rows, and for more behind them where the cache's limit allows.
+
+        Raises:
+            UserError: the cache is full.
+        """
+        self._refuse_released()
+        self._hold()
+        for group in self.groups:
+            group.make_room(rows)
+
     # The forward pass
 
     def begin(self, positions: Tensor, extend: bool = False) -> None:

@@ -51,6 +51,13 @@ class GroupCache(Protocol):
             UserError: the cache is full.
         """
 
+    def make_room(self, rows: int) -> None:
+        """Make room for a pass of so many rows, and for more behind them where the cache's limit allows.
+
+        Raises:
+            UserError: the cache is full.
+        """
+
     def begin(self, positions: Tensor, extend: bool = False) -> None:
         """See `hasten.model.rows.SequenceState`."""
 
@@ -124,7 +131,11 @@ class SlotCache:
 
     def reserve(self, slots: int, more: int = 0) -> None:
         """See `GroupCache`."""
-        self._room(slots, slots + more if more else 0)
+        self._room(slots, slots + more)
+
+    def make_room(self, rows: int) -> None:
+        """See `GroupCache`."""
+        self._room(rows)
 
     # The forward pass
 

@@ -209,9 +209,10 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Progress]:
+        progress = self._hold_back()
         plan = self.scheduler.plan()
         late = self._placement.late
-        progress = self._propose([each.request for each in plan if not each.piece and each.request not in late])
+        progress += self._propose([each.request for each in plan if not each.piece and each.request not in late])
         placed, refused = self._placement.place([each for each in plan if each.request.finish_reason is None])
         if refused is not None:
             progress += self._fail(*refused)
@@ -271,6 +272,19 @@ class Engine:
         """Enter the step into the ledger."""
         masks = sum(span.mask.nbytes for span in rows.spans if isinstance(span.mask, Tensor))
         self.ledger.record(Footprint(self.cache.used_bytes, logits.nbytes, masks))
+
+    def _hold_back(self) -> list[Progress]:
+        """Let those that run wait whose drafters do not let them go on; what became of them where that failed."""
+        failed: list[Progress] = []
+        # The last first: each comes to the head of the queue.
+        for request in reversed(self.scheduler.running.copy()):
+            failed += self._alone(request, self._ask)
+        return failed
+
+    def _ask(self, request: Job) -> list[Progress]:
+        if not request.drafter.admits(request):
+            self._placement.preempt(request)
+        return []
 
     def _propose(self, requests: Sequence[Job]) -> list[Progress]:
         """Have drafts made, and canvases' first passages; what became of the requests where that failed."""

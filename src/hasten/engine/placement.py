@@ -63,11 +63,15 @@ class Placement:
                         refused[request.id] = request, error
                         break
                     placed.pop(victim.id, None)
-                    self._scheduler.preempt(victim)
-                    victim.sequence.release()
-                    victim.sequence, victim.read = victim.context.sequence(self._cache), 0
+                    self.preempt(victim)
         # Where nobody is placed, nobody will give back what the youngest of them waits for.
         return list(placed.values()), refused[max(refused)] if refused and not placed else None
+
+    def preempt(self, request: Job) -> None:
+        """Have a running request wait; its text will be read again."""
+        self._scheduler.preempt(request)
+        request.sequence.release()
+        request.sequence, request.read = request.context.sequence(self._cache), 0
 
     def _make_room(self, request: Job, rows: int) -> None:
         """Room for a pass; when a request begins, for all that is known of it, and what may come as far as that fits.
@@ -81,7 +85,7 @@ class Placement:
                 known = max(rows, request.decoding.slots(request))
                 request.sequence.reserve(known, request.drafter.headroom(request))
         if self._cache.limit_bytes is not None:
-            request.sequence.reserve(rows)
+            request.sequence.make_room(rows)
 
     def _victim(self, request: Job) -> Job | None:
         """Who gives back its slots and is read again, to make place for a request: the youngest, or that one itself.

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.model.config import ModelConfig
+from hasten.model.attention import PER_HEAD_CAUSAL_ROWS
+from hasten.model.config import ModelConfig, Slots
 from hasten.model.layers import Layer, Pass, RMSNorm, additive_mask, overflow
 from hasten.model.linear import Linear, fastest_linear
 from hasten.model.rows import Rows
@@ -19,6 +20,9 @@ from hasten.model.weights import Piece, Source
 
 NOT_FINITE = "the model's logits are not finite: its weights or constants are damaged, or overflow as it computes"
 """What a user is told of logits that no token can be chosen by."""
+
+LEAST_ITEM, ROW_BYTES = 4, 128
+"""For bounds: values are float32 at the least, whatever the weights are; and of a row, its numbers and norms."""
 
 
 class Model(Protocol):
@@ -79,6 +83,26 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of weights that one forward pass of few rows reads."""
         return self.head.nbytes() + sum(layer.nbytes() for layer in self.layers)
+
+    def scratch_bytes(self, rows: int, masked: int, slots: int) -> int:
+        """Bytes that a pass of so many rows takes for a while, at most, beside its logits; by any backend.
+
+        Args:
+            masked: pending rows that the rows of a span see through a mask, at most; causal ones need none.
+            slots: that a row sees, at most, these included.
+        """
+        size, hidden = max(self.dtype.itemsize, LEAST_ITEM), self.config.hidden_size
+        causal = min(rows, PER_HEAD_CAUSAL_ROWS) ** 2
+        most = 0
+        for layer in self.config.layers:
+            # Another mixer than attention is taken for one head as wide as the model.
+            slots_of = layer.keeps if isinstance(layer.keeps, Slots) else Slots(1, hidden, hidden)
+            width, group = (layer.heads + 2 * slots_of.heads) * slots_of.key_width, layer.heads // slots_of.heads
+            values = rows * (6 * hidden + max(8 * width, 3 * (width + layer.ffn)))
+            masks = (group + 2) * (rows * (masked if layer.window is None else slots) + causal)
+            scores = 0 if self.device.type == "cpu" else 3 * layer.heads * rows * slots
+            most = max(most, values + masks + scores)
+        return most * size + rows * ROW_BYTES
 
     def embed(self, rows: Rows) -> Tensor:
         """[rows, hidden] from token ids, or from the rows' own embeddings where the id is -1."""

@@ -47,6 +47,10 @@ class FirstOf(Drafter):
         for drafter in self.drafters:
             drafter.prepare()
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        # What one has drafted stays while the next drafts.
+        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self.drafters)
+
     def begin(self, request: Request) -> None:
         for drafter in self.drafters:
             drafter.begin(request)

@@ -73,12 +73,26 @@ class Drafter:
         """
         return 0
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        """Bytes that drafts of at most so many nodes for each of these requests take for a while, at most.
+
+        While they are made and while it is shown what became of them, beside `memory_bytes`. What the drafts hold until
+        they are verified is part of it.
+        """
+        return 0
+
     def headroom(self, request: Request) -> int:
         """Cache slots to set aside for a request's output: what it may still produce, within reason, and a draft."""
         return min(request.stopper.left, 512) + MAX_DRAFT
 
     def admits(self, request: Request) -> bool:
-        """Whether a waiting request may start now; asked before every step until it may."""
+        """Whether a request may take part in the next step; asked before every one.
+
+        One that waits starts then. One that runs and may not gives its slots back, and waits to be read again.
+
+        Raises:
+            UserError: one that runs never will.
+        """
         return True
 
     def prepare(self) -> None:

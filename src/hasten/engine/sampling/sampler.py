@@ -17,11 +17,12 @@ from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 
 TOKEN_STREAM, COIN_STREAM = 1, 2
-DRAWING, PENALISING, ADJUSTING, KEYS = 36, 25, 8, 64
-"""Bytes per logit that exist at the same time, at most: of noise and what makes it, of penalties, of other changes.
-
-`KEYS` are per row.
+DRAWING, PENALISING, ADJUSTING, ALLOWING, KEYS = 36, 25, 8, 2, 64
+"""Bytes per logit that exist at the same time, at most: of noise and what makes it, of penalties, of other changes, of
+what a grammar allows. `KEYS` are per row, or per token of which something is reported.
 """
+DENSE, REPORTING = 8, 8
+"""Bytes per logit of one row's `Distribution.dense`, and of log-probabilities that are reported."""
 
 
 @dataclass
@@ -175,15 +176,40 @@ class Sampler:
         return [int(token) for token in best.flatten().tolist()]
 
     def scratch_bytes(self, rows: int) -> int:
-        """Bytes that `choose` takes for a while, at most, beside so many rows of logits."""
+        """Bytes that deciding on a draft, and reporting, takes for a while, at most, beside so many rows of logits.
+
+        By the acceptance rule of the request, whether the draft has sampled nodes or not.
+        """
+        top = self.params.logprobs
+        reporting = 0 if top is None else rows * (self.vocabulary * REPORTING + (top + 1) * KEYS)
         if self.is_argmax:
-            return 0
-        adjusting = self.vocabulary * (PENALISING if self._seen is not None else ADJUSTING)
-        kept = self.params.top_k if 0 < self.params.top_k < self.vocabulary else self.vocabulary
+            return reporting
+        row, dense = self._row_bytes, self.vocabulary * DENSE
+        deciding = rows * row
+        if not self.params.greedy and self.params.acceptance == "max":
+            # By the rejection rules, what was left and proposed at a node stays while the next is looked at.
+            deciding = max(deciding, row + 2 * dense, 4 * dense)
+        elif not self.params.greedy and self.params.acceptance == "typical":
+            # All distributions on the way stay.
+            deciding = max(row, 2 * dense) + (rows - 1) * dense
+        return max(deciding, reporting) + rows * KEYS
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of one row, to adjust and filter it, and to draw from it, at most."""
+        adjusting = PENALISING if self._seen is not None else ADJUSTING
+        if self.grammar is not None:
+            adjusting += ALLOWING
+        kept = self.kept
         drawing = 0 if self.params.greedy else DRAWING * kept
         if kept < self.vocabulary:
             drawing += self.vocabulary * LOGIT_BYTES
-        return rows * (max(adjusting, drawing) + KEYS)
+        return max(self.vocabulary * adjusting, drawing)
+
+    @property
+    def kept(self) -> int:
+        """Tokens of a distribution, at most."""
+        return self.params.top_k if 0 < self.params.top_k < self.vocabulary else self.vocabulary
 
     def coins(self, position: int, purpose: int = 0) -> Uniforms:
         """Uniforms for rejection rules at one step, keyed by the step's first position; drafters take a purpose > 0."""

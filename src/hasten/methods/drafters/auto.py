@@ -154,6 +154,9 @@ class Auto(Drafter):
         for drafter in self._drafters:
             drafter.prepare()
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self._drafters)
+
     def begin(self, request: Request) -> None:
         expected = self._experience.expect(request.params.tenant, request.tokens)
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):

@@ -83,6 +83,9 @@ class DraftModel(SmallModelDrafter):
     def _load(self, target: Target, parameters: DraftModelParameters) -> Model:
         return load_small_model(parameters.slug, target, parameters.model, parameters.dtype)
 
+    def widest(self, nodes: int) -> int:
+        return min(nodes, self.parameters.width)
+
     def start(self, request: Request, budget: int) -> _Levels:
         return _Levels(self, request, budget, self.parameters)
 

@@ -78,6 +78,22 @@ def sampled(draft: Draft, node: int, q: Tensor, ids: Tensor | None, coins: Unifo
         yield (column if ids is None else int(ids[column])), float(piece[column])
 
 
+def sampled_bytes(sampler: Sampler, nodes: int, tokens: int) -> int:
+    """Of what `sampled` draws the children of so many nodes from, at most: q, its ids and its sums.
+
+    Nothing where a request's children are not sampled.
+
+    Args:
+        tokens: of each distribution.
+    """
+    params = sampler.params
+    if params.greedy or params.acceptance == "match":
+        return 0
+    named = sampler.kept < sampler.vocabulary or params.top_p < 1
+    # One more: what is left of a distribution, where rounding has missed.
+    return (nodes * (3 if named else 2) + 1) * 8 * tokens
+
+
 def order_of_noise(sampler: Sampler, position: int, ids: Sequence[int], q: Sequence[float], most: int) -> list[int]:
     """Which of a few tokens come first with shared noise, in plain numbers: there, tensors cost more than they save."""
     noise = sampler.noise(position, ids)

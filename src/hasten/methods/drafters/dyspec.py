@@ -98,6 +98,10 @@ class DySpec(SmallModelDrafter):
     def _load(self, target: Target, parameters: DySpecParameters) -> Model:
         return load_small_model("dyspec", target, parameters.model, parameters.dtype)
 
+    def widest(self, nodes: int) -> int:
+        # A round asks for nodes that are there already, and for no more of them than may still be added.
+        return max(1, min(nodes, self.parameters.nodes) // 2)
+
     def start(self, request: Request, budget: int) -> Growth:
         return _Tree(self, request, budget)
 

@@ -17,17 +17,23 @@ from torch import Tensor
 
 from hasten.cache import Cache, SequenceCache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
-from hasten.engine.sampling.sampler import Distribution, likeliest_of_model
+from hasten.engine.memory import logits_bytes
+from hasten.engine.sampling.sampler import Distribution, Sampler, likeliest_of_model
 from hasten.errors import UserError
-from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled
+from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled, sampled_bytes
 from hasten.model import Decoder, Model, Rows, Span, load_model
 from hasten.model.checkpoint import resolve
+from hasten.model.decoder import NOT_FINITE
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
 DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
 HEADROOM = 64
 """Slots set aside for a draft's pending rows; a larger draft makes its cache grow."""
+READING = 256
+"""Of what a request has, so many rows are read in one pass at most: what that takes for a while is bounded."""
+PROBABILITIES, CHILD = 8, 16
+"""Bytes per logit of what makes probabilities of a distribution, and per child that is looked at."""
 
 
 _LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
@@ -144,8 +150,14 @@ class Growth(ABC):
         distribution, and what `Belief` says of them; both end after `most`. With other rules children are drawn without
         replacement as they are asked for, so that one that was not asked for was never drawn; there and for greedy
         requests it is the drafter's own probability.
+
+        Raises:
+            UserError: the small model's logits are not finite.
         """
         paths = [self.paths[node] for node in self.frontier]
+        searched = self.request.sampler.is_argmax
+        if not searched:
+            likeliest_of_model(logits)
         distribution = self.drafter.distribution(self.request, logits, paths)
         if self.sampled:
             # Where nothing is allowed there is no distribution, and no child.
@@ -155,7 +167,11 @@ class Growth(ABC):
                 for row, node in enumerate(self.frontier)
             ]
         if self.request.params.greedy:
-            return [iter(pairs) for pairs in likeliest(distribution, most)]
+            rows = likeliest(distribution, most)
+            # A model's own logits have a likeliest token; those that were adjusted may allow none.
+            if searched and not all(rows):
+                raise UserError(NOT_FINITE)
+            return [iter(pairs) for pairs in rows]
         return self.matching.children(distribution, self.frontier, paths, most)
 
     def feed(self) -> Tensor | None:
@@ -221,6 +237,42 @@ class SmallModelDrafter(Drafter):
                 grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
         return grown
 
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a row."""
+        return self.model.config.vocab_size
+
+    def widest(self, nodes: int) -> int:
+        """Nodes of a draft of at most so many whose logits are asked for in one round, at most."""
+        return nodes
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        """The largest pass, a round's logits, what is made of one request's share of them, and what was drawn from."""
+        if not requests or nodes < 1:
+            return 0
+        rows, vocabulary, samplers = self.widest(nodes), self.vocabulary, list(map(self._sampler, requests))
+        looking = rows * (vocabulary * PROBABILITIES + nodes * CHILD)
+        looking += max(sampler.scratch_bytes(rows) for sampler in samplers)
+        drawn = sum(sampled_bytes(sampler, nodes, sampler.kept) for sampler in samplers)
+        return len(requests) * logits_bytes(rows, vocabulary) + looking + drawn + self._pass_bytes(requests, nodes)
+
+    def _pass_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        """Of the model itself, when it reads what it has not seen of these requests, or a round of their nodes."""
+        if not isinstance(self.model, Decoder):
+            return 0
+        lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
+        unread = [len(each.tokens) - length for each, length in zip(requests, lengths, strict=True)]
+        reading = sum(min(max(1, count), READING) for count in unread)
+        slots = max(len(request.tokens) for request in requests) + nodes
+        return max(
+            self.model.scratch_bytes(reading, 0, slots),
+            self.model.scratch_bytes(len(requests) * self.widest(nodes), nodes, slots),
+        )
+
+    def _sampler(self, request: Request) -> Sampler:
+        """What processes the small model's logits for a request."""
+        return request.sampler
+
     @staticmethod
     def _slots(request: Request) -> int:
         """Slots that a request's cache begins with."""
@@ -244,19 +296,26 @@ class SmallModelDrafter(Drafter):
         active = [growth for growth in growths if growth.frontier]
         evaluate = self._read
         while active:
-            logits, offset = evaluate(active), 0
-            for growth in active:
-                stop = offset + len(growth.frontier)
-                growth.grow(logits[offset:stop])
-                offset = stop
+            self._grow(active, evaluate(active))
             active = [growth for growth in active if growth.frontier]
             evaluate = self._expand
         for growth in growths:
             self.beliefs.drafted(growth.request, growth.matching, growth.draft)
         return [growth.draft for growth in growths]
 
+    @staticmethod
+    def _grow(growths: Sequence[Growth], logits: Tensor) -> None:
+        """One round. Its logits are gone before the next one's are made."""
+        offset = 0
+        for growth in growths:
+            stop = offset + len(growth.frontier)
+            growth.grow(logits[offset:stop])
+            offset = stop
+
     def _read(self, growths: Sequence[Growth]) -> Tensor:
         """Catch up with what was committed; logits behind the last token of each request."""
+        for growth in growths:
+            self._catch_up(growth.request)
         tokens: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -266,14 +325,27 @@ class SmallModelDrafter(Drafter):
                 # Asked again about the same tokens: the last one is read anew for its logits.
                 sequence.crop(len(known) - 1)
             cached = sequence.length
-            # Another model's embeddings say nothing to this one: it reads some word in their place.
-            tokens += [max(token, 0) for token in known[cached:]] if growth.request.spans else known[cached:]
+            tokens += self._words(growth.request, cached, len(known))
             positions += range(cached, len(known))
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
         for growth, span in zip(growths, spans, strict=True):
             self._sequence(growth.request).commit(span.stop - span.start)
         return logits
+
+    def _catch_up(self, request: Request) -> None:
+        """Read the tokens that are not in the cache in pieces, but for the last `READING` of them."""
+        sequence = self._sequence(request)
+        while len(request.tokens) - sequence.length > READING:
+            start, stop = sequence.length, sequence.length + READING
+            self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
+            sequence.commit(READING)
+
+    @staticmethod
+    def _words(request: Request, start: int, stop: int) -> list[int]:
+        """Some of a request's tokens. Another model's embeddings say nothing to this one: it reads some word there."""
+        tokens = request.tokens[start:stop]
+        return [max(token, 0) for token in tokens] if request.spans else tokens
 
     def _expand(self, growths: Sequence[Growth]) -> Tensor:
         """Logits of all frontiers' nodes, which stay pending."""
@@ -292,9 +364,7 @@ class SmallModelDrafter(Drafter):
     def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
         device = self.model.device
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
-        logits = self.model.forward(rows, wanted)
-        likeliest_of_model(logits)
-        return logits
+        return self.model.forward(rows, wanted)
 
     def _sequence(self, request: Request) -> SequenceCache:
         """The small model's cache of a request."""

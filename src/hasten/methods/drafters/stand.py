@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from hasten.engine import ROOT, Draft, Drafter, Engine, Observation, Request, SamplingParams, Target, register
+from hasten.engine.memory import logits_bytes
 from hasten.engine.sampling.noise import Uniforms
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import order_of_noise, sampled
@@ -184,6 +185,11 @@ class Stand(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         sizes = self.parameters.maximum - self.parameters.minimum + 1
         return len(requests) * rows * sizes * (500 + 64 * self.parameters.top)
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        # The rows that are learnt of are copied, one request's after the other's.
+        top = self.parameters.top
+        return max(logits_bytes(nodes + 1, request.sampler.vocabulary) for request in requests) + (nodes + 1) * top * 32
 
     def end(self, request: Request) -> None:
         if not self.parameters.shared:

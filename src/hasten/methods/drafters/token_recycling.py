@@ -201,6 +201,12 @@ class TokenRecycling(Drafter):
             return len(new) * self._default.bytes
         return sum(request.id not in self._private for request in requests) * self._default.bytes
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        # Of one request's rows at a time: the maxima of groups, those groups, and what is found.
+        vocabulary = max(request.sampler.vocabulary for request in requests)
+        groups, group = groups_of(vocabulary, self.candidates)
+        return (nodes + 1) * (4 * groups + self.candidates * (4 * group + 64))
+
     def begin(self, request: Request) -> None:
         if self.parameters.warm_prompt:
             _warm(self._memory(request).successors, [token for token in request.tokens if token != EMBEDDED])
@@ -309,12 +315,18 @@ class TokenRecycling(Drafter):
             warnings.warn(f"token-recycling: {store} is no longer kept: {error}", RuntimeWarning, stacklevel=2)
 
 
+def groups_of(vocabulary: int, count: int) -> tuple[int, int]:
+    """How many groups a row is searched in, and of how many logits, for so many of the largest; 0 where it is one."""
+    group = math.gcd(vocabulary, 64)
+    groups = vocabulary // group
+    return (0, 0) if group < 16 or groups < 8 * count else (groups, group)
+
+
 def likeliest(logits: Tensor, count: int) -> Tensor:
     """Ids of the `count` largest logits per row, largest first: [rows, vocabulary] to int64 [rows, count]."""
     rows, vocabulary = logits.shape
-    group = math.gcd(vocabulary, 64)
-    groups = vocabulary // group
-    if group < 16 or groups < 8 * count:
+    groups, group = groups_of(vocabulary, count)
+    if not groups:
         return logits.topk(count).indices
     # The largest lie in the groups with the largest maxima: most of a large vocabulary is looked at only once.
     grouped = logits.reshape(rows, groups, group)

@@ -141,6 +141,10 @@ class VocabTrim(DraftModel):
         piece = Piece(rows, None if bias is None else bias[self.to_full])
         return replace(model, head=model.backend.linear(piece, HEAD))
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.to_full)
+
     def distribution(self, request: Request, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Processed among the kept tokens only, then named by the target's ids."""
         sampler, grammar = self._sampler(request), request.sampler.grammar

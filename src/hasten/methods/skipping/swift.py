@@ -38,15 +38,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten.cache import Cache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register
+from hasten.engine.memory import logits_bytes
 from hasten.engine.sampling import sampler
 from hasten.errors import UserError, require
-from hasten.methods.drafters.drawing import Beliefs, Child, Matching, likeliest, processed, sampled
+from hasten.methods.drafters.drawing import Beliefs, Child, Matching, likeliest, processed, sampled, sampled_bytes
 from hasten.methods.drafters.shared_noise import Belief
 from hasten.model import Decoder, Rows, Slots, Span
 
 COINS = 9
 """The purpose of the drafter's coins: another stream than the verifier's."""
+ROW = 32
+"""Bytes per logit of what is made of a row of them, beside what choosing a token takes."""
 TENANTS = 64
 """Search states kept; the one that was not used for longest goes first."""
 SURE = (0.95, 0.8, 0.5)
@@ -315,6 +319,20 @@ class Swift(Drafter):
         if not new:
             return trials
         return trials + len(new) * Search(len(self.model.layers), self.parameters).nbytes
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        """Two levels' logits, what is made of one row of them, and what was drawn from; or a trial and its slots."""
+        window, vocabulary = self.parameters.window, self.model.config.vocab_size
+        slots = max(len(request.tokens) for request in requests) + nodes
+        making = max(each.sampler.scratch_bytes(1) for each in requests) + vocabulary * ROW
+        drawn = sum(sampled_bytes(each.sampler, nodes, vocabulary) for each in requests)
+        levels = logits_bytes(2 * len(requests), vocabulary) + self.model.scratch_bytes(len(requests), 0, slots)
+        searches = [self._searches.get(each.params.tenant) for each in requests]
+        if not self.parameters.max_trials or not any(search is None or search.active for search in searches):
+            return levels + making + drawn
+        block = Cache(self.model.config.layers, self.model.cache_dtype, self.model.device).sequence_bytes(window)
+        trial = block + logits_bytes(window, vocabulary) + self.model.scratch_bytes(window, 0, slots)
+        return max(levels + making + drawn, trial)
 
     def search(self, tenant: str) -> Search:
         """The tenant's search, begun on demand."""
