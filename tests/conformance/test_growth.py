@@ -12,7 +12,7 @@ class Watched(Drafter):
     """Passes everything on, and compares the drafter's growth with its announcement."""
 
     def __init__(self, drafter: Drafter) -> None:
-        self.drafter, self.taps = drafter, drafter.taps
+        self.drafter, self.taps, self.rations = drafter, drafter.taps, drafter.rations
         self.checks = 0
 
     def _watch(self, act, requests, rows=0):

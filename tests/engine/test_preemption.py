@@ -67,7 +67,7 @@ def test_a_drafter_may_let_a_request_wait_that_runs(llm: LLM, plenty: list[list[
             return False
         return True
 
-    drafter.admits = admits  # type: ignore[method-assign]
+    drafter.rations, drafter.admits = True, admits  # type: ignore[method-assign]
     requests = [engine.add(llm.encode(WORDS[number]), PARAMS[number], drafter)[0] for number in (0, 1)]
     list(engine.run())
     assert [request.output for request in requests] == plenty[:2]
@@ -86,7 +86,7 @@ def test_a_request_that_never_may_go_on_fails_alone(llm: LLM, plenty: list[list[
             raise UserError("no more")
         return True
 
-    drafter.admits = admits  # type: ignore[method-assign]
+    drafter.rations, drafter.admits = True, admits  # type: ignore[method-assign]
     requests = [engine.add(llm.encode(WORDS[number]), PARAMS[number], drafter)[0] for number in (0, 1)]
     while engine.busy:
         engine.step()

@@ -16,6 +16,7 @@ class Block:
         keys: [layers, heads, capacity, key_width].
         values: [layers, heads, capacity, value_width]; in memory right behind the keys.
         positions: int64 [capacity], the position each slot's row had.
+        addresses: of these three in memory.
         references: how many sequences read the block.
         shared: slots below this are visible to a sequence other than the writer, and are never overwritten.
     """
@@ -31,6 +32,7 @@ class Block:
                 part.view(*planes, capacity, width) for part, width in zip(memory, widths, strict=True)
             )
             self.positions = torch.empty(capacity, dtype=torch.int64, device=device)
+        self.addresses = self.keys.data_ptr(), self.values.data_ptr(), self.positions.data_ptr()
         self.references = 1
         self.shared = 0
 

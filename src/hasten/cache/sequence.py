@@ -73,8 +73,8 @@ class SequenceCache:
         self.states: dict[int, State] = {}
         self._left: dict[int, PendingStates] = {}
         self._latest: _Commit | None = None
-        # Bytes that are counted for the states.
-        self._held = 0
+        # Whether the bytes of the states are counted.
+        self._holds = not cache.state_bytes
         self._released = False
 
     def memory(self, group: int) -> list[tuple[Block, int]] | None:
@@ -96,7 +96,8 @@ class SequenceCache:
             UserError: the cache is full.
         """
         self._refuse_released()
-        self._hold()
+        if not self._holds:
+            self._hold()
         for group in self.groups:
             group.reserve(slots, more)
 
@@ -107,7 +108,8 @@ class SequenceCache:
             UserError: the cache is full.
         """
         self._refuse_released()
-        self._hold()
+        if not self._holds:
+            self._hold()
         for group in self.groups:
             group.make_room(rows)
 
@@ -116,7 +118,8 @@ class SequenceCache:
     def begin(self, positions: Tensor, extend: bool = False) -> None:
         """See `hasten.model.rows.SequenceState`."""
         self._refuse_released()
-        self._hold()
+        if not self._holds:
+            self._hold()
         if not extend:
             self._forget_pending()
         for group in self.groups:
@@ -236,8 +239,9 @@ class SequenceCache:
         """Give everything back; the sequence is unusable afterwards. Releasing twice is harmless."""
         for group in self.groups:
             group.release()
-        self._cache.give(self._held)
-        self.length, self._held, self._released = 0, 0, True
+        if self._holds and not self._released:
+            self._cache.give(self._cache.state_bytes)
+        self.length, self._released = 0, True
         self.states, self._latest = {}, None
         self._forget_pending()
 
@@ -250,7 +254,7 @@ class SequenceCache:
 
     def nbytes(self) -> int:
         """Of all that it reads, what it shares with others included."""
-        return self._held + sum(group.nbytes() for group in self.groups)
+        return sum((group.nbytes() for group in self.groups), self._cache.state_bytes if self._holds else 0)
 
     def snapshot(self) -> Snapshot:
         """The states of all recurrent layers at the present length, pending rows left out."""
@@ -270,9 +274,8 @@ class SequenceCache:
 
     def _hold(self) -> None:
         """Count the states before there are any: a step must not find that they do not fit."""
-        if not self._held:
-            self._cache.take(self._cache.state_bytes)
-            self._held = self._cache.state_bytes
+        self._cache.take(self._cache.state_bytes)
+        self._holds = True
 
     def _refuse_released(self) -> None:
         if self._released:

@@ -277,7 +277,7 @@ class Engine:
         """Let those that run wait whose drafters do not let them go on; what became of them where that failed."""
         failed: list[Progress] = []
         # The last first: each comes to the head of the queue.
-        for request in reversed(self.scheduler.running.copy()):
+        for request in [each for each in reversed(self.scheduler.running) if each.drafter.rations]:
             failed += self._alone(request, self._ask)
         return failed
 

@@ -29,7 +29,7 @@ class Layout:
     Attributes:
         group_of: per layer the number of its group; -1 where it reads no slots.
         index_of: per layer its place among the layers of that group.
-        places: both as memory, int64 [2, layers].
+        addresses: of both in memory, as int64 [layers].
     """
 
     def __init__(self, layers: Sequence[LayerConfig], groups: Sequence[Group]) -> None:
@@ -46,7 +46,9 @@ class Layout:
         places = [found.get(number, (-1, -1)) for number in range(len(layers))]
         self.group_of = tuple(group for group, _ in places)
         self.index_of = tuple(index for _, index in places)
-        self.places = torch.tensor([self.group_of, self.index_of], dtype=torch.int64)
+        self._places = torch.tensor([self.group_of, self.index_of], dtype=torch.int64)
+        start = self._places.data_ptr()
+        self.addresses = start, start + self._places.nbytes // 2
 
 
 def by_shape(layers: Sequence[LayerConfig]) -> list[Group]:

@@ -19,12 +19,14 @@ class Storage(Protocol):
         keys: [layers, heads, capacity, key_width].
         values: [layers, heads, capacity, value_width]; in memory right behind the keys.
         positions: int64 [capacity], of each slot's row; of several axes the first.
+        addresses: of these three in memory.
     """
 
     capacity: int
     keys: Tensor
     values: Tensor
     positions: Tensor
+    addresses: tuple[int, int, int]
 
 
 class PendingStates(Protocol):

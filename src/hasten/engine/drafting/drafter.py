@@ -48,6 +48,9 @@ class Drafter:
     alone: ClassVar[bool] = False
     """Whether it must be the whole method, not a part of a composition."""
 
+    rations: bool = False
+    """Whether those that run are asked about, too, before every step (`admits`)."""
+
     reference: str = "plain"
     """The method of one token per pass whose tokens it gives if it is lossless, and is compared with if it is not."""
 
@@ -86,9 +89,9 @@ class Drafter:
         return min(request.stopper.left, 512) + MAX_DRAFT
 
     def admits(self, request: Request) -> bool:
-        """Whether a request may take part in the next step; asked before every one.
+        """Whether a request may take part in the next step. One that waits starts then.
 
-        One that waits starts then. One that runs and may not gives its slots back, and waits to be read again.
+        With `rations`, one that runs and may not gives its slots back, and waits to be read again.
 
         Raises:
             UserError: one that runs never will.

@@ -116,7 +116,7 @@ class _Inner:
 class SpecMemo(Drafter):
     """One budget per engine and specification."""
 
-    alone = True
+    alone = rations = True
 
     def __init__(self, target: Target, parameters: SpecMemoParameters) -> None:
         self.parameters, self._target = parameters, target

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int64
 from math import isnan
 from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,31 +42,44 @@ if TYPE_CHECKING:
 SITES = get_args(Site)
 
 
-def _span(span: Span, pending: int, mask: Tensor | None, kept: list[Any]) -> SpanStruct:
-    """A sequence's rows and slots; `kept` has what must outlive the structure."""
-    layout = span.sequence.layout
-    slots = (SlotsStruct * len(layout.groups))()
-    for number in range(len(slots)):
-        memory = span.sequence.memory(number)
-        if memory is None:
-            continue
-        views = (ViewStruct * len(memory))()
-        for view, (block, length) in zip(views, memory, strict=True):
-            view.keys, view.values = block.keys.data_ptr(), block.values.data_ptr()
-            view.positions, view.capacity, view.length = block.positions.data_ptr(), block.capacity, length
-        kept.append(views)
-        slots[number].views, slots[number].view = len(views), ctypes.addressof(views)
-    kept += [slots, mask]
-    places = layout.places.data_ptr()
-    return SpanStruct(
-        start=span.start,
-        stop=span.stop,
-        pending=pending,
-        mask=None if mask is None else mask.data_ptr(),
-        slots=ctypes.addressof(slots),
-        group_of=places,
-        index_of=places + layout.places.nbytes // 2,
-    )
+class _Slots:
+    """A sequence's slots as `step.cpp` reads them: from pass to pass little changes but how many there are.
+
+    Attributes:
+        address: of the structures, one per group.
+        plain: whether all of them are plain memory.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._slots = (SlotsStruct * groups)()
+        self._views: list[Any] = [()] * groups
+        # Addresses, not the blocks: a sequence that is over gives its memory back.
+        self._places: list[Any] = [None] * groups
+        self.address, self.plain = ctypes.addressof(self._slots), True
+
+    def follow(self, sequence: SequenceState) -> None:
+        """As they are now."""
+        self.plain = True
+        for group, known in enumerate(self._places):
+            memory = sequence.memory(group)
+            places = None if memory is None else [(*block.addresses, block.capacity) for block, _ in memory]
+            if places != known:
+                self._places[group], self._views[group] = places, _views(places or [])
+                self._slots[group] = SlotsStruct(views=len(places or []), view=ctypes.addressof(self._views[group]))
+            if memory is None:
+                self.plain = False
+                continue
+            for view, (_, length) in zip(self._views[group], memory, strict=True):
+                view.length = length
+
+
+def _views(places: Sequence[tuple[int, int, int, int]]) -> ctypes.Array[ViewStruct]:
+    """Blocks by the addresses of their keys, values and positions, and their capacity."""
+    views = [
+        ViewStruct(keys=keys, values=values, positions=positions, capacity=capacity)
+        for keys, values, positions, capacity in places
+    ]
+    return (ViewStruct * len(views))(*views)
 
 
 def refusal(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -97,6 +111,7 @@ class NativeBackend:
         self.format: Format = format
         self.head: Format = head
         self._described: tuple[Decoder, ModelStruct | None] | None = None
+        self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
     def linear(self, piece: Piece, source: Source) -> PanelLinear:
         """See `hasten.model.decoder.Backend`."""
@@ -112,13 +127,20 @@ class NativeBackend:
         described = self._describe(model)
         if described is None:
             return compose(model, rows, wanted, taps)
-        kept: list[Any] = []
+        masks: list[Tensor] = []
         spans = (SpanStruct * len(rows.spans))()
+        opaque = []
         for index, span in enumerate(rows.spans):
             span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
             mask = span.dense_mask(span.sequence.pending)
-            spans[index] = _span(span, span.sequence.pending, None if mask is None else mask.contiguous(), kept)
-        elsewhere = _Elsewhere.of(model, rows)
+            if mask is not None:
+                masks.append(mask.contiguous())
+            spans[index], plain = self._span(
+                span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
+            )
+            if not plain:
+                opaque.append(span)
+        elsewhere = _Elsewhere(model, count, opaque) if opaque else None
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
         logits = torch.empty(len(numbers), model.head.out_features)
@@ -185,8 +207,8 @@ class NativeBackend:
         loaded, described = library(), self._describe(model)
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
-        kept: list[Any] = []
-        span = _span(Span(sequence, 0, 1), 1, None, kept)
+        span, plain = self._span(Span(sequence, 0, 1), 1, None)
+        assert plain
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
             *(ctypes.addressof(described), team(), ctypes.addressof(span), token, position, vocabulary),
@@ -197,6 +219,24 @@ class NativeBackend:
         if count and isnan(probabilities[count - 1]):
             raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
+
+    def _span(self, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
+        """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
+        slots = self._slots.get(span.sequence)
+        if slots is None:
+            slots = self._slots[span.sequence] = _Slots(len(span.sequence.layout.groups))
+        slots.follow(span.sequence)
+        group_of, index_of = span.sequence.layout.addresses
+        described = SpanStruct(
+            start=span.start,
+            stop=span.stop,
+            pending=pending,
+            mask=mask,
+            slots=slots.address,
+            group_of=group_of,
+            index_of=index_of,
+        )
+        return described, slots.plain
 
     def runs(self, model: Decoder) -> bool:
         """Whether the native step knows all pieces of a model; others are composed in PyTorch."""
@@ -219,22 +259,12 @@ class _Elsewhere:
         mixed: float32 [rows, heads * head_dim], what attention makes of it.
     """
 
-    def __init__(self, model: Decoder, rows: Rows, spans: list[Span]) -> None:
-        shape, count = model.config.layers[0], rows.tokens.shape[0]
+    def __init__(self, model: Decoder, rows: int, spans: list[Span]) -> None:
+        shape = model.config.layers[0]
         self._heads = [shape.heads, shape.slots.heads, shape.slots.heads]
         self._spans = [(span, additive_mask(span, model.cache_dtype)) for span in spans]
-        self.qkv = torch.empty(count, sum(self._heads) * shape.slots.key_width)
-        self.mixed = torch.empty(count, shape.heads * shape.slots.key_width)
-
-    @classmethod
-    def of(cls, model: Decoder, rows: Rows) -> _Elsewhere | None:
-        """None where all is plain memory."""
-        spans = [
-            span
-            for span in rows.spans
-            if any(span.sequence.memory(number) is None for number in range(len(span.sequence.layout.groups)))
-        ]
-        return cls(model, rows, spans) if spans else None
+        self.qkv = torch.empty(rows, sum(self._heads) * shape.slots.key_width)
+        self.mixed = torch.empty(rows, shape.heads * shape.slots.key_width)
 
     def attend(self, layer: int) -> None:
         """Fill `mixed` for the spans that need it in this layer."""
