@@ -132,14 +132,19 @@ def named(name: str) -> Entry:
     raise UserError(f"no model {name!r} to pull; there are {', '.join(CATALOGUE)}")
 
 
-def pulled(entry: Entry) -> Path:
-    """The file of a model that can be pulled.
+def located(name: str) -> Path | None:
+    """Where the model of a name lies: a folder that ships, or a file that was pulled; None where no model is named so.
 
     Raises:
         UserError: it is still to be pulled.
     """
+    if name in shipped():
+        return ASSETS / name
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        return None
     if not entry.path.is_file():
-        raise UserError(f"{entry.name} is not here yet: `hasten pull {entry.name}` gets it ({entry.megabytes})")
+        raise UserError(f"{name} is not here yet: `hasten pull {name}` gets it ({entry.megabytes})")
     return entry.path
 
 

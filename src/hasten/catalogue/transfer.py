@@ -48,11 +48,9 @@ def stream(offer: Offer, start: int) -> tuple[int, Iterator[bytes]]:
     Raises:
         Unavailable: no answer, another than the file, or (while the bytes are read) a connection that breaks.
     """
-    request = Request(offer.url, headers={"User-Agent": "hasten", "Accept-Encoding": "identity"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    headers = {"User-Agent": "hasten", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urlopen(request, timeout=SECONDS)
+        response = urlopen(Request(offer.url, headers=headers), timeout=SECONDS)
     except HTTPError as error:
         raise Unavailable(f"{offer.source} answers {error.code} {error.reason}") from error
     except (OSError, ValueError, HTTPException) as error:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hasten.catalogue.entries import ASSETS, CATALOGUE, pulled, shipped
+from hasten.catalogue.entries import CATALOGUE, located, shipped
 from hasten.errors import UserError, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -41,13 +41,12 @@ def resolve(model: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError):
         # No path at all: too long, a null character, an unknown ~user.
         occupied = True
-    if name in shipped():
-        return ASSETS / name
-    if name in CATALOGUE:
-        return pulled(CATALOGUE[name])
+    known = located(name)
+    if known is not None:
+        return known
     if occupied or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = f"none of the shipped models ({', '.join(shipped())}), none to pull ({', '.join(CATALOGUE)})"
-        raise UserError(f"no checkpoint at {name!r}: no folder, no hub id such as 'owner/name', {known}")
+        names = f"none of the shipped models ({', '.join(shipped())}), none to pull ({', '.join(CATALOGUE)})"
+        raise UserError(f"no checkpoint at {name!r}: no folder, no hub id such as 'owner/name', {names}")
     from huggingface_hub import snapshot_download
 
     try:
