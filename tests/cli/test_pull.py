@@ -124,10 +124,10 @@ def test_a_model_that_is_not_here_is_one_sentence(hasten, asked: list[str], comm
     assert ran.err == "hasten: smollm2 is not here yet: `hasten pull smollm2` gets it (98 MB)\n"
 
 
-@pytest.mark.parametrize(
-    ("typed", "pulled"), [("y\n", True), ("Yes\n", True), ("n\n", False), ("\n", False), ("", False)]
-)
-def test_race_offers_to_pull(hasten, asked: list[str], monkeypatch: pytest.MonkeyPatch, typed: str, pulled: bool):
+@pytest.mark.parametrize("typed", ["y\n", "Yes\n", "n\n", "\n", ""])
+def test_race_offers_to_pull(hasten, asked: list[str], monkeypatch: pytest.MonkeyPatch, typed: str):
+    pulled = typed[:1].lower() == "y"
+
     def load(self, model: str) -> None:
         assert CATALOGUE[model].path.is_file() == pulled
         raise typer.Exit
