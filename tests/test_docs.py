@@ -29,19 +29,8 @@ def test_readme_lists_every_method_and_command():
     own = [slug for slug, method in registry.methods().items() if method.parameters.__module__.startswith("hasten.")]
     for slug in own:
         assert f"`{slug}`" in readme
-    for command in (
-        "race",
-        "generate",
-        "methods",
-        "verify",
-        "bench",
-        "sweep",
-        "tune",
-        "doctor",
-        "pull",
-        "models",
-        "train lm",
-    ):
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    for command in (*commands, "train lm"):
         assert f"`hasten {command}" in readme
 
 

@@ -151,4 +151,4 @@ def located(name: str) -> Path | None:
 def missing(model: str) -> Entry | None:
     """The entry that a command's `--model` names, where it is still to be pulled."""
     entry = CATALOGUE.get(model)
-    return None if entry is None or Path(model).is_dir() or entry.path.is_file() else entry
+    return None if entry is None or Path(model).exists() or entry.path.is_file() else entry
