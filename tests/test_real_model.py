@@ -12,7 +12,7 @@ from hasten.catalogue.entries import CATALOGUE
 from hasten.catalogue.pulling import pull
 from hasten.errors import UserError
 
-METHODS = ("ngram", "copyspec", "suffix", "token-recycling", "auto")
+METHODS = ("ngram", "suffix", "token-recycling")
 PROMPTS = (
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|>user\nSay again: a red cat, a blue moon, a red cat.<|im_end|>\n<|im_start|>assistant\n",
@@ -42,7 +42,7 @@ def smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_real_model_says_the_same_with_every_method(smollm2: str) -> None:
     llm = LLM(smollm2)
-    params = SamplingParams(max_tokens=32)
+    params = SamplingParams(max_tokens=24)
     plain = llm.generate(list(PROMPTS), params)
     assert "Paris" in plain[0].text
     for method in METHODS:
