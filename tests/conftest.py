@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hasten.files import cache_folder
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where the user's models are, for the test of a real one; workers inherit it.
+os.environ.setdefault("HASTEN_TEST_CACHE", str(cache_folder("")))
 # Curves that tests measure must not stay where the user's own are kept.
 os.environ["HASTEN_CACHE"] = tempfile.mkdtemp(prefix="hasten-cache-")
 

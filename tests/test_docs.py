@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hasten import LLM, SamplingParams
+from hasten.cli.app import app
 from hasten.engine import registry
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,8 @@ def test_readme_lists_every_method_and_command():
     own = [slug for slug, method in registry.methods().items() if method.parameters.__module__.startswith("hasten.")]
     for slug in own:
         assert f"`{slug}`" in readme
-    for command in ("race", "generate", "methods", "verify", "bench", "sweep", "tune", "doctor", "train lm"):
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    for command in (*commands, "train lm"):
         assert f"`hasten {command}" in readme
 
 

@@ -16,6 +16,7 @@ FLOORS = [
     "errors",
     "documents",
     "files",
+    "catalogue",
     "tasks",
     "model",
     "cache",

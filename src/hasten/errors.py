@@ -29,6 +29,11 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def one_line(error: Exception) -> str:
+    """An error's message, as the end of a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def require(checks: Iterable[tuple[bool, str]], subject: str = "") -> None:
     """Refuse what does not hold.
 

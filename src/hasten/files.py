@@ -78,3 +78,8 @@ def cache_folder(kind: str) -> Path:
     """Where measurements of a kind are kept: below `$HASTEN_CACHE`, by default the user's cache folder."""
     base = os.environ.get("HASTEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hasten"
     return Path(base) / kind
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

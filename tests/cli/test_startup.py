@@ -33,6 +33,10 @@ def test_help_does_not_wait_for_pytorch(arguments: list[str]) -> None:
     assert not modules & {"torch", "transformers", "numpy", "huggingface_hub"}
 
 
+def test_listing_models_does_not_wait_for_pytorch() -> None:
+    assert not imported(RUN, "models") & {"torch", "transformers", "numpy", "huggingface_hub"}
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     modules = imported("import sys, hasten; print(*sys.modules)")
     assert not modules & {"torch", "transformers", "numpy", "typer", "rich"}

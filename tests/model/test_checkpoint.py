@@ -19,9 +19,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
+from hasten.catalogue.entries import CATALOGUE, shipped
 from hasten.errors import UserError
 from hasten.model import load_model
-from hasten.model.checkpoint import INDEX, SINGLE, Tensors, resolve, shipped
+from hasten.model.checkpoint import INDEX, SINGLE, Tensors, resolve
 from hasten.model.loading import choose_device
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
@@ -100,12 +101,25 @@ def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_shipped_models_go_by_their_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.model.checkpoint.ASSETS", folder.parent)
+    monkeypatch.setattr("hasten.catalogue.entries.ASSETS", folder.parent)
     (folder.parent / "notes").mkdir()
     assert shipped() == [folder.name]
     assert resolve(folder.name) == folder
     refused("chekpoint", "shipped", folder.name)
     refused("notes", folder.name)
+
+
+def test_pulled_models_go_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then, what to do is said; a folder of the name is meant before them."""
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    refused("smollm2", "not here yet", "`hasten pull smollm2`")
+    file = CATALOGUE["smollm2"].path
+    file.parent.mkdir()
+    file.touch()
+    assert resolve("smollm2") == file == tmp_path / "models" / "smollm2.gguf"
+    (tmp_path / "smollm2").mkdir()
+    assert resolve("smollm2") == Path("smollm2")
 
 
 # The configuration

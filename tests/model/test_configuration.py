@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from hasten.catalogue.entries import ASSETS, shipped
 from hasten.errors import UserError
 from hasten.model.architectures import ARCHITECTURES
-from hasten.model.checkpoint import ASSETS, shipped
 from hasten.model.loading import read_config
 from hasten.model.tokenizer import load_tokenizer
 

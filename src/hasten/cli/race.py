@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli import options
+from hasten.cli import options, pull
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
@@ -46,6 +46,8 @@ def race(
     if rounds < 1 or not 0 <= slow < inf:
         raise UserError("rounds must be at least 1, slow finite and not negative")
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not json:
+        pull.offer(model)
     llm = loading.load(model)
 
     from hasten.bench import race as racing

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hasten.errors import UserError
+from hasten.catalogue.entries import CATALOGUE, located, shipped
+from hasten.errors import UserError, one_line
 
-ASSETS = Path(__file__).parent.parent / "assets"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"]
@@ -22,24 +22,15 @@ UNWANTED_FILES = ["*/*", "consolidated*"]
 """The same weights again, in other formats."""
 
 
-def one_line(error: Exception) -> str:
-    """An error's message, as the end of a sentence."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def shipped() -> list[str]:
-    """Names of the models that come with hasten."""
-    return sorted(folder.name for folder in ASSETS.glob("*/") if (folder / "config.json").exists())
-
-
 def resolve(model: str | Path) -> Path:
-    """The local folder of a model.
+    """Where a model lies: a folder, or the file of one that was pulled.
 
     Args:
-        model: a folder, the name of a shipped model, or a hub id (downloaded, or found in the hub's cache).
+        model: a folder, the name of a model that ships or was pulled, or a hub id (downloaded, or found in the hub's
+            cache).
 
     Raises:
-        UserError: it is none of these, or the download fails.
+        UserError: it is none of these, it is still to be pulled, or the download fails.
     """
     name = str(model)
     try:
@@ -50,11 +41,12 @@ def resolve(model: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError):
         # No path at all: too long, a null character, an unknown ~user.
         occupied = True
-    if name in shipped():
-        return ASSETS / name
+    known = located(name)
+    if known is not None:
+        return known
     if occupied or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = f"none of the shipped models ({', '.join(shipped())})"
-        raise UserError(f"no checkpoint at {name!r}: no folder, no hub id such as 'owner/name', {known}")
+        names = f"none of the shipped models ({', '.join(shipped())}), none to pull ({', '.join(CATALOGUE)})"
+        raise UserError(f"no checkpoint at {name!r}: no folder, no hub id such as 'owner/name', {names}")
     from huggingface_hub import snapshot_download
 
     try:

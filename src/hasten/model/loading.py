@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from hasten.errors import UserError
+from hasten.errors import UserError, one_line
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.assembly import assemble
-from hasten.model.checkpoint import Tensors, one_line, read_json, resolve, weight_bytes
+from hasten.model.checkpoint import Tensors, read_json, resolve, weight_bytes
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend

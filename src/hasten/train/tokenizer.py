@@ -11,8 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hasten.errors import UserError
-from hasten.model.checkpoint import one_line
+from hasten.errors import UserError, one_line
 from hasten.tasks import TASKS, examples, prose_chunks
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"

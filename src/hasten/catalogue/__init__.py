@@ -1,0 +1,1 @@
+"""Models that go by a name: those that ship, and those that `hasten pull` gets. Nothing here imports PyTorch."""
