@@ -48,7 +48,7 @@ def resolve(model: str | Path) -> Path:
     """The local folder of a model, or its GGUF file.
 
     Args:
-        model: a folder, a GGUF file, the name of a shipped model, or a hub id (downloaded, or found in the hub's cache).
+        model: a folder, a GGUF file, the name of a shipped model, or a hub id (downloaded, or in the hub's cache).
 
     Raises:
         UserError: it is none of these, or the download fails.
@@ -148,6 +148,9 @@ class Tensors:
         folder: with `model.safetensors`, or an index and its shards.
         dtype, device: what the tensors become.
 
+    Attributes:
+        expanded: the types of weights that were stored in fewer bits, and expanded to be read.
+
     Raises:
         UserError: files missing or corrupt.
     """
@@ -156,6 +159,7 @@ class Tensors:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
+        self.expanded: set[str] = set()
         self._open: dict[str, Any] = {}
         where = weight_map(folder)
         self._where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if where is None else where

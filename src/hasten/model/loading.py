@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hasten.errors import Notice, UserError
-from hasten.model import cuda, gguf, native
+from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.assembly import assemble
 from hasten.model.checkpoint import Tensors, one_line, read_json, resolve, weight_bytes
@@ -38,6 +38,8 @@ def read_config(folder: Path) -> ModelConfig:
             weights; for a file, see `gguf.read_config`.
     """
     if folder.is_file():
+        from hasten.model import gguf
+
         return gguf.read_config(gguf.open_gguf(folder))
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
@@ -56,7 +58,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def choose_dtype(folder: Path, dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: float32 for small models on CPU, otherwise what the checkpoint says (bf16 where it is silent, as GGUF is).
+    """`auto`: float32 for small models on CPU, else what the checkpoint says (bf16 where it is silent, as GGUF is).
 
     Raises:
         UserError: an unknown name; no weights to choose for.
@@ -130,7 +132,7 @@ def load_model(
     tensors = open_tensors(folder, config, chosen, target)
     pieces = ARCHITECTURES[config.architecture].pieces(config, tensors)
     loaded = assemble(config, pieces, runner, cache_dtype, transforms)
-    if isinstance(tensors, gguf.GGUFTensors) and tensors.expanded:
+    if tensors.expanded:
         kinds = ", ".join(sorted(tensors.expanded))
         what = f"{folder.name}: weights of {kinds} are expanded to {str(chosen).removeprefix('torch.')}"
         warnings.warn(what, Notice, stacklevel=2)
@@ -146,6 +148,8 @@ def open_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
         UserError: as `Tensors` and `gguf.open_gguf` say.
     """
     if folder.is_file():
+        from hasten.model import gguf
+
         return gguf.GGUFTensors(gguf.open_gguf(folder), config, dtype, device)
     return Tensors(folder, dtype, device)
 

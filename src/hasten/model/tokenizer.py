@@ -11,7 +11,6 @@ from threading import Thread
 from typing import Any
 
 from hasten.errors import UserError
-from hasten.model import gguf
 from hasten.model.checkpoint import read_json, resolve
 
 
@@ -23,6 +22,8 @@ def load_tokenizer(model: str | Path) -> Any:
     """
     folder = resolve(model)
     if folder.is_file():
+        from hasten.model import gguf
+
         return gguf.read_tokenizer(gguf.open_gguf(folder))
     try:
         return _reader(folder).from_pretrained(folder, trust_remote_code=False)

@@ -93,7 +93,7 @@ class GGUF:
             self._data = np.memmap(path, mode="c")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error if isinstance(error, OSError) else 'it is empty'}") from error
-        self._bytes = memoryview(self._data)
+        self._bytes = self._data.data
         if self._bytes[: len(GGUF_MAGIC)] != GGUF_MAGIC:
             raise UserError(f"{path} is no GGUF file")
         self._place = len(GGUF_MAGIC)

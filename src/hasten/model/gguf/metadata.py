@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from hasten.errors import UserError
@@ -82,12 +83,12 @@ def _same(file: GGUF, key: str, default: int | None = None) -> int:
     Raises:
         UserError: it is missing or no whole number, or layers differ.
     """
-    if not hasattr(file.metadata.get(key), "__len__"):
+    if not isinstance(file.metadata.get(key), np.ndarray):
         return file.whole(key, default)
-    values = set(file.numbers(key))
-    if len(values) != 1 or not isinstance(value := values.pop(), int) or value < 0:
+    first, *others = [int(number) for number in file.numbers(key)] or [0]
+    if any(other != first for other in others):
         raise UserError(f"{file.path} has another {key} in each layer, which is not supported")
-    return value
+    return first
 
 
 def _require_tensors(file: GGUF, layers: int, sizes: Mapping[str, int]) -> None:

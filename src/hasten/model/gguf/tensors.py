@@ -51,7 +51,7 @@ SCALES = {
     "Q6_K": (104, 105),
     "IQ4_NL": (0, 1),
 }
-"""Of a block, as numbers of 16 bits, those that are no integers: scales and minima. The weights are finite if they are."""
+"""Of a block, as numbers of 16 bits, those that are no integers: scales and minima. If they are finite, all is."""
 
 EXPANDED = 2**22
 """Weights that are expanded at a time."""
@@ -64,9 +64,6 @@ class GGUFTensors(Tensors):
         file: the file.
         config: its own.
         dtype, device: what tensors become.
-
-    Attributes:
-        expanded: the types of those that were expanded.
     """
 
     described_by = "metadata"
@@ -74,7 +71,7 @@ class GGUFTensors(Tensors):
     def __init__(self, file: GGUF, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = file.path, dtype, device
         self.file, self.config = file, config
-        self.expanded: set[str] = set()
+        self.expanded = set()
         self._names = {
             f"{ours}.{part}".format(layer): f"{NAMES[piece]}.{part}".format(layer)
             for piece, ours in TENSORS.items()
@@ -92,7 +89,8 @@ class GGUFTensors(Tensors):
         return self._names.get(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.file.tensors[self.called(name)].shape
+        shape: tuple[int, ...] = self.file.tensors[self.called(name)].shape
+        return shape
 
     def _read(self, name: str) -> Tensor:
         called = self.called(name)
@@ -125,7 +123,7 @@ class GGUFTensors(Tensors):
         return Blocks(stored.type, self._half_split(called, torch.from_numpy(rows)), stored.shape[-1])
 
     def _half_split(self, called: str, rows: Tensor) -> Tensor:
-        """Rows of a tensor in the order of Hugging Face checkpoints, where a head's first half stands before its second.
+        """A tensor's rows in the order of Hugging Face checkpoints: a head's first half stands before its second.
 
         Raises:
             UserError: they are not those of whole heads.

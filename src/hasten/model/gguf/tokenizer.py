@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from hasten.errors import UserError
 from hasten.model.checkpoint import one_line
@@ -60,6 +59,8 @@ def read_tokenizer(file: GGUF) -> Any:
     Raises:
         UserError: none in the file, of a kind or with a pre-tokenizer that is not known, or damaged.
     """
+    from transformers import PreTrainedTokenizerFast
+
     kind = file.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"tokenizer {kind!r} in {file.path} is not supported; supported are gpt2, llama")
