@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hasten.llm import LLM
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or a name (see `hasten models`).")
+    str, typer.Option("--model", "-m", help="Checkpoint folder, GGUF file, hub id, or a name (see `hasten models`).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU), cuda or torch.")]
