@@ -20,7 +20,7 @@ from hasten.model.decoder import TorchBackend
 from hasten.model.linear import DenseLinear, Linear
 from hasten.model.native import NativeBackend
 from hasten.model.native.library import LIBRARY
-from hasten.model.weights import HEAD, Piece, Pieces, Source, Transform
+from hasten.model.weights import HEAD, Blocks, Piece, Pieces, Source, Transform
 
 Make = Callable[..., Any]
 LINEARS = ("qkv", "attention_out", "gate_up", "down")
@@ -319,6 +319,32 @@ def test_pieces_that_are_left_out_are_named(layer: int | None, name: str, place:
 def test_a_bias_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"a weight of \[3, 2\] cannot have a bias of \[2\]"):
         Piece(torch.ones(3, 2), torch.ones(2))
+
+
+def test_a_stored_piece_expands_its_weight_when_it_is_asked_for() -> None:
+    asked = 0
+
+    def expand() -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.ones(6, 32)
+
+    blocks = Blocks("Q4_1", torch.zeros(3, 20, dtype=torch.uint8), 32)
+    piece = Piece.of((blocks, blocks), expand, torch.ones(6))
+    half = piece.to(torch.bfloat16)
+    assert half.stored == (blocks, blocks) and half.bias is not None and half.bias.dtype == torch.bfloat16
+    assert asked == 0
+    assert half.weight.dtype == torch.bfloat16 and piece.weight.shape == (6, 32)
+    assert asked == 2
+    with pytest.raises(UserError, match=r"a weight of \[6, 32\] cannot have a bias of \[5\]"):
+        Piece.of((blocks, blocks), expand, torch.ones(5))
+
+
+def test_another_weight_in_a_stored_piece_leaves_nothing_stored() -> None:
+    blocks = Blocks("Q4_1", torch.zeros(3, 20, dtype=torch.uint8), 32)
+    piece = Piece.of((blocks,), lambda: torch.ones(3, 32))
+    turned = replace(piece, weight=2 * piece.weight)
+    assert turned.stored == () and torch.equal(turned.weight, torch.full((3, 32), 2.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,8 +14,28 @@ from hasten.model.linear import Linear
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A matrix as a file stores it: in each row, block behind block of weights that share scales.
+
+    Attributes:
+        type: the format's name in GGUF, such as "Q4_1".
+        rows: uint8 [outputs, bytes per row]; it may be the mapped file itself.
+        inputs: weights per row.
+    """
+
+    type: str
+    rows: Tensor
+    inputs: int
+
+
+@dataclass(frozen=True)
 class Piece:
     """A weight, [outputs, inputs] of a linear layer, [channels] of a norm; and its bias [outputs], if it has one.
+
+    Attributes:
+        weight: of a stored piece expanded each time it is asked for, so that it takes no memory meanwhile.
+        stored: the same weight as the checkpoint stores it, one matrix below the other, each of a type of its own; a
+            backend may take these instead. Empty where the weight is plain, or another one was put in its place.
 
     Raises:
         UserError: a bias of another size.
@@ -23,15 +43,37 @@ class Piece:
 
     weight: Tensor
     bias: Tensor | None = None
+    stored: tuple[Blocks, ...] = field(default=(), init=False)
+
+    @classmethod
+    def of(cls, stored: tuple[Blocks, ...], expand: Callable[[], Tensor], bias: Tensor | None = None) -> Piece:
+        """A stored piece; `expand` makes its weight."""
+        piece = cls.__new__(cls)
+        vars(piece).update(bias=bias, stored=stored, _expand=expand)
+        piece._check(sum(blocks.rows.shape[0] for blocks in stored), stored[0].inputs)
+        return piece
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Python asks here for what is not set: a stored piece's weight.
+        if name != "weight":
+            raise AttributeError(name)
+        expand: Callable[[], Tensor] = vars(self)["_expand"]
+        return expand()
 
     def __post_init__(self) -> None:
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            weight, bias = list(self.weight.shape), list(self.bias.shape)
-            raise UserError(f"a piece with a weight of {weight} cannot have a bias of {bias}")
+        self._check(*self.weight.shape)
+
+    def _check(self, *weight: int) -> None:
+        if self.bias is not None and self.bias.shape != weight[:1]:
+            bias = list(self.bias.shape)
+            raise UserError(f"a piece with a weight of {list(weight)} cannot have a bias of {bias}")
 
     def to(self, dtype: torch.dtype) -> Piece:
-        """The same in another dtype."""
-        return Piece(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        """The same in another dtype; what is stored stays."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if self.stored:
+            return Piece.of(self.stored, lambda: self.weight.to(dtype), bias)
+        return Piece(self.weight.to(dtype), bias)
 
 
 @dataclass(frozen=True)
