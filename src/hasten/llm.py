@@ -88,7 +88,7 @@ class LLM:
     Many threads may use one: all their requests run in one batch, and each gets the tokens that it would get alone.
 
     Args:
-        model: a checkpoint folder, a hub id, or the name of a model that ships (`tiny`).
+        model: a checkpoint folder, a GGUF file, a hub id, or the name of a model that ships (`tiny`).
         method: default method specification, such as `ngram` or `draft-model:length=4`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`, `float64`.
         device: `auto`, `cpu`, `cuda`, ...
@@ -102,6 +102,9 @@ class LLM:
             of a conversation) is read from there on only; by default `HASTEN_PREFIX_BYTES`, and without it nothing.
         transforms: what is made of the model's weights before they are stored (`hasten.model.weights.Transform`): its
             tokens are then those of the transformed model.
+
+    Attributes:
+        folder: the checkpoint's, or its GGUF file.
 
     Raises:
         UserError: anything wrong with checkpoint, tokenizer or method, in one sentence.

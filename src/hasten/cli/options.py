@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hasten.engine import Constraint
     from hasten.llm import LLM
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub id, or a shipped model's name.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Checkpoint folder, GGUF file, hub id, or a shipped model's name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU), cuda or torch.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]

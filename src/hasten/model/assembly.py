@@ -37,7 +37,10 @@ def assemble(
     changed = map(lambda each: reduce(lambda given, transform: transform(given), transforms, each), pieces)
     outside = next(changed)
     # Backends read its memory as it lies.
-    embedding = _weight(outside, "embedding").weight.contiguous()
+    piece = _weight(outside, "embedding")
+    embedding = piece.weight.contiguous()
+    # A tied head may stay as it is stored, and shares the embedding's memory where it does not.
+    tied = Piece.of(piece.stored, lambda: embedding) if piece.stored else Piece(embedding)
     frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float32, device=embedding.device)
     if embedding.dtype == torch.float64:
         frequencies = frequencies.double()
@@ -52,7 +55,7 @@ def assemble(
         embedding=embedding,
         layers=layers,
         norm=builder.norm(outside, "norm", builder.hidden),
-        head=builder.head(outside),
+        head=builder.head(outside, tied),
         backend=backend,
         cache_dtype=cache_dtype,
     )
@@ -87,8 +90,8 @@ class _Builder:
             return ready
         return self.backend.linear(_weight(pieces, name).to(self.embedding.dtype), Source(name, pieces.layer))
 
-    def head(self, outside: Pieces) -> Linear:
-        """The head; a tied one shares the embedding's memory where its storage is the plain matrix.
+    def head(self, outside: Pieces, tied: Piece) -> Linear:
+        """The head; `tied` is the embedding's matrix, for where there is no other one.
 
         Raises:
             UserError: it reads another width.
@@ -96,7 +99,7 @@ class _Builder:
         if "head" in outside.weights or "head" in outside.linears:
             head = self.linear(outside, "head")
         else:
-            head = self.backend.linear(Piece(self.embedding), HEAD)
+            head = self.backend.linear(tied, HEAD)
         if head.in_features != self.hidden:
             found = head.in_features
             raise UserError(f"{_place(outside)} was transformed to a head of {found} inputs, not {self.hidden}")

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: find the folder, read its configuration, hand out its tensors."""
+"""Checkpoints: find the folder or file, read a folder's configuration, hand out its tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hasten.errors import UserError
+from hasten.model.weights import Piece
 
 ASSETS = Path(__file__).parent.parent / "assets"
+GGUF_MAGIC, GGUF_SUFFIX = b"GGUF", ".gguf"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt"]
@@ -32,11 +34,21 @@ def shipped() -> list[str]:
     return sorted(folder.name for folder in ASSETS.glob("*/") if (folder / "config.json").exists())
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether there is a file that is taken for GGUF: by its name, or by how it begins."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == GGUF_SUFFIX:
+        return True
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
 def resolve(model: str | Path) -> Path:
-    """The local folder of a model.
+    """The local folder of a model, or its GGUF file.
 
     Args:
-        model: a folder, the name of a shipped model, or a hub id (downloaded, or found in the hub's cache).
+        model: a folder, a GGUF file, the name of a shipped model, or a hub id (downloaded, or in the hub's cache).
 
     Raises:
         UserError: it is none of these, or the download fails.
@@ -44,7 +56,7 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     try:
         folder = Path(model).expanduser()
-        if folder.is_dir():
+        if folder.is_dir() or is_gguf(folder):
             return folder
         occupied = folder.exists()
     except (OSError, ValueError, RuntimeError):
@@ -52,9 +64,9 @@ def resolve(model: str | Path) -> Path:
         occupied = True
     if name in shipped():
         return ASSETS / name
-    if occupied or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if occupied or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.lower().endswith(GGUF_SUFFIX):
         known = f"none of the shipped models ({', '.join(shipped())})"
-        raise UserError(f"no checkpoint at {name!r}: no folder, no hub id such as 'owner/name', {known}")
+        raise UserError(f"no checkpoint at {name!r}: no folder, no GGUF file, no hub id such as 'owner/name', {known}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -117,11 +129,13 @@ def weight_file(folder: Path, name: str) -> Path:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of the files that hold a checkpoint's tensors; others beside them do not count.
+    """Size of the files that hold a checkpoint's tensors, or of a GGUF file; others beside them do not count.
 
     Raises:
         UserError: as `weight_map` and `weight_file` say.
     """
+    if folder.is_file():
+        return folder.stat().st_size
     files = weight_map(folder)
     names = {SINGLE} if files is None else set(files.values())
     return sum(weight_file(folder, name).stat().st_size for name in names)
@@ -134,12 +148,18 @@ class Tensors:
         folder: with `model.safetensors`, or an index and its shards.
         dtype, device: what the tensors become.
 
+    Attributes:
+        expanded: the types of weights that were stored in fewer bits, and expanded to be read.
+
     Raises:
         UserError: files missing or corrupt.
     """
 
+    described_by = "config.json"
+
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
+        self.expanded: set[str] = set()
         self._open: dict[str, Any] = {}
         where = weight_map(folder)
         self._where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if where is None else where
@@ -156,6 +176,42 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def called(self, name: str) -> str:
+        """What the checkpoint calls a tensor."""
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        return tuple(self._stored(name, "get_slice").get_shape())
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor that is there."""
+        tensor: Tensor = self._stored(name, "get_tensor")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name} in {self.folder} is {kind}: quantised checkpoints are not supported")
+        return tensor
+
+    def _stored(self, name: str, method: str) -> Any:
+        try:
+            return getattr(self._file(self._where[name]), method)(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / self._where[name]} is corrupt: {one_line(error)}") from error
+
+    def require(self, name: str, *shape: int) -> None:
+        """Refuse what is missing, or, where a shape is given, of another one.
+
+        Raises:
+            UserError: with the tensor's name and what it is.
+        """
+        if name not in self:
+            raise UserError(f"the checkpoint in {self.folder} has no tensor {self.called(name)}")
+        if shape and self.shape(name) != shape:
+            found = list(self.shape(name))
+            raise UserError(
+                f"{self.called(name)} in {self.folder} is {found}, but its {self.described_by} asks for {list(shape)}"
+            )
+
     def get(self, name: str, *shape: int) -> Tensor:
         """A tensor by name, all of it finite; where a shape is given, it must be that.
 
@@ -163,26 +219,26 @@ class Tensors:
             UserError: the checkpoint has no such tensor or one of another shape, its shard is corrupt, or it holds NaN
                 or infinity, in the file or once it is cast.
         """
-        if name not in self._where:
-            raise UserError(f"the checkpoint in {self.folder} has no tensor {name}")
-        try:
-            tensor: Tensor = self._file(self._where[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{self.folder / self._where[name]} is corrupt: {one_line(error)}") from error
-        if shape and tensor.shape != shape:
-            found = list(tensor.shape)
-            raise UserError(f"{name} in {self.folder} is {found}, but its config.json asks for {list(shape)}")
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{name} in {self.folder} is {kind}: quantised checkpoints are not supported")
+        self.require(name, *shape)
+        tensor, called = self._read(name), self.called(name)
         cast = tensor.to(device=self.device, dtype=self.dtype)
         # The least and the largest are NaN where anything is: one pass, without a copy.
         if not all(map(isfinite, cast.aminmax())):
             if tensor.isfinite().all():
                 kind = str(self.dtype).removeprefix("torch.")
-                raise UserError(f"{name} in {self.folder} overflows in {kind}: its largest weights become infinite")
-            raise UserError(f"{name} in {self.folder} holds NaN or infinity: the checkpoint is damaged")
+                raise UserError(f"{called} in {self.folder} overflows in {kind}: its largest weights become infinite")
+            raise UserError(f"{called} in {self.folder} holds NaN or infinity: the checkpoint is damaged")
         return cast
+
+    def piece(self, names: list[str], shapes: Sequence[tuple[int, ...]], bias: Tensor | None = None) -> Piece:
+        """Tensors joined along their first axis, as a piece of the model.
+
+        Raises:
+            UserError: as `get`.
+        """
+        if len(names) == 1:
+            return Piece(self.get(names[0], *shapes[0]), bias)
+        return Piece(self.stacked(names, shapes), bias)
 
     def maybe(self, name: str, *shape: int) -> Tensor | None:
         """A tensor that may be absent (biases)."""

@@ -1,13 +1,14 @@
-"""Load a Hugging Face checkpoint: one function, every architecture."""
+"""Load a checkpoint, a Hugging Face folder or a GGUF file: one function, every architecture."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from hasten.errors import UserError
+from hasten.errors import Notice, UserError
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.assembly import assemble
@@ -30,12 +31,16 @@ SMALL_MODEL_BYTES = 64 * 2**20
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model configuration of a checkpoint folder.
+    """The model configuration of a checkpoint folder, or of a GGUF file.
 
     Raises:
         UserError: no or unusable config.json, an unknown architecture (the message lists the known ones), or quantised
-            weights.
+            weights; for a file, see `gguf.read_config`.
     """
+    if folder.is_file():
+        from hasten.model import gguf
+
+        return gguf.read_config(gguf.open_gguf(folder))
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
@@ -53,7 +58,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def choose_dtype(folder: Path, dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: float32 for small models on CPU, otherwise what the checkpoint says (bf16 where it is silent).
+    """`auto`: float32 for small models on CPU, else what the checkpoint says (bf16 where it is silent, as GGUF is).
 
     Raises:
         UserError: an unknown name; no weights to choose for.
@@ -64,6 +69,8 @@ def choose_dtype(folder: Path, dtype: str, device: torch.device) -> torch.dtype:
         return DTYPES[dtype]
     if device.type == "cpu" and weight_bytes(folder) <= SMALL_MODEL_BYTES:
         return torch.float32
+    if folder.is_file():
+        return torch.bfloat16
     raw = read_json(folder / "config.json")
     return DTYPES.get(str(raw.get("dtype", raw.get("torch_dtype"))), torch.bfloat16)
 
@@ -101,7 +108,7 @@ def load_model(
     """Load a model for decoding.
 
     Args:
-        model: a checkpoint folder or a hub id.
+        model: a checkpoint folder, a GGUF file or a hub id.
         dtype: `auto`, `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         backend: what runs the default forward pass: `torch`, `native` (`hasten.model.native`, on CPU), `cuda`
@@ -122,11 +129,29 @@ def load_model(
     # A bf16 model's cache on CPU is float32: for few rows attention is several times as fast on it.
     cache_dtype = torch.promote_types(chosen, torch.float32) if target.type == "cpu" else chosen
     runner = choose_backend(backend, weights, numerics, config, chosen, target)
-    pieces = ARCHITECTURES[config.architecture].pieces(config, Tensors(folder, chosen, target))
+    tensors = open_tensors(folder, config, chosen, target)
+    pieces = ARCHITECTURES[config.architecture].pieces(config, tensors)
     loaded = assemble(config, pieces, runner, cache_dtype, transforms)
+    if tensors.expanded:
+        kinds = ", ".join(sorted(tensors.expanded))
+        what = f"{folder.name}: weights of {kinds} are expanded to {str(chosen).removeprefix('torch.')}"
+        warnings.warn(what, Notice, stacklevel=2)
     if numerics == "invariant" and isinstance(runner, NativeBackend) and not runner.runs(loaded):
         raise UserError("invariant numerics: transforms made layers that the native step does not know")
     return loaded
+
+
+def open_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensors:
+    """The tensors of a checkpoint folder, or of a GGUF file.
+
+    Raises:
+        UserError: as `Tensors` and `gguf.open_gguf` say.
+    """
+    if folder.is_file():
+        from hasten.model import gguf
+
+        return gguf.GGUFTensors(gguf.open_gguf(folder), config, dtype, device)
+    return Tensors(folder, dtype, device)
 
 
 def choose_backend(

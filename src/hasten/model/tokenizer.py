@@ -15,12 +15,16 @@ from hasten.model.checkpoint import read_json, resolve
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a checkpoint folder or hub id.
+    """The tokenizer of a checkpoint folder, a GGUF file or a hub id.
 
     Raises:
         UserError: none there, or it cannot be read.
     """
     folder = resolve(model)
+    if folder.is_file():
+        from hasten.model import gguf
+
+        return gguf.read_tokenizer(gguf.open_gguf(folder))
     try:
         return _reader(folder).from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:

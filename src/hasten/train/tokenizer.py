@@ -79,13 +79,18 @@ def train_tokenizer(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder, so that a drafter can share it.
+    """The tokenizer of a model folder or GGUF file, so that a drafter can share it.
 
     Raises:
         UserError: none there, or it is damaged.
     """
+    if folder.is_file():
+        from hasten.model import gguf
+
+        tokenizer: PreTrainedTokenizerFast = gguf.read_tokenizer(gguf.open_gguf(folder))
+        return tokenizer
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:
         # The tokenizers library raises bare exceptions.
         raise UserError(f"{folder} has no usable tokenizer: {one_line(error)}") from error

@@ -96,7 +96,8 @@ def load_filter(file: Path) -> nn.Sequential:
 
 def own_filter(target: Target) -> dict[str, Any]:
     """A checkpoint's own filter."""
-    return {} if target.folder is None else {"filter": str(Path(target.folder) / FILE)}
+    own = None if target.folder is None else Path(target.folder)
+    return {} if own is None or own.is_file() else {"filter": str(own / FILE)}
 
 
 @register(

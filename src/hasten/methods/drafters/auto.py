@@ -96,7 +96,7 @@ class _Choice:
 def with_small_model(target: Target) -> dict[str, Any]:
     """Where a small model stands beside the target, it is a candidate, too."""
     folder = beside(target)
-    return {} if folder is None or not Path(folder).is_dir() else {"candidates": f"{CANDIDATES}/draft-model"}
+    return {} if folder is None or not Path(folder).exists() else {"candidates": f"{CANDIDATES}/draft-model"}
 
 
 @register(

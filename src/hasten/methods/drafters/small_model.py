@@ -22,7 +22,7 @@ from hasten.engine.sampling.sampler import Distribution, Sampler, likeliest_of_m
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled, sampled_bytes
 from hasten.model import Decoder, Model, Rows, Span, load_model
-from hasten.model.checkpoint import resolve
+from hasten.model.checkpoint import GGUF_SUFFIX, is_gguf, resolve
 from hasten.model.decoder import NOT_FINITE
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
@@ -42,7 +42,8 @@ _LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
 
 def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
     """A checkpoint as it is now: from memory where a drafter has it."""
-    written = max(file.stat().st_mtime_ns for file in folder.iterdir())
+    files = [folder] if folder.is_file() else folder.iterdir()
+    written = max(file.stat().st_mtime_ns for file in files)
     key = (str(folder.resolve()), str(written), dtype, device, backend)
     model = _LOADED.get(key)
     if model is None:
@@ -51,8 +52,15 @@ def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
 
 
 def beside(target: Target) -> str | None:
-    """Where a target's own small model is looked for: the folder named like the target's with `-draft`."""
-    return None if target.folder is None else f"{target.folder.rstrip('/')}-draft"
+    """Where a target's own small model is looked for: the folder named like the target's with `-draft`.
+
+    Beside a GGUF file `x.gguf` it is `x-draft`, or the file `x-draft.gguf` where there is one.
+    """
+    if target.folder is None:
+        return None
+    own = Path(target.folder)
+    name = f"{own.with_suffix('') if own.is_file() else target.folder.rstrip('/')}-draft"
+    return f"{name}{GGUF_SUFFIX}" if is_gguf(Path(f"{name}{GGUF_SUFFIX}")) else name
 
 
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
@@ -60,7 +68,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
 
     Args:
         slug: the method that asks, for messages.
-        name: folder or hub id; `auto` is the one beside the target.
+        name: folder, GGUF file or hub id; `auto` is the one beside the target.
         dtype: of the weights.
 
     Raises:
@@ -71,7 +79,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         if own is None:
             raise UserError(f"{slug} needs a model: use {slug}:model=FOLDER")
         name = own
-        if not Path(name).is_dir():
+        if not Path(name).exists():
             raise UserError(
                 f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
                 f"'hasten train lm --output {name} --tokenizer {target.folder}'"

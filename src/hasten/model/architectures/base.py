@@ -287,15 +287,15 @@ def llama_pieces(
     mlp_bias = biases == "config" and bool(config.source.get("mlp_bias"))
 
     def single(piece: str, *shape: int, layer: int = 0) -> Callable[[], Piece]:
-        return lambda: Piece(tensors.get(names[piece].format(layer) + ".weight", *shape))
+        return lambda: tensors.piece([f"{names[piece].format(layer)}.weight"], [shape])
 
     def projection(layer: int, outs: Mapping[str, int], width: int, biased: bool) -> Callable[[], Piece]:
         called = [names[piece].format(layer) for piece in outs]
         weights, read = [f"{name}.weight" for name in called], tensors.stacked if biased else tensors.maybe_stacked
 
         def piece() -> Piece:
-            weight = tensors.stacked(weights, [(out, width) for out in outs.values()])
-            return Piece(weight, read([f"{name}.bias" for name in called], [(out,) for out in outs.values()]))
+            bias = read([f"{name}.bias" for name in called], [(out,) for out in outs.values()])
+            return tensors.piece(weights, [(out, width) for out in outs.values()], bias)
 
         return piece
 
@@ -305,12 +305,13 @@ def llama_pieces(
         longest, width = entering.abs().amax().double() * hidden**0.5, shape.slots.key_width
         for piece, heads in (("query", shape.heads), ("key", shape.slots.heads)):
             name = names[piece].format(layer)
+            called = tensors.called(f"{name}.weight")
             rows = tensors.get(f"{name}.weight", heads * width, hidden).double()
             added = tensors.maybe(f"{name}.bias", heads * width)
             most = float(rows.norm(dim=1).amax() * longest) + (0.0 if added is None else float(added.abs().amax()))
             # Half of what fits, for the roundings on the way.
             if 4 * most * most * width > torch.finfo(torch.promote_types(tensors.dtype, torch.float32)).max:
-                raise UserError(f"{name}.weight in {tensors.folder} is so large that what it computes overflows")
+                raise UserError(f"{called} in {tensors.folder} is so large that what it computes overflows")
 
     outside = {"embedding": single("embedding", vocabulary, hidden), "norm": single("norm", hidden)}
     # A head of its own wins over the configuration's word that there is none, as in transformers.

@@ -24,8 +24,10 @@ def load(folder: Path) -> LlamaForCausalLM:
     """A checkpoint of either layout in float32; `config.diffusion` says how one that fills masks does so.
 
     Raises:
-        UserError: it is of another architecture.
+        UserError: it is of another architecture, or no folder.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is a GGUF file: only the models of folders can be adapted")
     kind = read_json(folder / "config.json").get("model_type")
     if kind == "llama":
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
