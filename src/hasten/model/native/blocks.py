@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, interleave, nibbles
+from hasten.model.weights import Blocks
 
 LEAST_INPUTS = 64
 """Inputs come in whole multiples of it: 16 words of codes."""
@@ -43,21 +44,21 @@ def _q4_1(block: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _q4_k(block: Tensor) -> tuple[Tensor, list[Tensor]]:
-    # Of eight scales and minima of 6 bits each: those of the first four groups, and the lower bits of the others', whose
-    # upper ones are beside the first.
-    scale, minimum, rest = block[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    # Eight scales and minima of 6 bits: those of the first four groups, and the lower bits of the others', whose upper
+    # ones are beside the first.
+    scale, minimum, rest = block[..., 4:8], block[..., 8:12], block[..., 12:16]
     scales = torch.cat([scale & 63, rest & 15 | scale >> 2 & 48], -1)
     minima = torch.cat([minimum & 63, rest >> 4 | minimum >> 2 & 48], -1)
     # Minima are taken away.
     signed = block[..., :4].clone()
     signed[..., 3] ^= 128
-    codes = _split(block[..., 16:].unflatten(-1, (4, 32))).flatten(-2)
+    codes = _split(torch.unflatten(block[..., 16:], -1, (4, 32))).flatten(-2)
     return codes, [_halfs(signed), torch.stack([scales, minima], -1).flatten(-2).view(torch.int8)]
 
 
 def _q6_k(block: Tensor) -> tuple[Tensor, list[Tensor]]:
-    low = _split(block[..., :128].unflatten(-1, (2, 64)))
-    top = block[..., 128:192].unflatten(-1, (2, 32))
+    low = _split(torch.unflatten(block[..., :128], -1, (2, 64)))
+    top = torch.unflatten(block[..., 128:192], -1, (2, 32))
     high = torch.cat([top >> shift & 3 for shift in (0, 2, 4, 6)], -1)
     codes = (low | high << 4).flatten(-2)
     return codes, [_halfs(block[..., 208:]), block[..., 192:208].contiguous().view(torch.int8)]
@@ -65,8 +66,14 @@ def _q6_k(block: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A block: its inputs and bytes, how it is read, by how much codes are more than what they stand for, and its float16
-    numbers: a scale, and a minimum if there are two."""
+    """A block.
+
+    Attributes:
+        inputs, bytes: of it.
+        read: takes it apart.
+        offset: what a code is more than the number that it stands for.
+        halfs: its float16 numbers: a scale, and a minimum if there are two.
+    """
 
     inputs: int
     bytes: int
@@ -84,11 +91,17 @@ KINDS: dict[BlockFormat, _Kind] = {
 }
 
 
+def stored_format(stored: Sequence[Blocks]) -> BlockFormat | None:
+    """The format of all of these; None where there is none, another one, or more than one."""
+    types = {blocks.type for blocks in stored}
+    return next((format for format in KINDS if types == {format}), None)
+
+
 class BlockLinear(Panels):
     """Panels of stored blocks, at the same number of bytes (Q4_K: 148 for 144).
 
-    Rows of inputs become int8 codes with a scale per 32 inputs (Q6_K: 16). Products within these are exact integers, and
-    the scales of the weights are those of the file.
+    Rows of inputs become int8 codes with a scale per 32 inputs (Q6_K: 16). Products within these are exact integers,
+    and the scales of the weights are those of the file.
 
     Args:
         format: of the blocks.
@@ -111,7 +124,7 @@ class BlockLinear(Panels):
         # Blocks of zeros have scales of zero.
         short = -inputs % max(kind.inputs, LEAST_INPUTS) // kind.inputs * kind.bytes
         padded = F.pad(stored, (0, short, 0, -outputs % (2 * LANES)))
-        codes, scales = kind.read(padded.unflatten(1, (-1, kind.bytes)))
+        codes, scales = kind.read(torch.unflatten(padded, 1, (-1, kind.bytes)))
         if not all(part.isfinite().all() for part in scales):
             raise UserError(f"a weight in {format} has a scale that is not finite")
         panels = _pack(format, codes.flatten(1))
@@ -123,7 +136,7 @@ class BlockLinear(Panels):
         assert self.scales is not None
         codes = _unpack(self.format, self.panels).float() - self._kind.offset
         scales = _numbers(self.scales, self._kind.halfs)
-        weight = codes.unflatten(1, (scales.shape[1], -1)) * scales[..., :1]
+        weight = torch.unflatten(codes, 1, (scales.shape[1], -1)) * scales[..., :1]
         if self._kind.halfs == 2:
             weight += scales[..., 1:]
         return weight.flatten(1)[: self.out_features, : self.in_features].to(self.dtype).contiguous()
@@ -135,7 +148,7 @@ def _pack(format: str, codes: Tensor) -> Tensor:
         return interleave(codes, 4)
     if format != "Q6_K":
         return nibbles(codes)
-    low = nibbles(codes & 15).unflatten(1, (-1, 2))
+    low = torch.unflatten(nibbles(codes & 15), 1, (-1, 2))
     parts = (codes >> 4).view(-1, LANES, codes.shape[1] // 16, 4, 4)
     top = parts[:, :, :, 0] | parts[:, :, :, 1] << 2 | parts[:, :, :, 2] << 4 | parts[:, :, :, 3] << 6
     return torch.cat([low, top.transpose(1, 2).unsqueeze(2)], 2)
@@ -154,19 +167,20 @@ def _unpack(format: str, panels: Tensor) -> Tensor:
 
 def _by_panels(part: Tensor) -> Tensor:
     """[outputs, blocks, n] as bytes [outputs / 16, blocks, bytes of 16 outputs]."""
-    return part.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
+    return torch.unflatten(part, 0, (-1, LANES)).permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
 
 
 def _by_outputs(part: Tensor, dtype: torch.dtype) -> Tensor:
     """Back from `_by_panels`, as float32."""
-    values = part.contiguous().view(dtype).unflatten(2, (-1, LANES))
+    values = torch.unflatten(part.contiguous().view(dtype), 2, (-1, LANES))
     return values.permute(0, 3, 1, 2).flatten(0, 1).float()
 
 
 def _numbers(scales: Tensor, halfs: int) -> Tensor:
     """Of each group its scale, and its minimum where there is one: [outputs, groups, halfs]."""
-    own, rest = scales.split([halfs * 2 * LANES, scales.shape[2] - halfs * 2 * LANES], 2)
+    size = halfs * 2 * LANES
+    own, rest = scales[:, :, :size], scales[:, :, size:]
     numbers = _by_outputs(own, torch.float16).unsqueeze(2)
     if rest.shape[2]:
-        numbers = numbers * _by_outputs(rest, torch.int8).unflatten(2, (-1, halfs))
+        numbers = numbers * torch.unflatten(_by_outputs(rest, torch.int8), 2, (-1, halfs))
     return numbers.flatten(1, 2)

@@ -117,9 +117,10 @@ class Inputs {
             int32_t sum = 0;
             for (int i = 0; i < WIDTH; ++i) sum += total[i];
             const float scale = coded ? most / 127.0f : most <= LEAST_CODED ? 0.0f : NAN;
-            scales_[row * groups_ + g] = scale;
-            starts_[row * groups_ + g] = -offset(format_) * sum;
-            sums_[row * groups_ + g] = scale * static_cast<float>(sum);
+            const int64_t first = row / size_ * size_, at = first * groups_ + g * size(row) + row - first;
+            scales_[at] = scale;
+            starts_[at] = -offset(format_) * sum;
+            sums_[at] = scale * static_cast<float>(sum);
         }
     }
     void put_row(int64_t row) { direct() ? put(row, 0, width_) : quantise(row); }
@@ -130,6 +131,7 @@ class Inputs {
     // Rows of the block that holds this row.
     int64_t size(int64_t row) const { return std::min(size_, rows_ - row / size_ * size_); }
     const uint32_t *words(int64_t first) const { return words_.data() + first * chunks_ * WIDTH; }
+    // Of a block of rows, [groups][rows of the block]: what a code is worth.
     const float *scales(int64_t first) const { return scales_.data() + first * groups_; }
     // What the sums of a group begin with, as codes of weights are offset; and the sum of the group's inputs.
     const int32_t *starts(int64_t first) const { return starts_.data() + first * groups_; }
@@ -190,10 +192,13 @@ inline void add_groups(const Linear &weight, const int64_t *panel, const Inputs 
     constexpr int64_t SIZE = group_words(FORMAT), UNIT = unit_words(FORMAT);
     const int64_t words = words_of(weight), groups = words / SIZE;
     for (int64_t g = 0; g < groups; ++g) {
-        Whole total[ROWS][PANELS] = {};
-        if constexpr (offset(FORMAT) != 0)
-            for (int r = 0; r < ROWS; ++r)
-                for (int p = 0; p < PANELS; ++p) total[r][p] += x.starts(first)[r * groups + g];
+        // Unrolled like all that follows: the sums stay in registers.
+        Whole total[ROWS][PANELS];
+#pragma GCC unroll 24
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p)
+                total[r][p] = Whole{} + (offset(FORMAT) ? x.starts(first)[g * ROWS + r] : 0);
         const uint32_t *input = x.words(first) + g * SIZE / WIDTH * WIDTH * ROWS + g * SIZE % WIDTH;
         for (int64_t k = 0; k < SIZE; k += UNIT, input += UNIT) {
             Words now[PANELS][UNIT];
@@ -208,9 +213,10 @@ inline void add_groups(const Linear &weight, const int64_t *panel, const Inputs 
         }
         for (int p = 0; p < PANELS; ++p) {
             const Worth code = worth<FORMAT>(weight.scales, panel[p], groups, g);
+#pragma GCC unroll 24
             for (int r = 0; r < ROWS; ++r) {
-                result[r][p] += floats(total[r][p]) * (code.scale * x.scales(first)[r * groups + g]);
-                if constexpr (has_minima(FORMAT)) result[r][p] += code.minimum * x.sums(first)[r * groups + g];
+                result[r][p] += floats(total[r][p]) * (code.scale * x.scales(first)[g * ROWS + r]);
+                if constexpr (has_minima(FORMAT)) result[r][p] += code.minimum * x.sums(first)[g * ROWS + r];
             }
         }
     }
@@ -306,7 +312,7 @@ inline void int4_by_tiles(const Linear &weight, const int64_t *panel, const Inpu
         for (int p = 0; p < 2 && done >= 0; ++p) {
             const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + (panel[p] * groups + done) * WIDTH);
             for (int64_t r = 0; r < rows; ++r)
-                result[p][r] += floats(as<Whole>(sums[g & 1].of[p][r])) * (scale * scales[r * groups + done]);
+                result[p][r] += floats(as<Whole>(sums[g & 1].of[p][r])) * (scale * scales[done * rows + r]);
         }
     }
 }
