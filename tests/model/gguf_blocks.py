@@ -1,4 +1,4 @@
-"""Blocks of GGUF's formats for tests: of given weights where its Python package can make them, else any that are valid."""
+"""Blocks of GGUF formats for tests: of given weights where its Python package can make them, else any valid ones."""
 
 from __future__ import annotations
 

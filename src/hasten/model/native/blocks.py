@@ -111,7 +111,7 @@ class BlockLinear(Panels):
         dtype: of the model, which `dequant` gives.
 
     Raises:
-        UserError: blocks that do not fill the rows, or scales that are no numbers.
+        UserError: blocks that do not fill the rows.
     """
 
     def __init__(
@@ -125,8 +125,6 @@ class BlockLinear(Panels):
         short = -inputs % max(kind.inputs, LEAST_INPUTS) // kind.inputs * kind.bytes
         padded = F.pad(stored, (0, short, 0, -outputs % (2 * LANES)))
         codes, scales = kind.read(torch.unflatten(padded, 1, (-1, kind.bytes)))
-        if not all(part.isfinite().all() for part in scales):
-            raise UserError(f"a weight in {format} has a scale that is not finite")
         panels = _pack(format, codes.flatten(1))
         worth = torch.cat([_by_panels(part) for part in scales], 2)
         self._kind = kind
