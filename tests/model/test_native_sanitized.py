@@ -24,15 +24,25 @@ SANITIZERS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize
 SCRIPT = """
 import random, sys, torch
 from pathlib import Path
+from gguf_blocks import random_blocks
 from instruction_sets import INSTRUCTION_SETS, chosen
 from hasten.cache import Cache
 from hasten.model import Rows, Span, Taps, load_model
-from hasten.model.native.linear import FORMATS, PanelLinear
+from hasten.model.native.blocks import KINDS, BlockLinear
+from hasten.model.native.linear import BLOCK_FORMATS, FORMATS, PanelLinear
+
+def linear_of(format, outputs):
+    if format in FORMATS:
+        return PanelLinear(torch.randn(outputs, random.randint(1, 200)), torch.randn(outputs), format)
+    inputs = KINDS[format].inputs * random.randint(1, 3)
+    blocks = random_blocks(format, outputs, inputs, seed=outputs, scale=1e-4)
+    return BlockLinear(format, blocks, inputs, torch.randn(outputs), torch.float32)
 
 def examine(folders):
-    for number in range(80):
-        outputs, inputs, rows = random.randint(1, 90), random.randint(1, 200), random.randint(1, 70)
-        linear = PanelLinear(torch.randn(outputs, inputs), torch.randn(outputs), FORMATS[number % 4])
+    for number in range(90):
+        outputs, rows = random.randint(1, 90), random.randint(1, 70)
+        linear = linear_of((*FORMATS, *BLOCK_FORMATS)[number % 9], outputs)
+        inputs = linear.in_features
         x = torch.randn(rows, inputs)
         assert torch.allclose(linear.forward(x), x @ linear.dequant().T + linear.bias, atol=1.0, rtol=0.1)
         x.view(-1)[torch.randint(x.numel(), (3,))] = torch.tensor(random.choices(EXTREME, k=3))

@@ -20,11 +20,13 @@ from hasten.errors import UserError
 from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
 from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, additive_mask, attend_span
+from hasten.model.native.blocks import BlockLinear, stored_format
 from hasten.model.native.library import library, team
-from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear
+from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Panels
 from hasten.model.native.structs import (
     BatchStruct,
     LayerStruct,
+    LinearStruct,
     ModelStruct,
     SlotsStruct,
     SpanStruct,
@@ -37,9 +39,12 @@ from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
+    from hasten.model.linear import Linear
 
 
 SITES = get_args(Site)
+DTYPES: dict[Format, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Formats of weights that are not rounded."""
 
 
 class _Slots:
@@ -101,7 +106,7 @@ class NativeBackend:
     """Stores weights in panels and runs a decoder's default forward as one native call.
 
     Args:
-        format: of the weights of the layers.
+        format: of the weights of the layers; what a file stores in blocks stays so where this is a plain one.
         head: of the weights of the head.
     """
 
@@ -113,9 +118,14 @@ class NativeBackend:
         self._described: tuple[Decoder, ModelStruct | None] | None = None
         self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
-    def linear(self, piece: Piece, source: Source) -> PanelLinear:
-        """See `hasten.model.decoder.Backend`."""
-        return PanelLinear(piece.weight, piece.bias, self.head if source == HEAD else self.format)
+    def linear(self, piece: Piece, source: Source) -> Panels:
+        """See `hasten.model.decoder.Backend`. Weights stay as they are stored, unless they are to be rounded."""
+        format = self.head if source == HEAD else self.format
+        stored = stored_format(piece.stored)
+        if stored is None or format not in DTYPES:
+            return PanelLinear(piece.weight, piece.bias, format)
+        rows = torch.cat([blocks.rows for blocks in piece.stored])
+        return BlockLinear(stored, rows, piece.stored[0].inputs, piece.bias, DTYPES[format])
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         count = rows.tokens.shape[0]
@@ -274,6 +284,13 @@ class _Elsewhere:
                 self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
 
 
+def _struct(linear: Linear) -> LinearStruct | None:
+    """What `step.cpp` reads of a linear layer, if it knows it. Exactly these: a subclass computes something else."""
+    if type(linear) is PanelLinear or type(linear) is BlockLinear:
+        return linear.struct
+    return None
+
+
 def _description(model: Decoder) -> ModelStruct | None:
     """See `NativeBackend._describe`; the structure keeps alive what it points to."""
     config, shape = model.config, model.config.layers[0]
@@ -290,7 +307,8 @@ def _description(model: Decoder) -> ModelStruct | None:
     # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
     sizes = [(width + 2 * slots.heads * slots.key_width, hidden), (hidden, width)]
     sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
-    if type(model.head) is not PanelLinear or type(model.norm) is not RMSNorm or shape.ffn % LANES:
+    head = _struct(model.head)
+    if head is None or type(model.norm) is not RMSNorm or shape.ffn % LANES:
         return None
     if model.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -302,9 +320,9 @@ def _description(model: Decoder) -> ModelStruct | None:
             return None
         pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
         structs = [
-            piece.struct
+            struct
             for piece, size in zip(pieces, sizes, strict=True)
-            if type(piece) is PanelLinear and (piece.out_features, piece.in_features) == size
+            if (struct := _struct(piece)) is not None and (piece.out_features, piece.in_features) == size
         ]
         norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm or model.norm, attention.key_norm or model.norm
         if len(structs) < len(pieces) or any(type(norm) is not RMSNorm for norm in norms):
@@ -338,7 +356,7 @@ def _description(model: Decoder) -> ModelStruct | None:
         embedding=model.embedding.data_ptr(),
         embedding_format=FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16"),
         final_norm=pointer(model.norm.weight),
-        head=model.head.struct,
+        head=head,
         layer=ctypes.addressof(layers),
     )
     described.kept = kept

@@ -1,6 +1,7 @@
 // All that runs in one instruction set, in the namespace NAME.
 #include "lanes.h"
 #include "amx.h"
+#include "blocks.h"
 #include "linear.h"
 #include "attention.h"
 #include "forward.h"

@@ -134,7 +134,7 @@ inline Whole halves(Whole total, Words weights, Each each) {
     return total;
 }
 #elif LEVEL == 0
-// Byte by byte, with its sign: a weight from 0 to 15 has none.
+// Byte by byte, with its sign: a weight from 0 to 63 has none.
 inline Whole products(Whole total, Words weights, uint32_t input) {
     for (int i = 0; i < 4; ++i, weights >>= 8, input >>= 8)
         total += ((Whole)(weights << 24) >> 24) * static_cast<int8_t>(input & 255u);
@@ -154,7 +154,7 @@ inline Whole add_signed(Whole total, Words weights, uint32_t input) {
 #endif
 }
 
-// Weights from 0 to 15.
+// Weights from 0 to 63.
 inline Whole add_unsigned(Whole total, Words weights, uint32_t input) {
 #if LEVEL >= 2
     return (Whole)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weights, (__m512i)(Words{} + input));
@@ -164,6 +164,33 @@ inline Whole add_unsigned(Whole total, Words weights, uint32_t input) {
 #else
     return products(total, weights, input);
 #endif
+}
+
+// Bytes from 0 to 255 for weights from -128 to 127. Where the instruction wants them so, their sum is 128 times that of the
+// inputs too large.
+inline Whole add_byte(Whole total, Words weights, uint32_t input) {
+#if LEVEL >= 2
+    return (Whole)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weights, (__m512i)(Words{} + input));
+#elif LEVEL == 1
+    const __m256i x = _mm256_set1_epi32(static_cast<int>(input));
+    return halves(total, weights ^ 0x80808080u, [&](__m256i w) {
+        // The size of -128 is 128 only as a byte without a sign; inputs have no -128.
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    });
+#else
+    return products(total, weights ^ 0x80808080u, input);
+#endif
+}
+
+// Bytes. Weights that are wanted soon are fetched by hand: the processor's own guess comes too late.
+constexpr int64_t AHEAD = 2048;
+
+inline Words weights_at(const void *panels, int64_t vector) {
+    const char *from = static_cast<const char *>(panels) + vector * 64;
+    __builtin_prefetch(from + AHEAD);
+    Words value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
 }
 
 }  // namespace NAME

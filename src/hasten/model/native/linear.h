@@ -6,9 +6,11 @@
 namespace {
 namespace NAME {
 
-// Whether products go through tile registers, and the rows of one pass over the weights: float32 has a vector register
+// Whether products go through tile registers, and the rows of one pass over the weights: the others have a vector register
 // for each.
-constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format != FLOAT32; }
+constexpr bool in_tiles(Format format) {
+    return LEVEL >= 4 && (format == BFLOAT16 || format == INT8 || format == INT4);
+}
 constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
 constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : IN_VECTORS; }
 
@@ -25,7 +27,7 @@ class Inputs {
         rows_ = rows;
         width_ = weight.inputs;
         chunks_ = words_of(weight) / WIDTH;
-        groups_ = format_ == INT4 ? chunks_ : 1;
+        groups_ = grouped(format_) ? chunks_ * WIDTH / group_words(format_) : 1;
         const int64_t most = most_rows(format_);
         blocks_ = (rows + most - 1) / most;
         // Equal blocks, but whole tiles.
@@ -37,6 +39,7 @@ class Inputs {
         grown(words_, (rows * chunks_ + MOST) * WIDTH);
         grown(scales_, rows * groups_);
         grown(starts_, rows * groups_);
+        grown(sums_, rows * groups_);
         for (int64_t row = 0; row < rows; ++row) std::fill(this->row(row) + width_, this->row(row) + stride_, 0.0f);
     }
     float *row(int64_t row) { return plain_.data() + row * stride_; }
@@ -80,48 +83,44 @@ class Inputs {
         // The last word may have no other half.
         if (first + WIDTH == width_ && first / 2 % WIDTH == 0) std::memset(to + WIDTH / 2, 0, sizeof bits);
     }
-    // A whole row becomes int8 codes, with one scale (int8 weights) or one per group (int4). One that holds infinity or
-    // NaN makes all that is computed from it NaN.
+    // A whole row becomes int8 codes, with one scale (int8 weights) or one per group. One that holds infinity or NaN makes
+    // all that is computed from it NaN.
     void quantise(int64_t row) {
-        const int64_t apart = WIDTH * size(row), chunks = chunks_ / groups_;
+        const int64_t vectors = chunks_ * 4 / groups_, apart = WIDTH * size(row);
         for (int64_t g = 0; g < groups_; ++g) {
             // The row ends in zeros.
-            const float *from = this->row(row) + g * chunks * 4 * WIDTH;
+            const float *from = this->row(row) + g * vectors * WIDTH;
             // Without their signs, floats are ordered as their bits are: infinity and NaN are above all numbers.
             Whole largest = {};
-            for (int64_t i = 0; i < chunks * 4; ++i) {
+            for (int64_t i = 0; i < vectors; ++i) {
                 const Whole size = as<Whole>(load(from + i * WIDTH)) & 0x7fffffff;
                 largest = largest > size ? largest : size;
             }
             int32_t bits_of_most = 0;
             for (int i = 0; i < WIDTH; ++i) bits_of_most = std::max(bits_of_most, largest[i]);
             const float most = as<float>(bits_of_most);
-            uint32_t *to = start(row) + g * chunks * apart;
             // What has no finite scale has no codes: all are 0, and a scale of NaN makes the sums NaN.
-            if (!(most > LEAST_CODED && most <= MOST_FLOAT)) {
-                const uint32_t zeros = format_ == INT8 && SHIFTED ? 0x80808080u : 0;
-                for (int64_t i = 0; i < chunks; ++i) std::fill(to + i * apart, to + i * apart + WIDTH, zeros);
-                scales_[row * groups_ + g] = most <= LEAST_CODED ? 0.0f : NAN;
-                starts_[row * groups_ + g] = 0;
-                continue;
-            }
+            const bool coded = most > LEAST_CODED && most <= MOST_FLOAT;
             const float inverse = 127.0f / most;
             Whole total = {};
-            for (int64_t i = 0; i < chunks * 4; ++i) {
-                const Whole codes = __builtin_convertvector((load(from + i * WIDTH) * inverse + ROUND) - ROUND, Whole);
+            for (int64_t i = 0, place = g * vectors; i < vectors; ++i, ++place) {
+                Whole codes = {};
+                if (coded) codes = __builtin_convertvector((load(from + i * WIDTH) * inverse + ROUND) - ROUND, Whole);
                 total += codes;
                 uint32_t bits[4];
                 const Codes bytes = __builtin_convertvector(codes, Codes);
                 std::memcpy(bits, &bytes, sizeof bits);
                 if (format_ == INT8 && SHIFTED)
                     for (uint32_t &word : bits) word ^= 0x80808080u;
-                std::memcpy(to + i / 4 * apart + i % 4 * 4, bits, sizeof bits);
+                std::memcpy(start(row) + place / 4 * apart + place % 4 * 4, bits, sizeof bits);
             }
             int32_t sum = 0;
             for (int i = 0; i < WIDTH; ++i) sum += total[i];
-            scales_[row * groups_ + g] = most / 127.0f;
-            // A code of int4 stands for itself less 8.
-            starts_[row * groups_ + g] = -8 * sum;
+            const float scale = coded ? most / 127.0f : most <= LEAST_CODED ? 0.0f : NAN;
+            const int64_t first = row / size_ * size_, at = first * groups_ + g * size(row) + row - first;
+            scales_[at] = scale;
+            starts_[at] = -offset(format_) * sum;
+            sums_[at] = scale * static_cast<float>(sum);
         }
     }
     void put_row(int64_t row) { direct() ? put(row, 0, width_) : quantise(row); }
@@ -132,8 +131,11 @@ class Inputs {
     // Rows of the block that holds this row.
     int64_t size(int64_t row) const { return std::min(size_, rows_ - row / size_ * size_); }
     const uint32_t *words(int64_t first) const { return words_.data() + first * chunks_ * WIDTH; }
+    // Of a block of rows, [groups][rows of the block]: what a code is worth.
     const float *scales(int64_t first) const { return scales_.data() + first * groups_; }
+    // What the sums of a group begin with, as codes of weights are offset; and the sum of the group's inputs.
     const int32_t *starts(int64_t first) const { return starts_.data() + first * groups_; }
+    const float *sums(int64_t first) const { return sums_.data() + first * groups_; }
 
   private:
     // Where the words of a row begin: sixteen, and the next sixteen behind those of the block's other rows.
@@ -143,21 +145,10 @@ class Inputs {
     }
     Format format_ = FLOAT32;
     int64_t rows_ = 0, width_ = 0, stride_ = 0, chunks_ = 0, per_word_ = 1, groups_ = 1, blocks_ = 0, size_ = 0;
-    std::vector<float> plain_, scales_;
+    std::vector<float> plain_, scales_, sums_;
     std::vector<uint32_t> words_;
     std::vector<int32_t> starts_;
 };
-
-// Bytes. Weights that are wanted soon are fetched by hand: the processor's own guess comes too late.
-constexpr int64_t AHEAD = 2048;
-
-inline Words weights_at(const void *panels, int64_t vector) {
-    const char *from = static_cast<const char *>(panels) + vector * 64;
-    __builtin_prefetch(from + AHEAD);
-    Words value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
 
 template <Format FORMAT, class Sum>
 inline Sum add_word(Sum total, Words weights, uint32_t input) {
@@ -179,7 +170,7 @@ struct alignas(64) Sums {
     Lanes of[4][MOST];
 };
 
-// Adds all words of ROWS rows of a block times PANELS panels to their sums; not for int4, which adds by groups.
+// Adds all words of ROWS rows of a block times PANELS panels to their sums; for formats without groups.
 template <Format FORMAT, int ROWS, int PANELS, class Sum>
 inline void add_words(const Linear &weight, const int64_t *panel, const uint32_t *inputs, Sum (&total)[ROWS][PANELS]) {
     const int64_t words = words_of(weight);
@@ -191,6 +182,43 @@ inline void add_words(const Linear &weight, const int64_t *panel, const uint32_t
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
             for (int p = 0; p < PANELS; ++p) total[r][p] = add_word<FORMAT>(total[r][p], now[p], input[r * WIDTH]);
+    }
+}
+
+// The same for formats with groups.
+template <Format FORMAT, int ROWS, int PANELS>
+inline void add_groups(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first,
+                       Lanes (&result)[ROWS][PANELS]) {
+    constexpr int64_t SIZE = group_words(FORMAT), UNIT = unit_words(FORMAT);
+    const int64_t words = words_of(weight), groups = words / SIZE;
+    for (int64_t g = 0; g < groups; ++g) {
+        // Unrolled like all that follows: the sums stay in registers.
+        Whole total[ROWS][PANELS];
+#pragma GCC unroll 24
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p)
+                total[r][p] = Whole{} + (offset(FORMAT) ? x.starts(first)[g * ROWS + r] : 0);
+        const uint32_t *input = x.words(first) + g * SIZE / WIDTH * WIDTH * ROWS + g * SIZE % WIDTH;
+        for (int64_t k = 0; k < SIZE; k += UNIT, input += UNIT) {
+            Words now[PANELS][UNIT];
+            for (int p = 0; p < PANELS; ++p) unpack<FORMAT>(weight.panels, panel[p] * words + g * SIZE + k, now[p]);
+#pragma GCC unroll 24
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+                for (int p = 0; p < PANELS; ++p)
+#pragma GCC unroll 4
+                    for (int u = 0; u < UNIT; ++u)
+                        total[r][p] = add_code<FORMAT>(total[r][p], now[p][u], input[r * WIDTH + u]);
+        }
+        for (int p = 0; p < PANELS; ++p) {
+            const Worth code = worth<FORMAT>(weight.scales, panel[p], groups, g);
+#pragma GCC unroll 24
+            for (int r = 0; r < ROWS; ++r) {
+                result[r][p] += floats(total[r][p]) * (code.scale * x.scales(first)[g * ROWS + r]);
+                if constexpr (has_minima(FORMAT)) result[r][p] += code.minimum * x.sums(first)[g * ROWS + r];
+            }
+        }
     }
 }
 
@@ -213,33 +241,7 @@ void product(const Linear &weight, const int64_t *panel, const Inputs &x, int64_
             for (int r = 0; r < ROWS; ++r) result[r][p] = floats(total[r][p]) * (scale * x.scales(first)[r]);
         }
     } else {
-        const int64_t words = words_of(weight), groups = words / GROUP_WORDS;
-        for (int64_t g = 0; g < groups; ++g) {
-            Whole total[ROWS][PANELS];
-            for (int r = 0; r < ROWS; ++r)
-                for (int p = 0; p < PANELS; ++p) total[r][p] = Whole{} + x.starts(first)[r * groups + g];
-            const uint32_t *input = inputs + g * WIDTH * ROWS;
-            for (int64_t k = 0; k < GROUP_WORDS; k += 2, input += 2) {
-                Words low[PANELS], high[PANELS];
-                for (int p = 0; p < PANELS; ++p) {
-                    const Words both = weights_at(weight.panels, (panel[p] * words + g * GROUP_WORDS + k) / 2);
-                    low[p] = both & 0x0f0f0f0fu;
-                    high[p] = both >> 4 & 0x0f0f0f0fu;
-                }
-#pragma GCC unroll 24
-                for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-                    for (int p = 0; p < PANELS; ++p) {
-                        total[r][p] = add_unsigned(total[r][p], low[p], input[r * WIDTH]);
-                        total[r][p] = add_unsigned(total[r][p], high[p], input[r * WIDTH + 1]);
-                    }
-            }
-            for (int p = 0; p < PANELS; ++p) {
-                const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + (panel[p] * groups + g) * WIDTH);
-                for (int r = 0; r < ROWS; ++r)
-                    result[r][p] += floats(total[r][p]) * (scale * x.scales(first)[r * groups + g]);
-            }
-        }
+        add_groups<FORMAT>(weight, panel, x, first, result);
     }
     for (int r = 0; r < ROWS; ++r)
         for (int p = 0; p < PANELS; ++p) sums[p][r] = result[r][p];
@@ -310,7 +312,7 @@ inline void int4_by_tiles(const Linear &weight, const int64_t *panel, const Inpu
         for (int p = 0; p < 2 && done >= 0; ++p) {
             const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + (panel[p] * groups + done) * WIDTH);
             for (int64_t r = 0; r < rows; ++r)
-                result[p][r] += floats(as<Whole>(sums[g & 1].of[p][r])) * (scale * scales[r * groups + done]);
+                result[p][r] += floats(as<Whole>(sums[g & 1].of[p][r])) * (scale * scales[done * rows + r]);
         }
     }
 }
@@ -343,7 +345,7 @@ void block_product(const Linear &weight, const int64_t *panel, int64_t pairs, co
                 int4_by_tiles<1>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
         return;
     }
-    constexpr int VECTORS = FORMAT == FLOAT32 ? IN_VECTORS : INT4_TILES - 1;
+    constexpr int VECTORS = FORMAT == INT4 ? INT4_TILES - 1 : IN_VECTORS;
 #else
     constexpr int VECTORS = MOST;
 #endif
@@ -373,6 +375,11 @@ inline void linear(const Linear &weight, const Pairs &pairs, Team &team, int num
                     case BFLOAT16: block_product<BFLOAT16>(weight, panel, some, x, first, sums); break;
                     case INT8: block_product<INT8>(weight, panel, some, x, first, sums); break;
                     case INT4: block_product<INT4>(weight, panel, some, x, first, sums); break;
+                    case Q8_0: block_product<Q8_0>(weight, panel, some, x, first, sums); break;
+                    case Q4_0: block_product<Q4_0>(weight, panel, some, x, first, sums); break;
+                    case Q4_1: block_product<Q4_1>(weight, panel, some, x, first, sums); break;
+                    case Q4_K: block_product<Q4_K>(weight, panel, some, x, first, sums); break;
+                    case Q6_K: block_product<Q6_K>(weight, panel, some, x, first, sums); break;
                 }
                 for (int64_t p = 0; p < some; ++p)
                     finish(pair + p, first, x.size(first), sums.of[2 * p], sums.of[2 * p + 1]);
