@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hasten import LLM, SamplingParams, UserError
-from hasten.bench.prompts import BenchPrompt, encode, load_prompts
+from hasten.bench.conversation import encode
+from hasten.bench.prompts import BenchPrompt, load_prompts
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
