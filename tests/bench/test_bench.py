@@ -229,6 +229,12 @@ def test_each_method_goes_on_with_its_own_conversation(llm: LLM, monkeypatch: py
     assert rows[-1]["identical"] == 0 and rows[-1]["prompts"] == 4 and rows[-1]["questions"] == 2
 
 
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_measured(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hasten.bench.compare._decode", lambda *given: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match="no room in the context"):
+        compare(llm, ["ngram"], prompts(PROMPT, "the cat " * 500), PARAMS)
+
+
 def test_rates_are_of_questions_and_compared_within_rounds(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     """As in Spec-Bench the turns of a question are one; a round in which something else ran decides nothing alone."""
 
@@ -241,7 +247,7 @@ def test_rates_are_of_questions_and_compared_within_rounds(llm: LLM, monkeypatch
     ]
     decoded = iter([{"plain": plain, "fast": fast} for each in rounds for plain, fast in each])
     monkeypatch.setattr("hasten.bench.compare._decode", lambda *given: next(decoded))
-    monkeypatch.setattr("hasten.bench.compare.warm_engines", lambda *given: {})
+    monkeypatch.setattr("hasten.bench.compare.warm_engines", lambda *given: {"plain": engine_for(llm)})
     turns: list[tuple[str, ...]] = [("a",), ("a", "b"), ("c",)]
     asked = [BenchPrompt("talk", "talk", each[-1], None, each) for each in turns]
     fast = compare(llm, ["fast"], asked, PARAMS, rounds=3)[-1]

@@ -116,6 +116,8 @@ def compare(
     pairs: dict[tuple[str, str], list[_Pair]] = {}
     for place in range(rounds):
         engines = warm_engines(llm, names)
+        if place == 0:
+            _refuse(engines["plain"], Reader(llm, params), prompts)
         readers = [{name: Reader(llm, params) for name in names} for _ in range(samples)]
         for (number, prompt), sample in itertools.product(enumerate(prompts), range(samples)):
             # Shared noise would make answers to different prompts alike, and drafters that remember look good.
@@ -147,6 +149,18 @@ def warm_engines(llm: LLM, methods: Sequence[str]) -> dict[str, Engine]:
         for _ in engine.run():
             pass
     return engines
+
+
+def _refuse(engine: Engine, reader: Reader, prompts: Sequence[BenchPrompt]) -> None:
+    """Find what cannot be decoded before anything is measured: an hour later it would cost all figures.
+
+    Raises:
+        UserError: a prompt, or a conversation's first turn, that does not fit.
+    """
+    for prompt in prompts:
+        if prompt.opens:
+            for request in engine.add(reader.ids(prompt), prompt.within(reader.params)):
+                engine.abort(request)
 
 
 def _decode(
