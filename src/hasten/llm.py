@@ -189,13 +189,18 @@ class LLM:
     def _segments(self, prompt: Prompt) -> Sequence[Segment]:
         return self.encode(prompt) if isinstance(prompt, str) else prompt
 
+    @property
+    def templated(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
             UserError: the checkpoint has no chat template, or the template refuses the messages or comes to no end.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.templated:
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
         text = render_chat(self.tokenizer, [dict(message) for message in messages])
         with self._encoding:

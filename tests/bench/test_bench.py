@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten import LLM, UserError
 from hasten.bench import doctor
 from hasten.bench.compare import bench, compare
-from hasten.bench.lane import Lane, engine_for, interleave
+from hasten.bench.lane import Lane, Run, engine_for, interleave
 from hasten.bench.prediction import predicted_speedup
 from hasten.bench.prompts import BenchPrompt
 from hasten.bench.race import default_method, race
@@ -148,6 +148,8 @@ def test_rows_count_what_happened(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     assert sum(histogram) == steps
     assert sum(count * times for count, times in enumerate(histogram)) == accepted
     assert fast["accepted_per_step"] == pytest.approx(accepted / steps, abs=1e-4)
+    assert fast["mean_accepted_tokens"] == pytest.approx((24 - 2) / steps, abs=1e-4)
+    assert plain["mean_accepted_tokens"] == 1 and fast["questions"] == 2
     assert fast["proposed_per_step"] == pytest.approx(sum(each.proposed for each in expected) / steps, abs=1e-4)
     assert fast["identical"] == fast["prompts"] == 2 and fast["accuracy"] == plain["accuracy"]
     assert fast["time_split"].keys() == {"prompt", "draft", "forward", "verify", "other"}
@@ -163,6 +165,7 @@ def test_an_answer_of_one_token_is_counted(llm: LLM):
     rows = compare(llm, ["ngram"], prompts(PROMPT), SamplingParams(max_tokens=1), curve=CURVE)
     assert rows[-1]["tokens_per_step"] == 1 and rows[-1]["speedup"] > 0
     assert rows[-1]["decode_speedup"] is rows[-1]["predicted_speedup"] is rows[-1]["accepted_per_step"] is None
+    assert rows[-1]["mean_accepted_tokens"] is None
 
 
 def test_samples_have_noise_of_their_own(llm: LLM):
@@ -192,6 +195,65 @@ def test_every_round_starts_with_fresh_drafters(llm: LLM, monkeypatch: pytest.Mo
     monkeypatch.setattr("hasten.engine.creation.create", create)
     rows = compare(llm, ["fake"], prompts(PROMPT), SamplingParams(max_tokens=2), rounds=3, curve=CURVE)
     assert len(made) == 2 * 3 and rows[-1]["prompts"] == 3
+
+
+def test_each_method_goes_on_with_its_own_conversation(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """Tokens that differ are in what is read next, so that nothing hides them."""
+    read: dict[str, list[Lane]] = {}
+
+    class Noted(Lane):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            read.setdefault(self.method, []).append(self)
+
+    def gullible(draft: Draft, chosen: list[int]) -> Verdict:
+        return Verdict(list(range(len(draft))), chosen[len(draft)])
+
+    class Wrong(Drafter):
+        def propose(self, request, budget):
+            return Draft.chain(llm.encode(" moon"))
+
+    monkeypatch.setattr("hasten.bench.compare.Lane", Noted)
+    monkeypatch.setattr("hasten.engine.drafting.verification.match", gullible)
+    monkeypatch.setattr("hasten.engine.creation.create", lambda spec, target: Wrong() if spec == "wrong" else plain)
+    plain = type("Nothing", (Drafter,), {"propose": lambda self, request, budget: Draft()})()
+    talk = [BenchPrompt("talk", "talk", "sing", None, turns) for turns in (("the cat",), ("the cat", "sing"))]
+    rows = compare(llm, ["wrong"], talk, PARAMS, rounds=2)
+    for method, lanes in read.items():
+        for first, second in (lanes[:2], lanes[2:]):
+            answer = llm.tokenizer.decode(first.tokens, skip_special_tokens=True).strip()
+            turns = [("user", "the cat"), ("assistant", answer), ("user", "sing")]
+            expected = llm.apply_chat_template([{"role": role, "content": text} for role, text in turns])
+            assert second.request.tokens[: second.request.prompt_length] == expected, method
+    assert "moon" in llm.tokenizer.decode(read["wrong"][1].request.tokens)
+    assert rows[-1]["identical"] == 0 and rows[-1]["prompts"] == 4 and rows[-1]["questions"] == 2
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_measured(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hasten.bench.compare._decode", lambda *given: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match="no room in the context"):
+        compare(llm, ["ngram"], prompts(PROMPT, "the cat " * 500), PARAMS)
+
+
+def test_rates_are_of_questions_and_compared_within_rounds(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """As in Spec-Bench the turns of a question are one; a round in which something else ran decides nothing alone."""
+
+    def run(tokens: int, seconds: float) -> Run:
+        return Run(list(range(tokens)), seconds, 0.0, [seconds / 4] * 4, 5, 5, 4, tokens - 1, [0] * 4, 0, 0, 0, 0, 0)
+
+    rounds = [
+        [(run(10, 1 * slow), run(10, 0.5 * fast)), (run(30, 3 * slow), run(30, 1.5 * fast)), (run(10, 2), run(10, 2))]
+        for slow, fast in ((1.0, 1.0), (1.0, 1.0), (1.0, 50.0))
+    ]
+    decoded = iter([{"plain": plain, "fast": fast} for each in rounds for plain, fast in each])
+    monkeypatch.setattr("hasten.bench.compare._decode", lambda *given: next(decoded))
+    monkeypatch.setattr("hasten.bench.compare.warm_engines", lambda *given: {"plain": engine_for(llm)})
+    turns: list[tuple[str, ...]] = [("a",), ("a", "b"), ("c",)]
+    asked = [BenchPrompt("talk", "talk", each[-1], None, each) for each in turns]
+    fast = compare(llm, ["fast"], asked, PARAMS, rounds=3)[-1]
+    assert fast["speedup_of_rates"] == pytest.approx((20 + 5) / (10 + 5), abs=1e-4)
+    assert fast["mean_accepted_tokens"] == pytest.approx((9 + 29 + 9) / 12, abs=1e-4)
+    assert (fast["prompts"], fast["questions"]) == (9, 6)
 
 
 def test_predictions():

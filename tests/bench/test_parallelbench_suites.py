@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from hasten import LLM, SamplingParams, UserError
+from hasten.bench.conversation import encode
 from hasten.bench.parallelbench import parallelbench, single_token_words
-from hasten.bench.prompts import encode
 from hasten.bench.suite import load_suite
 from hasten.tasks.parallelbench import OPERATIONS, PARALLELBENCH, SEVERAL_ANSWERS
 from hasten.tasks.words import ALL_WORDS

@@ -1,4 +1,4 @@
-"""Files of prompts and conversations: what they become, and what is wrong with a bad one."""
+"""Files of prompts: what they become, and what is wrong with a bad one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hasten import LLM, SamplingParams, UserError
-from hasten.bench.prompts import BenchPrompt, encode, load_prompts
-
-PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+from hasten import UserError
+from hasten.bench.prompts import load_prompts, spread
 
 
 def test_text_and_json_lines(tmp_path: Path):
@@ -20,6 +18,18 @@ def test_text_and_json_lines(tmp_path: Path):
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"prompt": "a", "category": "x"}\n{"prompt": "b"}\n')
     assert [item.category for item in load_prompts(lines)] == ["x", "file"]
+
+
+def test_a_line_ends_where_json_says(tmp_path: Path):
+    """Unicode has more ends of lines, which may stand within a string."""
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}', encoding="utf-8")
+    assert [item.prompt for item in load_prompts(lines)] == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10)))])
+def test_few_of_many_are_spread_over_them(count: int, chosen: list[int]):
+    assert spread(range(10), count) == chosen
 
 
 def test_every_turn_of_a_conversation_is_a_prompt(tmp_path: Path):
@@ -49,27 +59,3 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, words: str):
     with pytest.raises(UserError, match="line 2") as error:
         load_prompts(lines)
     assert words in str(error.value)
-
-
-def conversation(*turns: str) -> list[BenchPrompt]:
-    return [BenchPrompt("talk", "talk", turn, None, turns[: place + 1]) for place, turn in enumerate(turns)]
-
-
-def test_answers_between_turns_are_plain_decodings_own(llm: LLM):
-    asked = ["the cat", "and the moon", "sing"]
-    got = encode(llm, [*conversation(*asked), BenchPrompt("", "", "the stars", None)], PARAMS)
-    messages: list[dict[str, str]] = []
-    for turn, ids in zip(asked, got, strict=False):
-        messages.append({"role": "user", "content": turn})
-        assert ids == llm.apply_chat_template(messages)
-        messages.append({"role": "assistant", "content": llm.generate(ids, PARAMS)[0].text.strip()})
-    assert len(got) == 4 and got[3] == llm.encode("the stars")
-    assert got[2][: len(got[0])] == got[0]
-
-
-def test_without_a_chat_template_texts_are_joined(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
-    first, second = encode(llm, conversation("the cat", "sing"), PARAMS)
-    answer = llm.generate([first], PARAMS)[0].text.strip()
-    assert first == llm.encode("the cat")
-    assert second == llm.encode(f"the cat\n\n{answer}\n\nsing")

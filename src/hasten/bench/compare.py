@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hasten.bench.conversation import Reader
 from hasten.bench.doctor import machine
 from hasten.bench.lane import Lane, Run, engine_for, interleave
 from hasten.bench.prediction import predicted_speedup
-from hasten.bench.prompts import BenchPrompt, encode
+from hasten.bench.prompts import BenchPrompt
 from hasten.engine import Engine, SamplingParams
 from hasten.engine.drafting.cost import VerifyCost, measure
 from hasten.errors import UserError
@@ -25,12 +26,20 @@ WARM_UP = "Warm up: one two three four"
 
 @dataclass(frozen=True)
 class _Pair:
-    """A method's run over a prompt, and plain decoding's of the same turns."""
+    """A method's run over a prompt, and plain decoding's of the same turns.
+
+    Attributes:
+        question: number of the conversation that it is a turn of, or of the prompt that stands alone.
+        sample: which of the answers to it.
+        round: in which all methods decoded it beside each other.
+    """
 
     run: Run
     plain: Run
     right: float | None
-    sample: int = 0
+    question: int
+    sample: int
+    round: int
 
     @property
     def speedup(self) -> float:
@@ -88,9 +97,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row per method and category, plus `overall`.
 
-    All methods decode each prompt in turns (step by step, on their own clocks) beside plain decoding. A drafter keeps
-    what it learns from prompt to prompt, and starts anew with every round: the answers of the round before would give
-    this one's away.
+    All methods decode each prompt in turns (step by step, on their own clocks) beside plain decoding, and each goes on
+    with its own conversations. A drafter keeps what it learns from prompt to prompt, and starts anew with every round:
+    the answers of the round before would give this one's away.
 
     Args:
         params: without `max_tokens`, each prompt's own holds.
@@ -103,22 +112,24 @@ def compare(
     if samples > 1 and params.greedy:
         raise UserError("several samples of a prompt need a temperature above 0: greedy ones are all the same")
     names = ["plain", *(method for method in methods if method != "plain")]
-    ids = encode(llm, prompts, params)
+    questions = list(itertools.accumulate(int(prompt.opens) for prompt in prompts))
     pairs: dict[tuple[str, str], list[_Pair]] = {}
-    for _ in range(rounds):
+    for place in range(rounds):
         engines = warm_engines(llm, names)
-        for (number, (prompt, tokens)), sample in itertools.product(
-            enumerate(zip(prompts, ids, strict=True)), range(samples)
-        ):
+        if place == 0:
+            _refuse(engines["plain"], Reader(llm, params), prompts)
+        readers = [{name: Reader(llm, params) for name in names} for _ in range(samples)]
+        for (number, prompt), sample in itertools.product(enumerate(prompts), range(samples)):
             # Shared noise would make answers to different prompts alike, and drafters that remember look good.
             seed = (params.seed or 0) + samples * number + sample
-            runs = _decode(llm, engines, tokens, replace(prompt.within(params), seed=seed))
+            runs = _decode(llm, engines, readers[sample], prompt, replace(prompt.within(params), seed=seed))
             for name, run in runs.items():
                 right = None
                 if prompt.grade is not None:
                     right = prompt.grade(llm.tokenizer.decode(run.tokens, skip_special_tokens=True))
+                pair = _Pair(run, runs["plain"], right, questions[number], sample, place)
                 for category in (prompt.category, OVERALL):
-                    pairs.setdefault((name, category), []).append(_Pair(run, runs["plain"], right, sample))
+                    pairs.setdefault((name, category), []).append(pair)
             if sample == samples - 1:
                 report(1)
     order = sorted(pairs, key=lambda key: (names.index(key[0]), key[1] == OVERALL, key[1]))
@@ -140,11 +151,31 @@ def warm_engines(llm: LLM, methods: Sequence[str]) -> dict[str, Engine]:
     return engines
 
 
-def _decode(llm: LLM, engines: dict[str, Engine], tokens: list[int], params: SamplingParams) -> dict[str, Run]:
-    """One prompt by all methods, in turns."""
-    lanes = [Lane(llm, engine, method, tokens, params) for method, engine in engines.items()]
+def _refuse(engine: Engine, reader: Reader, prompts: Sequence[BenchPrompt]) -> None:
+    """Find what cannot be decoded before anything is measured: an hour later it would cost all figures.
+
+    Raises:
+        UserError: a prompt, or a conversation's first turn, that does not fit.
+    """
+    for prompt in prompts:
+        if prompt.opens:
+            for request in engine.add(reader.ids(prompt), prompt.within(reader.params)):
+                engine.abort(request)
+
+
+def _decode(
+    llm: LLM,
+    engines: Mapping[str, Engine],
+    readers: Mapping[str, Reader],
+    prompt: BenchPrompt,
+    params: SamplingParams,
+) -> dict[str, Run]:
+    """One prompt by all methods, in turns, each as its own reader has it."""
+    lanes = [Lane(llm, engine, method, readers[method].ids(prompt), params) for method, engine in engines.items()]
     for _ in interleave(lanes):
         pass
+    for lane in lanes:
+        readers[lane.method].answered(prompt, lane.tokens)
     return {lane.method: lane.run() for lane in lanes}
 
 
@@ -170,14 +201,15 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost | None) -> dict[str, Any]
     }
     split["other"] = max(seconds - sum(split.values()), 0.0)
     draft_step = split["draft"] / steps if steps else 0.0
-    rates = statistics.mean(run.tokens_per_second for run in runs)
     return {
         "prompts": len(pairs),
+        "questions": len({(pair.question, pair.sample, pair.round) for pair in pairs}),
         "tokens_per_step": _tokens_per_step(runs),
+        "mean_accepted_tokens": round(sum(run.later_tokens for run in runs) / steps, 4) if steps else None,
         "rows_per_token": round(sum(run.rows for run in runs) / tokens, 4) if tokens else None,
         "tokens_per_second": round(tokens / seconds, 2),
         "speedup": round(statistics.median(pair.speedup for pair in pairs), 4),
-        "speedup_of_rates": round(rates / statistics.mean(pair.plain.tokens_per_second for pair in pairs), 4),
+        "speedup_of_rates": round(_speedup_of_rates(pairs), 4),
         "decode_speedup": _median([pair.plain.decode_seconds / pair.run.decode_seconds for pair in decoded]),
         "predicted_speedup": _median(predicted),
         "accuracy": round(sum(graded) / len(graded), 4) if graded else None,
@@ -194,6 +226,23 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost | None) -> dict[str, Any]
         "identical": sum(pair.run.tokens == pair.plain.tokens for pair in pairs),
         "agreement": round(sum(pair.agreeing for pair in pairs) / max(sum(pair.positions for pair in pairs), 1), 4),
     }
+
+
+def _speedup_of_rates(pairs: Sequence[_Pair]) -> float:
+    """Spec-Bench's speed-up, a median over rounds: within each, the mean rate over questions, over plain decoding's."""
+    rounds: dict[int, dict[tuple[int, int], list[_Pair]]] = {}
+    for pair in pairs:
+        rounds.setdefault(pair.round, {}).setdefault((pair.question, pair.sample), []).append(pair)
+    return statistics.median(
+        statistics.mean(_rate([pair.run for pair in turns]) for turns in questions.values())
+        / statistics.mean(_rate([pair.plain for pair in turns]) for turns in questions.values())
+        for questions in rounds.values()
+    )
+
+
+def _rate(runs: Sequence[Run]) -> float:
+    """Tokens per second of all turns of a question."""
+    return sum(len(run.tokens) for run in runs) / sum(run.seconds for run in runs)
 
 
 def _by_sample(pairs: Sequence[_Pair]) -> list[float]:

@@ -28,6 +28,7 @@ class Run:
         steps: forward passes that gave a token, or worked on a canvas; the first one, too.
         rows: that all steps computed, those that only read the prompt left out.
         later_rows: of them, those behind the first step.
+        later_tokens: of the tokens, those behind the first step.
         accepted: draft tokens that each step behind the first took over.
         proposed: nodes that those steps drafted in all.
         draft_seconds, forward_seconds, verify_seconds: of those steps, by what they went into.
@@ -41,6 +42,7 @@ class Run:
     steps: int
     rows: int
     later_rows: int
+    later_tokens: int
     accepted: list[int]
     proposed: int
     draft_seconds: float
@@ -78,7 +80,7 @@ class Lane:
     ) -> None:
         self.method, self.engine, self.seconds = method, engine, 0.0
         self._step_seconds: list[float] = []
-        self._until_first: tuple[float, float, float, float, int] | None = None
+        self._until_first: tuple[float, float, float, float, int, int] | None = None
         self._memory_bytes = 0
         started = time.perf_counter()
         self.request: Job = engine.add(prompt, params, method, read=read)[0]
@@ -106,7 +108,8 @@ class Lane:
             self._step_seconds.append(seconds)
         elif numbers.steps:
             self._until_first = (
-                self.seconds, numbers.draft_seconds, numbers.forward_seconds, numbers.verify_seconds, numbers.rows
+                self.seconds, numbers.draft_seconds, numbers.forward_seconds, numbers.verify_seconds, numbers.rows,
+                len(self.tokens),
             )  # fmt: skip
         if self.request.error is not None:
             raise self.request.error
@@ -124,7 +127,7 @@ class Lane:
     def run(self) -> Run:
         """The figures so far."""
         numbers = self.request.statistics
-        prompt, draft, forward, verify, rows = self._until_first or (self.seconds, 0.0, 0.0, 0.0, 0)
+        prompt, draft, forward, verify, rows, tokens = self._until_first or (self.seconds, 0.0, 0.0, 0.0, 0, 0)
         return Run(
             tokens=self.tokens,
             seconds=self.seconds,
@@ -133,6 +136,7 @@ class Lane:
             steps=numbers.steps,
             rows=numbers.rows,
             later_rows=numbers.rows - rows,
+            later_tokens=len(self.tokens) - tokens,
             accepted=numbers.accepted_per_step[1:],
             proposed=numbers.proposed,
             draft_seconds=numbers.draft_seconds - draft,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hasten.bench.prompts import MAX_TOKENS, BenchPrompt
+from hasten.bench.prompts import MAX_TOKENS, BenchPrompt, spread
 from hasten.errors import UserError
 from hasten.tasks.parallelbench import (
     OPERATIONS,
@@ -92,7 +92,6 @@ def _part(tasks: dict[str, BenchTask], part: str, suite: str) -> list[str]:
 def _prompts(task: BenchTask, per_task: int, tokenizer: Any) -> list[BenchPrompt]:
     """Questions of one task, spread over its fixed set."""
     everything = list(questions(task))
-    count = min(per_task, len(everything))
     budget = MAX_TOKENS
     if tokenizer is not None:
         texts = [f" {question.answer}" for question in everything]
@@ -100,5 +99,5 @@ def _prompts(task: BenchTask, per_task: int, tokenizer: Any) -> list[BenchPrompt
         budget = max(SMALLEST_CANVAS, 1 << longest.bit_length())
     return [
         BenchPrompt(task.name, task.name, asked.text, asked.grade, question=asked, max_tokens=budget)
-        for asked in (everything[number * len(everything) // count] for number in range(count))
+        for asked in spread(everything, per_task)
     ]

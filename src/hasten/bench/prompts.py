@@ -1,19 +1,24 @@
-"""Prompts to measure on: how one is held, read from a file, and turned into token ids."""
+"""Prompts to measure on: how one is held, read from a file, and how few of many are chosen."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hasten.engine import SamplingParams
 from hasten.errors import UserError
-from hasten.llm import LLM
 from hasten.tasks.parallelbench import Question
 
 MAX_TOKENS = 256
+FILES = (".jsonl", ".json", ".txt", ".gz")
+"""How the names of files of prompts end."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class BenchPrompt:
     """A prompt, the category it is reported under, and a grader where the right answer is known.
 
     `turns` are the user's turns of a conversation so far, this one (`prompt`) included; the answers between them are
-    plain decoding's own. Empty for a prompt that is taken as it stands.
+    the model's own. Empty for a prompt that is taken as it stands. The prompts of a conversation follow each other.
 
     Attributes:
         grade: from an output to its score, 0 to 1 (or false and true).
@@ -37,13 +42,18 @@ class BenchPrompt:
     question: Question | None = None
     max_tokens: int = MAX_TOKENS
 
+    @property
+    def opens(self) -> bool:
+        """Whether a question begins with it: the first turn of a conversation, or a prompt that stands alone."""
+        return len(self.turns) < 2
+
     def within(self, params: SamplingParams) -> SamplingParams:
         """These parameters, with the prompt's own budget if they have none."""
         return params if params.max_tokens is not None else replace(params, max_tokens=self.max_tokens)
 
 
 def load_prompts(path: Path) -> list[BenchPrompt]:
-    """Prompts from a file: plain text (`.txt`), one prompt per line, or JSON lines.
+    """Prompts from a file: plain text (`.txt`), one prompt per line, or JSON lines; either may be packed (`.gz`).
 
     A line of JSON has `prompt`, a text that is taken as it stands, or `turns`, the user's texts of a conversation,
     which give one prompt each; and perhaps `category`.
@@ -51,16 +61,19 @@ def load_prompts(path: Path) -> list[BenchPrompt]:
     Raises:
         UserError: no such file, bad JSON (with the line number), no prompts.
     """
+    packed = path.suffix == ".gz"
+    text = (path.with_suffix("") if packed else path).suffix == ".txt"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
+            lines = file.readlines()
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from error
     prompts: list[BenchPrompt] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path.suffix == ".txt":
-            prompts.append(BenchPrompt("file", path.stem, line, None))
+        if text:
+            prompts.append(BenchPrompt("file", path.stem, line.removesuffix("\n"), None))
             continue
         try:
             entry = json.loads(line)
@@ -90,39 +103,18 @@ def _entry(entry: Any, path: Path, number: int) -> list[BenchPrompt]:
     return [BenchPrompt(category, path.stem, text, None)]
 
 
-def encode(llm: LLM, prompts: Sequence[BenchPrompt], params: SamplingParams) -> list[list[int]]:
-    """Token ids of each prompt.
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items, or all there are, evenly over the whole."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
-    The earlier turns of a conversation are answered by plain decoding first. A checkpoint with a chat template gets the
-    conversation through it, another one the texts with empty lines between.
 
-    Raises:
-        UserError: a conversation that outgrows the context; the template refuses it.
-    """
-    answers: dict[tuple[str, ...], str] = {}
-    templated = bool(getattr(llm.tokenizer, "chat_template", None))
-
-    def ids(turns: tuple[str, ...], budget: SamplingParams) -> list[int]:
-        texts: list[str] = []
-        for place, turn in enumerate(turns, 1):
-            texts.append(turn)
-            if place < len(turns):
-                texts.append(answer(turns[:place], budget))
-        if not templated:
-            return llm.encode("\n\n".join(texts))
-        roles = ("user", "assistant")
-        return llm.apply_chat_template([{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)])
-
-    def answer(turns: tuple[str, ...], budget: SamplingParams) -> str:
-        if turns not in answers:
-            answers[turns] = llm.generate([ids(turns, budget)], budget, "plain")[0].text.strip()
-        return answers[turns]
-
-    def encoded(prompt: BenchPrompt) -> list[int]:
-        if prompt.turns:
-            return ids(prompt.turns, prompt.within(params))
-        if prompt.question is not None and templated:
-            return llm.apply_chat_template(prompt.question.messages)
-        return llm.encode(prompt.prompt)
-
-    return [encoded(prompt) for prompt in prompts]
+def limited(prompts: Sequence[BenchPrompt], count: int) -> list[BenchPrompt]:
+    """At most so many questions of each category, with all their turns, evenly over those that there are."""
+    categories: dict[str, list[list[BenchPrompt]]] = {}
+    for prompt in prompts:
+        questions = categories.setdefault(prompt.category, [])
+        if prompt.opens or not questions:
+            questions.append([])
+        questions[-1].append(prompt)
+    return [turn for questions in categories.values() for question in spread(questions, count) for turn in question]

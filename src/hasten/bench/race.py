@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class RaceResult:
         return {"lanes": self.lanes, "identical": self.identical, "speedup": self.speedup, "text": self.text}
 
 
-def race(llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int = 5) -> RaceResult:
+def race(llm: LLM, prompt: str | Sequence[int], method: str, params: SamplingParams, rounds: int = 5) -> RaceResult:
     """Run the method's reference and the method `rounds` times after one warm-up round.
 
     Raises:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hasten.bench.compare import warm_engines
+from hasten.bench.conversation import encode
 from hasten.bench.lane import Lane, interleave
-from hasten.bench.prompts import BenchPrompt, encode
+from hasten.bench.prompts import BenchPrompt
 from hasten.bench.race import default_method
 from hasten.engine import Engine, SamplingParams, decoders
 from hasten.engine.creation import is_lossless

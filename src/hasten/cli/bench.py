@@ -23,14 +23,19 @@ def bench(
         typer.Option(help="Methods, separated by commas (slug:key=value); by default one that fits the model."),
     ] = None,
     suite: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="tasks, spec, redundant, agent, prose, a task or its category, parallelbench, parallelbench-n15 or "
-            "parallelbench-words (and :PART,PART), or a file of prompts."
+            "parallelbench-words (and :PART,PART), spec-bench, humaneval, or a file of prompts (default: --prompts, or "
+            "tasks)."
         ),
-    ] = "tasks",
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: your own, or that of suite spec-bench or humaneval.")
+    ] = None,
     model: options.Model = "tiny",
     per_task: Annotated[int | None, typer.Option(help="Held-out prompts of each task or kind.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each category at most, evenly chosen.")] = None,
     rounds: Annotated[int, typer.Option(help="Times the suite is decoded.")] = 1,
     samples: Annotated[int, typer.Option(help="Answers to each prompt, when sampling.")] = 1,
     max_tokens: Annotated[
@@ -38,13 +43,16 @@ def bench(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
+    chat: options.Chat = False,
     loading: ForDecoding = ForDecoding(),
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots here.")] = None,
     json: options.Json = False,
 ) -> None:
     """Compare methods with plain decoding on a suite, in turns within one run."""
-    if rounds < 1 or samples < 1 or (per_task is not None and per_task < 1):
-        raise UserError("per-task, rounds and samples must be at least 1")
+    if min(count for count in (rounds, samples, per_task, limit) if count is not None) < 1:
+        raise UserError("per-task, limit, rounds and samples must be at least 1")
+    if suite is None:
+        suite, prompts = str(prompts or "tasks"), None
     if report is not None:
         from hasten.bench import plots
         from hasten.bench.report import write_report
@@ -53,22 +61,37 @@ def bench(
     llm = loading.load(model)
 
     from hasten.bench.compare import bench as measure
+    from hasten.bench.conversation import as_chat
+    from hasten.bench.prompts import limited
+    from hasten.bench.published import SPEC_BENCH
+    from hasten.bench.quoted import table
     from hasten.bench.race import default_method
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
     from hasten.engine.specification import split_methods
 
     names = [default_method(llm.model.config)] if methods is None else split_methods(methods)
-    prompts = load_suite(suite, per_task, llm.tokenizer)
+    asked = load_suite(suite, per_task, llm.tokenizer, prompts)
+    if limit is not None:
+        asked = limited(asked, limit)
+    if chat:
+        asked = as_chat(llm, asked)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with options.progress("decoding", len(prompts) * rounds, quiet=json) as advance:
-        measured = measure(llm, names, prompts, params, rounds, advance, samples)
+    with options.progress("decoding", len(asked) * rounds, quiet=json) as advance:
+        measured = measure(llm, names, asked, params, rounds, advance, samples)
     command = shlex.join(["hasten", *sys.argv[1:]])
-    document = {"model": model, "suite": suite, "command": command} | measured
+    document: dict[str, Any] = {
+        "model": model,
+        "suite": suite,
+        "temperature": temperature,
+        "command": command,
+    } | measured
     if report is not None:
         write_report(document, report)
     if json:
         options.emit(document)
+    elif suite == SPEC_BENCH:
+        print(table(document["rows"]))
     else:
         _print(document["rows"], CANVAS_COLUMNS if llm.model.config.fills_canvas else COLUMNS)
 

@@ -38,7 +38,7 @@ def generate(
     regex: Annotated[str | None, typer.Option(help="Text that this regular expression matches.")] = None,
     grammar: Annotated[str | None, typer.Option(help="Text of the grammar in this file (Lark or GBNF).")] = None,
     acceptance: Annotated[str, typer.Option(help="match, max or typical.")] = "match",
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
+    chat: options.Chat = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
     loading: ForDecoding = ForDecoding(),

@@ -21,6 +21,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Checkpoint folder, GGUF file, hub id, or a name (see `hasten models`).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="A prompt is what a user says: put it through the checkpoint's chat template.")
+]
 Backend = Annotated[str, typer.Option("--backend", help="Of the forward pass: auto, native (CPU), cuda or torch.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 takes all cores.")]
 Method = Annotated[str, typer.Option("--method", help="slug, or slug:key=value,key=value (see `hasten methods`).")]

@@ -35,6 +35,7 @@ def race(
     rounds: Annotated[int, typer.Option(help="Timed rounds (the median counts).")] = 5,
     slow: Annotated[float, typer.Option(help="Slow the live view down by this factor.")] = 0.0,
     svg: Annotated[Path | None, typer.Option(help="Save the final picture here.")] = None,
+    chat: options.Chat = False,
     loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
@@ -56,15 +57,16 @@ def race(
     method = racing.default_method(llm.model.config) if method is None else method
     llm.engine.drafter(method)
     chosen = racing.DEFAULT_PROMPT if text is None else text
+    ids = llm.apply_chat_template([{"role": "user", "content": chosen}]) if chat else llm.encode(chosen)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if json:
-        options.emit(racing.race(llm, chosen, method, params, rounds).document())
+        options.emit(racing.race(llm, ids, method, params, rounds).document())
         return
-    _live(llm, chosen, method, params, rounds, slow, svg)
+    _live(llm, ids, method, params, rounds, slow, svg)
 
 
 def _live(
-    llm: LLM, prompt: str, method: str, params: SamplingParams, rounds: int, slow: float, svg: Path | None
+    llm: LLM, ids: list[int], method: str, params: SamplingParams, rounds: int, slow: float, svg: Path | None
 ) -> None:
     """One round on the screen (after a silent one that warms up), then the timed rounds."""
     import time
@@ -76,9 +78,8 @@ def _live(
     from hasten.bench.lane import Lane, engine_for, interleave, reference
     from hasten.engine.creation import is_lossless
 
-    racing.race(llm, prompt, method, params, rounds=1)
+    racing.race(llm, ids, method, params, rounds=1)
     console = Console()
-    ids = llm.encode(prompt)
     lanes = [
         Lane(llm, engine_for(llm), name, ids, params, read=True) for name in (reference(llm.engine, method), method)
     ]
@@ -92,7 +93,7 @@ def _live(
             behind = lane.seconds * slow - (time.perf_counter() - started)
             if behind > 0:
                 time.sleep(behind)
-    result = racing.race(llm, prompt, method, params, rounds)
+    result = racing.race(llm, ids, method, params, rounds)
     plain, fast = result.lanes
     different = "[bold red]identical: NO[/]" if is_lossless(method) else "[yellow]identical: no (a lossy method)[/]"
     verdict = "[bold green]identical: yes[/]" if result.identical else different

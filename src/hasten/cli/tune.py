@@ -25,6 +25,7 @@ def tune(
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
+    chat: options.Chat = False,
     loading: ForDecoding = ForDecoding(),
     json: options.Json = False,
 ) -> None:
@@ -41,15 +42,19 @@ def tune(
     llm = loading.load(model)
 
     from hasten.bench import tune as tuning
+    from hasten.bench.conversation import as_chat
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
 
     suite = load_suite(prompts, tokenizer=llm.tokenizer)
+    if chat:
+        suite = as_chat(llm, suite)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with options.progress("tuning (seconds)", round(seconds), quiet=json) as advance:
         result = tuning.tune(llm, suite, params, seconds, names, advance)
     document = {"model": model, "prompts": prompts} | result.document()
-    document["command"] = shlex.join(["hasten", "generate", "PROMPT", "--model", model, "--method", result.choice])
+    command = ["hasten", "generate", "PROMPT", "--model", model, "--method", result.choice]
+    document["command"] = shlex.join([*command, "--chat"] if chat else command)
     if json:
         options.emit(document)
     else:

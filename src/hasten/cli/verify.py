@@ -16,7 +16,10 @@ from hasten.cli.options import ForDecoding
 def verify(
     method: options.Chosen = None,
     model: options.Model = "tiny",
-    prompts: Annotated[Path | None, typer.Option(help="JSONL (key `prompt`) or text file, one per line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL (key `prompt` or `turns`) or text file, one per line.")
+    ] = None,
+    chat: options.Chat = False,
     per_task: Annotated[int, typer.Option(help="Prompts of each shipped task.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
@@ -30,7 +33,8 @@ def verify(
     llm = loading.load(model)
 
     from hasten.bench import verify as check
-    from hasten.bench.prompts import encode, load_prompts
+    from hasten.bench.conversation import as_chat, encode
+    from hasten.bench.prompts import load_prompts
     from hasten.bench.race import default_method
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
@@ -38,6 +42,8 @@ def verify(
     method = default_method(llm.model.config, lossless=True) if method is None else method
     llm.engine.drafter(method)
     suite = load_prompts(prompts) if prompts is not None else load_suite("tasks", per_task)
+    if chat:
+        suite = as_chat(llm, suite)
     ids = encode(llm, suite, SamplingParams(max_tokens=max_tokens))
     modes = len(check.modes_of(max_tokens, seed))
     with options.progress(f"verifying {method}", len(ids) * modes, quiet=json) as advance:
