@@ -1,4 +1,4 @@
-"""Builds what is native (a step, the choice of tokens) with the machine's C++ compiler; other code serves without one."""
+"""Builds the native step and the native sampling with the machine's C++ compiler; other code serves without one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which tokens the rows of a step choose: one call for all requests, on the thread that asks.
 
 A *walk* goes from a draft's root down, as long as a node has the token that its parent's row chooses: only rows that
-are reached are looked at. A single row is a walk without nodes. Rows choose in C++ (`native/sample.cpp`), or, where that
-was not built, in NumPy. Neither uses a team of threads, which would wait for a core wherever another process has one.
+are reached are looked at. A single row is a walk without nodes. Rows choose in C++ (`native/sample.cpp`), or in NumPy
+where that was not built. Neither uses a team of threads, which would wait for a core wherever another process has one.
 """
 
 from __future__ import annotations
