@@ -78,15 +78,9 @@ def main() -> None:
         with busy():
             beside = milliseconds(llm, batch, arguments.steps)
         for kind in KINDS:
-            figures = (
-                min(alone[kind]),
-                statistics.median(alone[kind]),
-                min(beside[kind]),
-                statistics.median(beside[kind]),
-            )
-            print(
-                f"batch {batch:3} {kind:10} alone {figures[0]:8.2f} {figures[1]:8.2f}   beside {figures[2]:8.2f} {figures[3]:8.2f}"
-            )
+            figures = [f(times[kind]) for times in (alone, beside) for f in (min, statistics.median)]
+            print(f"batch {batch:3} {kind:10} alone {figures[0]:8.2f} {figures[1]:8.2f}", end="   ")
+            print(f"beside {figures[2]:8.2f} {figures[3]:8.2f}")
 
 
 if __name__ == "__main__":
