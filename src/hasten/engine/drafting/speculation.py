@@ -23,6 +23,7 @@ from hasten.engine.request import Request
 from hasten.engine.sampling.walk import Walk, descend
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
+from hasten.model.threads import on_one_thread
 
 NOTHING = torch.empty(0, 0)
 
@@ -112,7 +113,8 @@ class Speculation:
             request.sequence.commit(rows)
             request.read += len(rows)
         if request.params.logprobs is not None:
-            request.logprobs += _logprobs(answer.logits, rows, tokens, request.params.logprobs)
+            with on_one_thread():
+                request.logprobs += _logprobs(answer.logits, rows, tokens, request.params.logprobs)
         request.sampler.committed(tokens)
         accepted = min(len(tokens), len(path))
         statistics.steps += 1
@@ -160,9 +162,10 @@ class Speculation:
             return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
 
         coins = sampler.coins(len(request.tokens))
-        if params.acceptance == "max":
-            return verification.reject(draft, target, coins)
-        return verification.typical(draft, target, coins, params)
+        with on_one_thread():
+            if params.acceptance == "max":
+                return verification.reject(draft, target, coins)
+            return verification.typical(draft, target, coins, params)
 
 
 def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
