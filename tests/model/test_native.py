@@ -269,7 +269,7 @@ def test_threads_borrowed_or_our_own_give_the_same(make_checkpoint, tmp_path, mo
 
     borrowed = by_three_threads()
     # A library borrows when it is loaded: this is another one, in the same instruction set.
-    monkeypatch.setattr(library, "_openmp", lambda: None)
+    monkeypatch.setattr(library, "openmp_runtime", lambda: None)
     with chosen(str(library.kernels()), LIBRARY, tmp_path):
         own = by_three_threads()
     assert all(torch.equal(one, other) for one, other in zip(borrowed, own, strict=True))

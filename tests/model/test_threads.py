@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,18 @@ from hasten import LLM, UserError
 from hasten.cli import options
 from hasten.errors import Notice
 from hasten.model import load_model, threads
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """As many as said meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 FORKED = """
 import os, sys
@@ -101,3 +116,20 @@ def test_no_instruction_set_asked_for(tiny: Path, monkeypatch: pytest.MonkeyPatc
         assert available
         assert library.kernels() == best
         assert LLM(tiny).model.backend.name == "native"
+
+
+@pytest.mark.skipif(threads.openmp_runtime() is None, reason="PyTorch has another runtime")
+def test_one_thread_for_the_calling_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    with torch_threads(3):
+        with pytest.raises(KeyError), threads.on_one_thread():
+            assert torch.get_num_threads() == 1
+            other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+            raise KeyError
+        assert torch.get_num_threads() == 3
+        assert seen == [3]
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+        with threads.on_one_thread():
+            assert torch.get_num_threads() == 3

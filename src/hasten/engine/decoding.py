@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from hasten.engine.drafting.verification import Verdict
 from hasten.engine.passage import Passage
 from hasten.engine.report import TokenKind
 from hasten.engine.request import Request
@@ -26,6 +27,7 @@ class Answer(NamedTuple):
         taps: the hidden states of all rows of the passage that the request's drafter asked for; None where it asked
             for none.
         rows: of the whole pass, the other requests' included.
+        verdict: on the draft, where it was asked for with those of the other requests.
     """
 
     logits: Tensor
@@ -33,6 +35,7 @@ class Answer(NamedTuple):
     finite: list[bool]
     taps: Taps | None
     rows: int
+    verdict: Verdict | None = None
 
 
 class Decoding(Protocol):

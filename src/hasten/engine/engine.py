@@ -18,10 +18,11 @@ from hasten.engine.decoding import Answer
 from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.drafting.speculation import Speculation
+from hasten.engine.drafting.verification import Verdict
 from hasten.engine.job import Job
 from hasten.engine.memory import Footprint, Ledger
 from hasten.engine.packing import packed, taps_of, wanted_taps
-from hasten.engine.placement import Placement
+from hasten.engine.placement import Placed, Placement
 from hasten.engine.preparation import Preparation, Prepared
 from hasten.engine.prompt import EMBEDDED, Segment
 from hasten.engine.registry import Target
@@ -29,6 +30,7 @@ from hasten.engine.report import TokenKind
 from hasten.engine.request import Progress
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
+from hasten.engine.sampling.walk import Walk, descend
 from hasten.engine.scheduler import Limits, Scheduler
 from hasten.engine.stopping import FinishReason, Stopper
 from hasten.engine.turn import Turn
@@ -230,11 +232,18 @@ class Engine:
         self._record(rows, logits)
 
         stop = 0
+        answers: list[Answer] = []
         for ((request, piece), passage), span in zip(placed, rows.spans, strict=True):
             request.statistics.forward_seconds += forward_seconds
             offset, stop = stop, stop + len(passage.wanted)
             hidden = taps_of(taps, request.drafter, span.stop - 1 if piece else span.start, span.stop)
-            answer = Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
+            answers.append(
+                Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
+            )
+        progress += self._judge(placed, answers)
+        for ((request, piece), passage), span, answer in zip(placed, rows.spans, answers, strict=True):
+            if request.finish_reason is not None:
+                continue
             if not piece:
                 progress += self._alone(request, self._decode, answer)
                 continue
@@ -243,6 +252,29 @@ class Engine:
                 for choice in (request, *self._fork(request)):
                     progress += self._alone(choice, self._decode, answer)
         return progress
+
+    def _judge(self, placed: Sequence[Placed], answers: list[Answer]) -> list[Progress]:
+        """Enter verdicts on drafts into the answers, all in one call; what became of requests where that failed."""
+        walks: dict[int, Walk] = {}
+        failed: list[Progress] = []
+
+        def ask(request: Job, number: int) -> list[Progress]:
+            assert isinstance(request.decoding, Speculation)
+            walk = request.decoding.walk(request, answers[number])
+            if walk is not None:
+                walks[number] = walk
+            return []
+
+        started = time.perf_counter()
+        for number, ((request, piece), _) in enumerate(placed):
+            if not piece and isinstance(request.decoding, Speculation):
+                failed += self._alone(request, ask, number)
+        for number, outcome in zip(walks, descend(list(walks.values())), strict=True):
+            answers[number] = answers[number]._replace(verdict=Verdict(*outcome))
+        seconds = (time.perf_counter() - started) / max(1, len(walks))
+        for number in walks:
+            placed[number][0].request.statistics.verify_seconds += seconds
+        return failed
 
     def _alone(self, request: Job, work: Callable[..., list[Progress]], *arguments: Any) -> list[Progress]:
         """Do a request's part of a step; what goes wrong there ends that request only."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -53,3 +58,38 @@ def refuse_fork() -> None:
             "this process was forked from one that had loaded a model, whose threads it does not have: start it by "
             "'spawn', load models after the fork only, or compute on one thread (torch.set_num_threads(1))"
         )
+
+
+def openmp_runtime() -> str | None:
+    """The file of the OpenMP runtime that PyTorch has loaded, where it is GNU's (as in its builds for Linux)."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
+    return next((file for file in files if "torch" in file), None)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    file = openmp_runtime()
+    return None if file is None else ctypes.CDLL(file)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Meanwhile, PyTorch has no team for the calling thread: each operation of one waits for all its cores to be free.
+
+    Other threads keep theirs, which `torch.set_num_threads` would not leave them. Where the runtime is not GNU's, all
+    stays as it is.
+    """
+    runtime = _openmp()
+    if runtime is None:
+        yield
+        return
+    count = runtime.omp_get_max_threads()
+    runtime.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        runtime.omp_set_num_threads(count)

@@ -66,7 +66,9 @@ def measured(draft: Draft, **settings) -> tuple[int, int, int]:
 def test_what_deciding_takes_for_a_while(acceptance, others):
     chain = Draft.chain(range(LEVELS))
     most, said, accepted = measured(chain, acceptance=acceptance, **others)
-    assert accepted and most <= said < 2.2 * most
+    assert accepted and most <= said
+    # What `max` takes for sampled nodes is said, and this draft has none.
+    assert acceptance == "max" or said < 2.2 * most
 
 
 @pytest.mark.parametrize("others", OTHERS, ids=str)

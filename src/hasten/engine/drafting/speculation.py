@@ -20,8 +20,10 @@ from hasten.engine.passage import Passage
 from hasten.engine.prompt import embedded_in
 from hasten.engine.report import TokenKind, TokenLogprobs
 from hasten.engine.request import Request
+from hasten.engine.sampling.walk import Walk, descend
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
+from hasten.model.threads import on_one_thread
 
 NOTHING = torch.empty(0, 0)
 
@@ -74,6 +76,17 @@ class Speculation:
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
         return Passage(tokens, positions, draft.heard(), draft.mask())
 
+    def walk(self, request: Request, answer: Answer) -> Walk | None:
+        """What is to be chosen, one row after the other, where a verdict takes just that; None where it does not.
+
+        Without sampled nodes, `max` and `match` accept as often: then the text need not depend on the draft.
+        """
+        sampler, params = request.sampler, request.params
+        matched = params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not self.draft.drawn)
+        if sampler.is_argmax or not matched or not answer.finite[0]:
+            return None
+        return sampler.walk(answer.logits, len(request.tokens), self.draft)
+
     def receive(self, request: Request, answer: Answer) -> list[int]:
         """The accepted path and the target's own token.
 
@@ -83,7 +96,7 @@ class Speculation:
         """
         if not answer.finite[0]:
             raise UserError(NOT_FINITE)
-        self._answer, self._verdict = answer, self._verify(request, answer)
+        self._answer, self._verdict = answer, answer.verdict or self._verify(request, answer)
         path, token = self._verdict.path, self._verdict.token
         if not path:
             return [token]
@@ -100,7 +113,8 @@ class Speculation:
             request.sequence.commit(rows)
             request.read += len(rows)
         if request.params.logprobs is not None:
-            request.logprobs += _logprobs(answer.logits, rows, tokens, request.params.logprobs)
+            with on_one_thread():
+                request.logprobs += _logprobs(answer.logits, rows, tokens, request.params.logprobs)
         request.sampler.committed(tokens)
         accepted = min(len(tokens), len(path))
         statistics.steps += 1
@@ -137,23 +151,21 @@ class Speculation:
         sampler, params, draft = request.sampler, request.params, self.draft
         if sampler.is_argmax:
             return verification.match(draft, answer.best)
+        walk = self.walk(request, answer)
+        if walk is not None:
+            return Verdict(*descend([walk])[0])
         logits = answer.logits[: len(draft) + 1] if draft.probes else answer.logits
-        nodes = [ROOT, *range(len(draft))]
-        paths = [[draft.tokens[node] for node in draft.path(node)] for node in nodes]
-        position = len(request.tokens)
-        # Without sampled nodes, `max` and `match` accept as often: then the text need not depend on the draft.
-        if params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not draft.drawn):
-            positions = [position + len(path) for path in paths]
-            return verification.match(draft, sampler.choose(logits, positions, paths))
+        paths = [[draft.tokens[node] for node in draft.path(node)] for node in (ROOT, *range(len(draft)))]
 
         def target(node: int) -> Tensor:
             row = node + 1
             return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
 
-        coins = sampler.coins(position)
-        if params.acceptance == "max":
-            return verification.reject(draft, target, coins)
-        return verification.typical(draft, target, coins, params)
+        coins = sampler.coins(len(request.tokens))
+        with on_one_thread():
+            if params.acceptance == "max":
+                return verification.reject(draft, target, coins)
+            return verification.typical(draft, target, coins, params)
 
 
 def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:

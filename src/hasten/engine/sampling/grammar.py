@@ -190,14 +190,19 @@ class GrammarState:
         return above is not None and bool(above[path[-1] >> 3] >> (path[-1] & 7) & 1)
 
     def masks(self, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Bool [paths, vocabulary]: the tokens allowed behind each.
+        """Bool [paths, vocabulary]: the tokens allowed behind each, as `packed`."""
+        count = self._grammars.vocabulary
+        return torch.from_numpy(
+            np.unpackbits(self.packed(paths), axis=1, count=count, bitorder="little").view(np.bool_)
+        )
+
+    def packed(self, paths: Sequence[Sequence[int]]) -> Bits:
+        """[paths, bytes]: the tokens allowed behind each.
 
         Everything is allowed behind a path that cannot come about: its row is never used, but must be a distribution.
         """
-        count, every = self._grammars.vocabulary, self._grammars.every_bit
         rows = [self.bits(tuple(path)) for path in paths]
-        packed = np.stack([every if row is None or not row.any() else row for row in rows])
-        return torch.from_numpy(np.unpackbits(packed, axis=1, count=count, bitorder="little").view(np.bool_))
+        return np.stack([self._grammars.every_bit if row is None or not row.any() else row for row in rows])
 
     def length(self, tokens: Sequence[int]) -> int | None:
         """How many of these tokens it takes to the end, where nothing but end-of-text may follow; None if more may."""

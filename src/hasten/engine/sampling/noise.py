@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
@@ -21,9 +23,11 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def mix(*words: int) -> int:
-    """Hash integers to 64 bits: the SplitMix64 finaliser (Steele et al. 2014), chained."""
-    state = 0
+def mix(*words: int, state: int = 0) -> int:
+    """Hash integers to 64 bits: the SplitMix64 finaliser (Steele et al. 2014), chained.
+
+    `mix(a, b)` is `mix(b, state=mix(a))`.
+    """
     for word in words:
         state = (state + word + _GOLDEN) & _MASK
         state = ((state ^ (state >> 30)) * _MIX1) & _MASK
@@ -72,6 +76,16 @@ def gumbels(key: int, counters: Sequence[int]) -> list[float]:
         z ^= z >> 31
         noise.append(-log(-log(min(((z >> 11) + 0.5) * 2.0**-53, _BELOW_ONE))))
     return noise
+
+
+def gumbel_array(key: int, counters: NDArray[np.int64]) -> NDArray[np.float32]:
+    """`gumbel` of one key, in NumPy: it computes on the thread that asks. float32, shaped as `counters`."""
+    z = np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+    z ^= z >> np.uint64(31)
+    uniforms = np.minimum(((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53, _BELOW_ONE)
+    return -np.log(-np.log(uniforms)).astype(np.float32)
 
 
 class Uniforms:

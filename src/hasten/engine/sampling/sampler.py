@@ -9,14 +9,17 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.memory import LOGIT_BYTES
 from hasten.engine.sampling.grammar import GrammarState
 from hasten.engine.sampling.noise import Uniforms, gumbel, gumbels, mix
 from hasten.engine.sampling.params import SamplingParams
+from hasten.engine.sampling.rule import Rule
+from hasten.engine.sampling.walk import Walk, descend, scratch_bytes
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 
-TOKEN_STREAM, COIN_STREAM = 1, 2
+COIN_STREAM = 2
 DRAWING, PENALISING, ADJUSTING, ALLOWING, KEYS = 36, 25, 8, 2, 64
 """Bytes per logit that exist at the same time, at most: of noise and what makes it, of penalties, of other changes, of
 what a grammar allows. `KEYS` are per row, or per token of which something is reported.
@@ -67,33 +70,28 @@ class Sampler:
         vocabulary: int,
         grammar: GrammarState | None = None,
     ) -> None:
+        outside = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
+        if outside is not None:
+            raise UserError(f"logit_bias: token id {outside} is outside the vocabulary of {vocabulary}")
         self.params, self.choice, self.vocabulary, self.grammar = params, choice, vocabulary, grammar
         self.seed = params.seed or 0
-        self._bias: tuple[Tensor, Tensor] | None = None
-        if params.logit_bias:
-            ids = list(params.logit_bias)
-            outside = next((token for token in ids if not 0 <= token < vocabulary), None)
-            if outside is not None:
-                raise UserError(f"logit_bias: token id {outside} is outside the vocabulary of {vocabulary}")
-            self._bias = (torch.tensor(ids), torch.tensor([float(params.logit_bias[token]) for token in ids]))
-        self._seen = torch.zeros(vocabulary, dtype=torch.bool) if params.penalised else None
-        self._counts = torch.zeros(vocabulary) if params.penalised else None
-        if self._seen is not None:
-            self._seen[torch.tensor(list(prompt), dtype=torch.int64)] = True
+        self.rule = Rule(params, choice, prompt, vocabulary)
 
     @property
     def is_argmax(self) -> bool:
         """Whether the raw argmax is the answer."""
-        return self.params.greedy and self._bias is None and self._seen is None and self.grammar is None
+        return self.params.greedy and not self._adjusts
+
+    @property
+    def _adjusts(self) -> bool:
+        """Whether logits are not taken as they are."""
+        return bool(self.params.logit_bias) or self.params.penalised or self.grammar is not None
 
     def committed(self, tokens: Sequence[int]) -> None:
         """Tell the penalties and the grammar about new output tokens."""
         if self.grammar is not None:
             self.grammar.commit(tokens)
-        if self._seen is not None and self._counts is not None and tokens:
-            ids = torch.tensor(tokens)
-            self._seen[ids] = True
-            self._counts.index_add_(0, ids, torch.ones(len(tokens)))
+        self.rule.count(tokens)
 
     def adjusted(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
         """Logits [rows, vocabulary] with bias, penalties and grammar; `paths[i]` are row i's uncommitted tokens."""
@@ -103,12 +101,13 @@ class Sampler:
         return logits.masked_fill(~self.grammar.masks(paths).to(logits.device), -torch.inf)
 
     def _penalised(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        if self._bias is not None:
-            ids, values = (part.to(logits.device) for part in self._bias)
+        rule = self.rule
+        if len(rule.bias_tokens):
+            ids, values = (torch.from_numpy(part).to(logits.device) for part in (rule.bias_tokens, rule.bias_values))
             logits = logits.index_add(1, ids, values.expand(logits.shape[0], -1))
-        if self._seen is None or self._counts is None:
+        if rule.seen is None or rule.counts is None:
             return logits
-        seen, counts = self._seen.repeat(len(paths), 1), self._counts.repeat(len(paths), 1)
+        seen, counts = (torch.from_numpy(part).repeat(len(paths), 1) for part in (rule.seen, rule.counts))
         for row, path in enumerate(paths):
             if path:
                 ids = torch.tensor(path)
@@ -144,7 +143,7 @@ class Sampler:
             positions: absolute positions of the tokens to be drawn, one per row.
         """
         # A stream per position, a counter per token id: the noise of a token is the same wherever it stands.
-        keys = {position: mix(self.seed, self.choice, TOKEN_STREAM, position) for position in positions}
+        keys = {position: mix(position, state=self.rule.stream) for position in positions}
         if distribution.ids is None:
             every = torch.arange(self.vocabulary, device=distribution.scores.device)
             unique = sorted(keys)
@@ -156,7 +155,7 @@ class Sampler:
 
     def noise(self, position: int, tokens: Sequence[int]) -> list[float]:
         """The Gumbel noise of a few tokens at an absolute position, as `perturbed` adds it; for drafters."""
-        return gumbels(mix(self.seed, self.choice, TOKEN_STREAM, position), tokens)
+        return gumbels(mix(position, state=self.rule.stream), tokens)
 
     def choose(self, logits: Tensor, positions: Sequence[int], paths: Sequence[Sequence[int]]) -> list[int]:
         """The token of each row: argmax, or the keyed Gumbel draw.
@@ -166,14 +165,24 @@ class Sampler:
             positions: absolute position of the token each row chooses.
             paths: uncommitted tokens above each row, for penalties and grammar.
         """
-        if self.params.greedy:
-            return likeliest(self.adjusted(logits, paths))
-        distribution = self.distribution(logits, paths)
-        scores = self.perturbed(distribution, positions)
-        if distribution.ids is None:
-            return likeliest(scores)
-        best = distribution.ids.gather(1, scores.argmax(-1, keepdim=True))
-        return [int(token) for token in best.flatten().tolist()]
+        logits = logits.cpu()
+        allowed = [None] * len(paths) if self.grammar is None else self.grammar.packed(paths)[:, None]
+        rows = zip(logits.unsqueeze(1), positions, paths, allowed, strict=True)
+        walks = [Walk(self.rule, row, at, above=path, allowed=bits) for row, at, path, bits in rows]
+        return [outcome.token for outcome in descend(walks)]
+
+    def walk(self, logits: Tensor, position: int, draft: Draft) -> Walk:
+        """What verification does with a draft where each row chooses as in plain decoding.
+
+        Args:
+            logits: float32 [nodes + 1 or more, vocabulary]: the root's, then a row per node.
+            position: absolute, of the token that the root chooses.
+        """
+        allowed = None
+        if self.grammar is not None:
+            nodes = (ROOT, *range(len(draft)))
+            allowed = self.grammar.packed([[draft.tokens[each] for each in draft.path(node)] for node in nodes])
+        return Walk(self.rule, logits, position, draft.tokens, draft.parents, allowed=allowed)
 
     def scratch_bytes(self, rows: int) -> int:
         """Bytes that deciding on a draft, and reporting, takes for a while, at most, beside so many rows of logits.
@@ -185,7 +194,7 @@ class Sampler:
         if self.is_argmax:
             return reporting
         row, dense = self._row_bytes, self.vocabulary * DENSE
-        deciding = rows * row
+        deciding = scratch_bytes(self.rule, self.vocabulary)
         if not self.params.greedy and self.params.acceptance == "max":
             # By the rejection rules, what was left and proposed at a node stays while the next is looked at.
             deciding = max(deciding, row + 2 * dense, 4 * dense)
@@ -197,7 +206,7 @@ class Sampler:
     @property
     def _row_bytes(self) -> int:
         """Of one row, to adjust and filter it, and to draw from it, at most."""
-        adjusting = PENALISING if self._seen is not None else ADJUSTING
+        adjusting = PENALISING if self.params.penalised else ADJUSTING
         if self.grammar is not None:
             adjusting += ALLOWING
         kept = self.kept

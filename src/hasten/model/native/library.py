@@ -14,6 +14,7 @@ import torch
 
 from hasten.errors import UserError
 from hasten.model.native.structs import STRUCTS
+from hasten.model.threads import openmp_runtime
 
 LIBRARY = Path(__file__).with_name("_step.so")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -54,7 +55,7 @@ def _load() -> ctypes.CDLL | None:
     ]
     loaded.hasten_linear.restype = None
     loaded.hasten_linear.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
-    runtime = _openmp()
+    runtime = openmp_runtime()
     if runtime is not None:
         loaded.hasten_borrow(os.fsencode(runtime))
     wanted, chosen = os.environ.get("HASTEN_NATIVE"), loaded.hasten_kernels().decode()
@@ -76,16 +77,6 @@ def _require_sizes(loaded: ctypes.CDLL) -> None:
         sizes.restype, sizes.argtypes = ctypes.POINTER(c_int64), []
     if sizes is None or [*takewhile(bool, sizes())] != [*map(ctypes.sizeof, STRUCTS)]:
         raise UserError(f"{LIBRARY} was built from another version of hasten: reinstall hasten")
-
-
-def _openmp() -> str | None:
-    """The file of the OpenMP runtime that PyTorch has loaded, where it is GNU's (as in its builds for Linux)."""
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
-    return next((file for file in files if "torch" in file), None)
 
 
 def kernels() -> str | None:

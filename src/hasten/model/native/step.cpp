@@ -19,14 +19,15 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PORTABLE)
 #define HAS_TARGETS 1
 #include <immintrin.h>
 #if defined(__linux__) && __GNUC__ >= 11
 #define HAS_TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #endif
 
@@ -78,7 +79,10 @@ class Team {
         }
         wake_.notify_all();
         task(0);
-        while (left_.load(std::memory_order_acquire)) pause();
+        for (int spins = 0; left_.load(std::memory_order_acquire); ++spins) {
+            if (spins < SPINS) pause();
+            else std::this_thread::yield();
+        }
     }
 
     // Inside a task: wait until every thread has come so far.
@@ -87,18 +91,19 @@ class Team {
         const int phase = phase_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count() - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
+            phase_.store(phase + 1);
+            wake();
         } else {
-            int spins = 0;
-            while (phase_.load(std::memory_order_acquire) == phase) {
+            for (int spins = 0; spins < SPINS; ++spins) {
+                if (phase_.load(std::memory_order_acquire) != phase) return;
                 pause();
-                // With fewer free cores than threads, spinning would keep the others from working.
-                if (++spins > 1000) std::this_thread::yield();
             }
+            sleep(phase);
         }
     }
 
   private:
+    static constexpr int SPINS = 1000;
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
@@ -106,11 +111,30 @@ class Team {
         std::this_thread::yield();
 #endif
     }
+    // Where another process has a core, the thread that is waited for may not be running. One that only yields its own core
+    // gets it back behind all others; one that sleeps is woken in front of them.
+#if defined(__linux__)
+    void sleep(int phase) {
+        sleepers_.fetch_add(1);
+        while (phase_.load() == phase) syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+        sleepers_.fetch_sub(1);
+    }
+    void wake() {
+        if (sleepers_.load() != 0) syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, most_, nullptr, nullptr, 0);
+    }
+#else
+    void sleep(int phase) {
+        while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+    }
+    void wake() {}
+#endif
     static void enter(void *self) {
         Team &team = *static_cast<Team *>(self);
         // All write the same.
         team.count_.store(openmp.count(), std::memory_order_relaxed);
         (*team.task_)(openmp.number());
+        // OpenMP spins for milliseconds where it waits.
+        team.barrier();
     }
     void work(int number) {
         uint64_t seen = 0;
@@ -133,7 +157,7 @@ class Team {
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> round_{0};
-    std::atomic<int> left_{0}, arrived_{0}, phase_{0};
+    std::atomic<int> left_{0}, arrived_{0}, phase_{0}, sleepers_{0};
     const std::function<void(int)> *task_ = nullptr;
     bool closing_ = false;
 };

@@ -1,0 +1,1 @@
+"""The choice of tokens in C++ (`sample.cpp`): all rows of a step in one call, on the thread that asks."""
