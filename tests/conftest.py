@@ -26,20 +26,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import settings
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from hasten import LLM
-from helpers import save_checkpoint, save_diffusion_checkpoint
+from helpers import random_model, save_checkpoint, save_diffusion_checkpoint
 
 # One thread: the models are tiny, and suites that run side by side must not wait for each other at barriers.
 torch.set_num_threads(1)
@@ -48,25 +38,6 @@ torch.set_num_threads(1)
 settings.register_profile("hasten", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "hasten"))
-
-CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -81,23 +52,6 @@ class Checkpoint:
         with torch.inference_mode():
             logits: torch.Tensor = self.reference(torch.tensor([tokens])).logits[0].float()
         return logits
-
-
-def random_model(architecture: str, **settings: Any) -> PreTrainedModel:
-    """A model whose weights (biases and norms, too) are large enough for every part of it to matter."""
-    config, model = CLASSES[architecture]
-    if architecture == "qwen3":
-        settings.setdefault("head_dim", 16)  # its default is 128
-    torch.manual_seed(0)
-    made: PreTrainedModel = model(config(**{**TINY, **settings}, attn_implementation="eager")).eval()
-    for name, weight in made.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(weight, 1.0, 0.2)
-        elif weight.dim() == 1:
-            torch.nn.init.normal_(weight, 0.0, 0.5)
-        else:
-            torch.nn.init.normal_(weight, 0.0, 1.5 / weight.shape[1] ** 0.5)
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
@@ -33,6 +44,26 @@ CHAT_TEMPLATE = (
     "{{ message.role }}: {{ message.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+
+CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 class Killed(BaseException):
@@ -116,6 +147,23 @@ def make_model(noise: float = 0.0, **settings: Any) -> LlamaForCausalLM:
             weight.copy_(scale * torch.randn(weight.shape, generator=weights))
             weight.add_(noise * scale * torch.randn(weight.shape, generator=flaws))
     return model
+
+
+def random_model(architecture: str, **settings: Any) -> PreTrainedModel:
+    """A model whose weights (biases and norms, too) are large enough for every part of it to matter."""
+    config, model = CLASSES[architecture]
+    if architecture == "qwen3":
+        settings.setdefault("head_dim", 16)  # its default is 128
+    torch.manual_seed(0)
+    made: PreTrainedModel = model(config(**{**TINY, **settings}, attn_implementation="eager")).eval()
+    for name, weight in made.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, 1.0, 0.2)
+        elif weight.dim() == 1:
+            torch.nn.init.normal_(weight, 0.0, 0.5)
+        else:
+            torch.nn.init.normal_(weight, 0.0, 1.5 / weight.shape[1] ** 0.5)
+    return made
 
 
 def save_diffusion_checkpoint(folder: Path, attention: str, alignment: str = "same", block: int = 4) -> Path:

@@ -15,7 +15,6 @@ from gguf_files import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, byte_level,
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conftest import random_model
 from hasten import LLM
 from hasten.cache import Cache
 from hasten.errors import Notice, UserError
@@ -24,7 +23,7 @@ from hasten.model.checkpoint import resolve, weight_bytes
 from hasten.model.gguf import GGUFTensors, open_gguf, read_config, read_tokenizer
 from hasten.model.gguf.file import QUANTISED
 from hasten.model.tokenizer import load_tokenizer
-from helpers import CHAT_TEMPLATE, make_model, make_tokenizer
+from helpers import CHAT_TEMPLATE, make_model, make_tokenizer, random_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 """Rows of whole blocks."""
