@@ -106,17 +106,18 @@ def test_a_tied_head_is_no_piece_until_a_transform_makes_one(make_checkpoint: Ma
 @NATIVE
 def test_no_more_weights_are_held_than_are_worked_on(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without transforms one matrix at a time; with them, one layer."""
-    checkpoint, stacked = make_checkpoint("llama"), Tensors.stacked
+    checkpoint, piece = make_checkpoint("llama"), Tensors.piece
     alive: list[weakref.ref[Tensor]] = []
 
-    def watched(*given: Any) -> Tensor:
+    def watched(self: Tensors, names: list[str], *given: Any) -> Piece:
         assert [each() for each in alive] == [None] * len(alive)
-        made = stacked(*given)
-        alive.append(weakref.ref(made))
+        made = piece(self, names, *given)
+        if "proj" in names[0]:
+            alive.append(weakref.ref(made.weight))
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tensors, "stacked", watched)
+        patch.setattr(Tensors, "piece", watched)
         load(checkpoint, backend="native")
     assert len(alive) == 3 * len(LINEARS)
     alive.clear()

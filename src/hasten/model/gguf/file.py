@@ -106,7 +106,7 @@ class GGUF:
         # A tensor takes 32 bytes of the header at least, a key 13.
         self._require_room(32 * count + 13 * keys, f"{count} tensors and {keys} keys")
         self.metadata = dict(self._unique(self._pairs(keys), "key"))
-        self.tensors = dict(self._unique(self._infos(count), "tensor"))
+        self.tensors: dict[str, Stored] = dict(self._unique(self._infos(count), "tensor"))
         if self.whole("split.count", 1) > 1:
             raise UserError(f"{path} is one of {self.metadata['split.count']} parts: join them first (gguf-split)")
 

@@ -85,10 +85,10 @@ def _same(file: GGUF, key: str, default: int | None = None) -> int:
     """
     if not isinstance(file.metadata.get(key), np.ndarray):
         return file.whole(key, default)
-    first, *others = [int(number) for number in file.numbers(key)] or [0]
-    if any(other != first for other in others):
+    numbers = file.numbers(key)
+    if len(set(numbers)) != 1:
         raise UserError(f"{file.path} has another {key} in each layer, which is not supported")
-    return first
+    return int(numbers[0])
 
 
 def _require_tensors(file: GGUF, layers: int, sizes: Mapping[str, int]) -> None:

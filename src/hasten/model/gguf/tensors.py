@@ -89,8 +89,7 @@ class GGUFTensors(Tensors):
         return self._names.get(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape: tuple[int, ...] = self.file.tensors[self.called(name)].shape
-        return shape
+        return self.file.tensors[self.called(name)].shape
 
     def _read(self, name: str) -> Tensor:
         called = self.called(name)
