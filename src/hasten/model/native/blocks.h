@@ -66,9 +66,13 @@ inline Lanes halfs(const char *from) {
 
 // Sixteen numbers from -128 to 127.
 inline Lanes bytes(const char *from) {
+#if LEVEL >= 2
+    return floats((Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+#else
     Codes value;
     std::memcpy(&value, from, sizeof value);
-    return __builtin_convertvector(value, Lanes);
+    return floats(__builtin_convertvector(value, Whole));
+#endif
 }
 
 // Of sixteen outputs in a group: what a code of theirs is worth, and the minimum where there is one.
@@ -79,9 +83,10 @@ struct Worth {
 // `Linear` has the layouts.
 template <Format FORMAT>
 inline Worth worth(const void *scales, int64_t panel, int64_t groups, int64_t group) {
+    constexpr int64_t BYTES = FORMAT == Q4_K ? 40 : FORMAT == Q6_K ? 18 : has_minima(FORMAT) ? 64 : 32;
     const char *from = static_cast<const char *>(scales);
     const int64_t place = panel * groups + group;
-    __builtin_prefetch(from + place * (has_minima(FORMAT) ? 64 : 32) + AHEAD / 4);
+    __builtin_prefetch(from + place * BYTES + AHEAD / 4);
     if constexpr (FORMAT == INT4) {
         return {wide(static_cast<const uint16_t *>(scales) + place * WIDTH), Lanes{}};
     } else if constexpr (FORMAT == Q8_0 || FORMAT == Q4_0) {
