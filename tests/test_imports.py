@@ -22,6 +22,7 @@ FLOORS = [
     "engine",
     "methods",
     "llm",
+    "conversation",
     "train",
     "bench",
     "cli",
