@@ -180,13 +180,17 @@ def test_at_a_terminal(terminal, tmp_path: Path):
     program.until(">>> ")
     program.type("nonsense that is not meant\x03")
     program.until(">>> ")
-    program.type('"""Copy the list:\rred cat moon"""\r')
+    program.type("Copy the list: red cat moon tin salt\r")
     shown = program.until("tokens of the conversation")
+    # Green: from drafts.
+    assert "\x1b[32m" in shown
     assert re.search(r"\d+ tokens, \d+/s, \d\.\d\d per step, stop; read 1\d of 1\d", shown)
     program.until(">>> ")
-    program.type("Copy the list: \\\rred red red red red red\r")
-    # Green: from drafts.
-    assert "\x1b[32m" in program.until("per step, stop")
+    program.type('"""Copy the list:\rred cat"""\r')
+    program.until("per step, stop")
+    program.until(">>> ")
+    program.type("Copy the list: \\\rred cat\r")
+    program.until("per step, stop")
     program.until(">>> ")
     program.type("/hm\r")
     program.until("/hm is no command")
@@ -196,8 +200,9 @@ def test_at_a_terminal(terminal, tmp_path: Path):
     program.type("\x04")
     assert program.program.wait(10) == 0
     assert [message["content"] for message in json.loads(file.read_text())[::2]] == [
-        "Copy the list:\nred cat moon",
-        "Copy the list: \nred red red red red red",
+        "Copy the list: red cat moon tin salt",
+        "Copy the list:\nred cat",
+        "Copy the list: \nred cat",
     ]
 
 
