@@ -114,10 +114,10 @@ class Conversation:
 
     def _keep(self, request: Job | None) -> None:
         """Take an answer into the conversation."""
-        text = self.text
-        if request is None or not text.strip():
+        if request is None or not request.output:
             self.messages.pop()
             return
+        text = self.text
         self._said = request.tokens
         # Some templates put a space before the answer that the model says itself.
         spellings = [[*self.messages, {"role": "assistant", "content": each}] for each in (text, text.strip())]
