@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import UserError
+from hasten.model import chat_template
 from hasten.model.checkpoint import read_json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -22,6 +23,9 @@ WITHOUT_EFFECT = {
 UNREAD = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
 """What transformers reads beside a tokenizer.json, and `read` does not."""
 
+RENDERED = {"add_generation_prompt": True, "tokenize": False}
+"""How `render_chat` asks for the text of a conversation."""
+
 PATCHED = 100_000
 """Vocabularies above that size may get another pre-tokenizer from transformers, which mends files of Mistral's."""
 
@@ -34,12 +38,12 @@ class LightTokenizer:
     Args:
         backend: of the tokenizers library.
         named: special tokens by transformers' names.
-        chat_template: or None.
+        template: of chats, or None.
         read: gives transformers' tokenizer of the same files.
     """
 
-    def __init__(self, backend: Any, named: dict[str, str], chat_template: str | None, read: Callable[[], Any]) -> None:
-        self.backend_tokenizer, self.chat_template, self._read = backend, chat_template, read
+    def __init__(self, backend: Any, named: dict[str, str], template: str | None, read: Callable[[], Any]) -> None:
+        self.backend_tokenizer, self.chat_template, self._read = backend, template, read
         for name in NAMES:
             token = named.get(name)
             setattr(self, name, token)
@@ -103,8 +107,12 @@ class LightTokenizer:
         return self.chat_template
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
-        """Messages as the template renders them, in transformers' sandbox."""
-        return self.complete.apply_chat_template(messages, chat_template=self.get_chat_template(), **options)
+        """Messages as the template renders them, in a sandbox."""
+        template = self.get_chat_template()
+        if options == RENDERED and chat_template.is_simple(template, messages):
+            named = {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+            return chat_template.render(template, messages, named)
+        return self.complete.apply_chat_template(messages, chat_template=template, **options)
 
 
 def read(folder: Path, complete: Callable[[], Any]) -> LightTokenizer | None:

@@ -39,7 +39,8 @@ class PanelLinear:
         self.format, self.dtype = format, weight.dtype
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        padded = F.pad(weight.detach().float(), (0, 0, 0, -self.out_features % (2 * LANES)))
+        stored = format == "bfloat16" and weight.dtype == torch.bfloat16
+        padded = _filled(weight.detach() if stored else weight.detach().float(), rows=2 * LANES)
         self.scales: Tensor | None = None
         self.sums: Tensor | None = None
         if format == "float32":
@@ -140,8 +141,14 @@ def _interleave(matrix: Tensor, inputs: int) -> Tensor:
 
     Zeros fill the last 16 words of inputs.
     """
-    matrix = F.pad(matrix, (0, -matrix.shape[1] % (LANES * inputs)))
+    matrix = _filled(matrix, columns=LANES * inputs)
     return matrix.view(-1, LANES, matrix.shape[1] // inputs, inputs).transpose(1, 2).contiguous()
+
+
+def _filled(matrix: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
+    """A matrix with zeros up to multiples of these; itself where it needs none, as large ones are slow to copy."""
+    missing = (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows)
+    return F.pad(matrix, missing) if any(missing) else matrix
 
 
 def _apart(panels: Tensor) -> Tensor:
