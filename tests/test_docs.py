@@ -28,7 +28,7 @@ def test_readme_lists_every_method_and_command():
     own = [slug for slug, method in registry.methods().items() if method.parameters.__module__.startswith("hasten.")]
     for slug in own:
         assert f"`{slug}`" in readme
-    for command in ("race", "generate", "methods", "verify", "bench", "sweep", "tune", "doctor", "train lm"):
+    for command in ("race", "generate", "chat", "methods", "verify", "bench", "sweep", "tune", "doctor", "train lm"):
         assert f"`hasten {command}" in readme
 
 
