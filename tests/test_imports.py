@@ -23,6 +23,7 @@ FLOORS = [
     "engine",
     "methods",
     "llm",
+    "conversation",
     "train",
     "bench",
     "cli",

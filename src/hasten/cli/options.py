@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,11 +57,9 @@ class Loading:
         Raises:
             UserError: from loading, or a thread count that cannot be.
         """
-        from transformers.utils import logging
-
         from hasten.llm import LLM
 
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        _quieten()
         given = dict(vars(self))
         set_threads(given.pop("threads"))
         return LLM(model, **given)
@@ -75,6 +75,15 @@ class ForDecoding(Loading):
             "--cache-bytes", help="Limit of the KV cache, such as 2GiB (default: $HASTEN_CACHE_BYTES, or none)."
         ),
     ] = None
+
+
+def _quieten() -> None:
+    """transformers tells errors only; it may be imported later, or not at all."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def set_threads(count: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli import options, pull
+from hasten.cli.colours import Coloured
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from hasten.bench.lane import Lane
     from hasten.engine import SamplingParams
     from hasten.llm import LLM
-
-COLOURS = {"plain": "white", "accepted": "green", "correction": "yellow"}
 
 
 @grouped
@@ -84,11 +83,13 @@ def _live(
         Lane(llm, engine_for(llm), name, ids, params, read=True) for name in (reference(llm.engine, method), method)
     ]
     shown: list[list[tuple[str, str]]] = [[], []]
+    texts = [Coloured(llm.tokenizer) for _ in lanes]
     with Live(console=console, refresh_per_second=30, vertical_overflow="crop") as live:
         started = time.perf_counter()
         for lane, progress in interleave(lanes):
+            number = lanes.index(lane)
             for item in progress:
-                shown[lanes.index(lane)] += _coloured(llm, item.tokens, list(item.kinds))
+                shown[number] += texts[number].push(item.tokens, item.kinds)
             live.update(_picture(lanes, shown))
             behind = lane.seconds * slow - (time.perf_counter() - started)
             if behind > 0:
@@ -123,14 +124,6 @@ def _save(path: Path, picture: RenderableType, figures: str) -> None:
         path.write_text(re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
-
-
-def _coloured(llm: LLM, tokens: list[int], kinds: list[str]) -> list[tuple[str, str]]:
-    """Text and colour of tokens."""
-    return [
-        (llm.tokenizer.decode([token], skip_special_tokens=True), COLOURS[kind])
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
 
 
 def _picture(lanes: list[Lane], shown: list[list[tuple[str, str]]]) -> RenderableType:

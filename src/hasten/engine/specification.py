@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
+from functools import cache
 from math import isfinite
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from hasten.errors import UserError
 
@@ -61,7 +63,7 @@ def values(slug: str, parameters: type[Any], text: str) -> dict[str, Any]:
     Raises:
         UserError: an unknown key, a key without a value, or a value of the wrong type.
     """
-    types, found = get_type_hints(parameters), {}
+    types, found = _types(cast(Hashable, parameters)), {}
     for item in filter(None, pieces(text, ",")):
         key, equals, value = item.partition("=")
         key = key.strip().replace("-", "_")
@@ -70,6 +72,12 @@ def values(slug: str, parameters: type[Any], text: str) -> dict[str, Any]:
             raise UserError(f"{slug}: {key} needs a value: {key}=...")
         found[key] = _convert(slug, key, bare(value), types[key])
     return found
+
+
+@cache
+def _types(parameters: Hashable) -> dict[str, Any]:
+    """Of a dataclass's fields: each is compiled, and a knob is turned many times while methods register."""
+    return get_type_hints(parameters)
 
 
 def require_parameter(slug: str, parameters: type[Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, by transformers, and their chat templates."""
+"""Tokenizers of checkpoints, light ones where these do, else transformers', and their chat templates."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 from hasten.errors import UserError
+from hasten.model import light_tokenizer
 from hasten.model.checkpoint import read_json, resolve
 
 
@@ -25,6 +26,16 @@ def load_tokenizer(model: str | Path) -> Any:
         from hasten.model import gguf
 
         return gguf.read_tokenizer(gguf.open_gguf(folder))
+    light = light_tokenizer.read(folder, lambda: _complete(folder)) if _is_generic(folder) else None
+    return _complete(folder) if light is None else light
+
+
+def _complete(folder: Path) -> Any:
+    """transformers' tokenizer of a folder.
+
+    Raises:
+        UserError: none there, or it cannot be read.
+    """
     try:
         return _reader(folder).from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -41,6 +52,16 @@ GENERIC = ("llama", "llada", "Dream", "Fast_dLLM_Qwen", "sdar")
 those that transformers does not know after a warning."""
 
 
+def _is_generic(folder: Path) -> bool:
+    """Whether a checkpoint names transformers' generic class for a tokenizer, and needs no code of its own."""
+    try:
+        tokenizer, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+    except UserError:
+        return False
+    named = tokenizer.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in tokenizer
+    return named and config.get("model_type") in GENERIC
+
+
 def _reader(folder: Path) -> Any:
     """transformers' class that reads a folder's tokenizer.
 
@@ -53,10 +74,9 @@ def _reader(folder: Path) -> Any:
     try:
         tokenizer, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
         name = str(tokenizer.get("tokenizer_class"))
-        generic = name == "TokenizersBackend" and "auto_map" not in tokenizer and config.get("model_type") in GENERIC
         named = getattr(transformers, STAND_INS.get(name, name), None)
         usable = isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase)
-        if usable and (generic or "auto_map" in config):
+        if usable and (_is_generic(folder) or "auto_map" in config):
             return named
     except UserError:
         # AutoTokenizer copes, or says what is wrong.

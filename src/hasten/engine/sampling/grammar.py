@@ -101,7 +101,9 @@ class Grammars:
         if not known and tokenizer.eos_token_id is None:
             raise UserError("constrained output cannot use this tokenizer: it has no end-of-text token")
         try:
-            self._tokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=known or None)
+            self._tokenizer = from_tokenizer(
+                getattr(tokenizer, "complete", tokenizer), n_vocab=size, eos_token=known or None
+            )
         except Exception as error:  # the Rust side raises whatever it meets
             raise UserError(f"constrained output cannot use this tokenizer: {_sentence(str(error))}") from error
         self.vocabulary = vocabulary
