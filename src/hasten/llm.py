@@ -273,7 +273,9 @@ class LLM:
         return self.generate([self.apply_chat_template(messages)], params, method)[0]
 
     def _completion(self, request: Request) -> Completion:
-        text = decode(self.tokenizer, request.output)
+        # The token that ended it is no part of the text.
+        spoken = request.output[:-1] if request.stopper.ended_by_token else request.output
+        text = decode(self.tokenizer, spoken, request.params.skip_special_tokens)
         return Completion(
             text=text if request.stopper.cut is None else text[: request.stopper.cut],
             token_ids=request.output,

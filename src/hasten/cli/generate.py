@@ -33,6 +33,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Fixes the text, whichever lossless method.")] = None,
     n: Annotated[int, typer.Option("--n", help="Independent completions.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End at this string (may be given several times).")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End at this token (may be given several times).")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="So many tokens before anything may end the text.")] = 0,
+    bad_word: Annotated[list[str] | None, typer.Option(help="Never say this (may be given several times).")] = None,
+    special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Show special tokens, too.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Report this many likeliest tokens per position.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="JSON of this schema: a file, or the schema itself.")] = None,
     regex: Annotated[str | None, typer.Option(help="Text that this regular expression matches.")] = None,
@@ -63,6 +69,10 @@ def generate(
         **{name: value for name, value in given.items() if value is not None},
         n=n,
         stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+        min_tokens=min_tokens,
+        bad_words=tuple(bad_word or ()),
+        skip_special_tokens=not special_tokens,
         constraint=constraint,
         acceptance=acceptance,  # type: ignore[arg-type]  # SamplingParams says which are known
         ignore_eos=ignore_eos,

@@ -27,6 +27,7 @@ from hasten.engine.prompt import EMBEDDED, Segment
 from hasten.engine.registry import Target
 from hasten.engine.report import TokenKind
 from hasten.engine.request import Progress
+from hasten.engine.sampling.bans import Bans
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
 from hasten.engine.scheduler import Limits, Scheduler
@@ -119,6 +120,7 @@ class Engine:
         config, params, drafter = self.model.config, prepared.params, prepared.drafter
         tokens = prepared.tokens
         words = [token for token in tokens if token != EMBEDDED]
+        endings = params.endings(self.end_ids)
         requests: list[Job] = []
         unread: deque[Progress] | None = deque() if read else None
         for choice, grammar in enumerate(prepared.grammars):
@@ -133,7 +135,9 @@ class Engine:
                 method=prepared.method,
                 context=prepared.context,
                 sequence=prepared.context.sequence(self.cache),
-                sampler=Sampler(params, choice, words, config.vocab_size, grammar),
+                sampler=Sampler(
+                    params, choice, words, config.vocab_size, grammar, Bans(endings, params.min_tokens, prepared.words)
+                ),
                 stopper=Stopper(params, self.end_ids, self.tokenizer, prepared.room, read),
                 spans=prepared.spans,
                 leader=requests[0] if requests else None,

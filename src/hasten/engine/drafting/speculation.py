@@ -20,6 +20,7 @@ from hasten.engine.passage import Passage
 from hasten.engine.prompt import embedded_in
 from hasten.engine.report import TokenKind, TokenLogprobs
 from hasten.engine.request import Request
+from hasten.engine.sampling.sampler import Sampler
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 
@@ -85,16 +86,20 @@ class Speculation:
             raise UserError(NOT_FINITE)
         self._answer, self._verdict = answer, self._verify(request, answer)
         path, token = self._verdict.path, self._verdict.token
-        if not path:
-            return [token]
         if not all(answer.finite[node + 1] for node in path):
             raise UserError(NOT_FINITE)
         return [*(self.draft.tokens[node] for node in path), token]
 
     def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:
-        """Commits the accepted rows to the cache."""
+        """Commits the accepted rows to the cache.
+
+        Raises:
+            UserError: none of the tokens that were to choose from was possible.
+        """
         answer, draft, path, statistics = self._answer, self.draft, self._verdict.path, request.statistics
         assert answer is not None
+        if not request.sampler.is_argmax:
+            _require_possible(request.sampler, tokens)
         rows = [0, *(node + 1 for node in path)]
         if request.started:
             request.sequence.commit(rows)
@@ -154,6 +159,19 @@ class Speculation:
         if params.acceptance == "max":
             return verification.reject(draft, target, coins)
         return verification.typical(draft, target, coins, params)
+
+
+def _require_possible(sampler: Sampler, tokens: Sequence[int]) -> None:
+    """Refuse a token that was chosen where every one is impossible.
+
+    Raises:
+        UserError: there is one among these.
+    """
+    for count, token in enumerate(tokens):
+        if sampler.forbids(tokens[:count], token):
+            raise UserError(
+                "no token is possible: logit_bias, bad_words, min_tokens and the constraint forbid them all"
+            )
 
 
 def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:

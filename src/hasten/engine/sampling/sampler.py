@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.engine.memory import LOGIT_BYTES
+from hasten.engine.sampling.bans import Bans
 from hasten.engine.sampling.grammar import GrammarState
 from hasten.engine.sampling.noise import Uniforms, gumbel, gumbels, mix
 from hasten.engine.sampling.params import SamplingParams
@@ -54,6 +55,7 @@ class Sampler:
         prompt: token ids, for the repetition penalty.
         vocabulary: size of the logits.
         grammar: masks what the request's constraint forbids.
+        bans: of tokens that the request may not choose at some places.
 
     Raises:
         UserError: logit_bias names a token outside the vocabulary.
@@ -66,8 +68,10 @@ class Sampler:
         prompt: Sequence[int],
         vocabulary: int,
         grammar: GrammarState | None = None,
+        bans: Bans | None = None,
     ) -> None:
         self.params, self.choice, self.vocabulary, self.grammar = params, choice, vocabulary, grammar
+        self.bans = bans or Bans((), 0, ())
         self.seed = params.seed or 0
         self._bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
@@ -84,10 +88,12 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """Whether the raw argmax is the answer."""
-        return self.params.greedy and self._bias is None and self._seen is None and self.grammar is None
+        unchanged = self._bias is None and self._seen is None and self.grammar is None and not self.bans.any
+        return self.params.greedy and unchanged
 
     def committed(self, tokens: Sequence[int]) -> None:
-        """Tell the penalties and the grammar about new output tokens."""
+        """Tell penalties, bans and the grammar about new output tokens."""
+        self.bans.committed(tokens)
         if self.grammar is not None:
             self.grammar.commit(tokens)
         if self._seen is not None and self._counts is not None and tokens:
@@ -96,8 +102,10 @@ class Sampler:
             self._counts.index_add_(0, ids, torch.ones(len(tokens)))
 
     def adjusted(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, vocabulary] with bias, penalties and grammar; `paths[i]` are row i's uncommitted tokens."""
+        """Logits [rows, vocabulary] with bias, penalties, bans and grammar; `paths[i]` are row i's uncommitted tokens."""
         logits = self._penalised(logits, paths)
+        if self.bans.any:
+            logits = self.bans.applied(logits, paths)
         if self.grammar is None:
             return logits
         return logits.masked_fill(~self.grammar.masks(paths).to(logits.device), -torch.inf)
@@ -119,6 +127,14 @@ class Sampler:
         penalised = torch.where(logits > 0, logits / factor, logits * factor)
         logits = torch.where(seen, penalised, logits)
         return logits - self.params.presence_penalty * (counts > 0) - self.params.frequency_penalty * counts
+
+    def forbids(self, path: Sequence[int], token: int) -> bool:
+        """Whether a token is impossible behind uncommitted ones: it is chosen only where no other one is possible."""
+        return (
+            self.params.logit_bias.get(token, 0.0) == -torch.inf
+            or token in self.bans.behind(path)
+            or (self.grammar is not None and not self.grammar.accepts((*path, token)))
+        )
 
     def distribution(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Adjusted, tempered and filtered (top-k, then top-p, then min-p); for temperature above 0."""

@@ -120,7 +120,7 @@ class Growth(ABC):
         self.rest = {ROOT: 1.0}
         self.matching = Matching(request, drafter.beliefs.of(request))
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
-        self.closed = frozenset() if request.params.ignore_eos else drafter.end_ids
+        self.closed = request.params.endings(drafter.end_ids)
         self._slots: dict[int, list[int]] = {ROOT: []}
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
 
