@@ -371,7 +371,9 @@ class Engine:
         started = time.perf_counter()
         decoding, statistics, grammar = request.decoding, request.statistics, request.sampler.grammar
         emitted = decoding.receive(request, answer)
-        kept = request.stopper.accept(emitted, None if grammar is None else grammar.length(emitted))
+        last = None if grammar is None else grammar.length(emitted)
+        complete = grammar is None or last is None or grammar.completes(emitted[:last])
+        kept = request.stopper.accept(emitted, last, complete)
         tokens = emitted[:kept]
         kinds = decoding.keep(request, tokens)
         request.tokens += tokens

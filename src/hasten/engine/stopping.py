@@ -9,8 +9,9 @@ from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.text import Detokenizer, special_tokens
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-"""`stop`: end of text, a stop string, or the end of a constraint; `length`: of budget or context; `abort`: given up;
-`error`: its drafter, grammar or canvas failed (`Request.error`)."""
+"""`stop`: end of text, a stop string or token, or the end of a constraint; `length`: of budget or context, or where a
+constraint asks for what the tokenizer cannot write; `abort`: given up; `error`: its drafter, grammar or canvas failed
+(`Request.error`)."""
 
 
 class Stopper:
@@ -43,11 +44,12 @@ class Stopper:
         """How many more tokens may come."""
         return self._left
 
-    def accept(self, tokens: Sequence[int], last: int | None = None) -> int:
+    def accept(self, tokens: Sequence[int], last: int | None = None, complete: bool = True) -> int:
         """Take new tokens in order and return how many belong to the output; sets `reason` at the end.
 
         Args:
             last: the output's grammar ends with this many of them.
+            complete: whether the text is a whole one then; otherwise it only cannot go on.
         """
         for count, token in enumerate(tokens, 1):
             self._left -= 1
@@ -57,7 +59,7 @@ class Stopper:
             elif self._detokenizer is not None and self._detokenizer.push(token):
                 self._find_stop(self._detokenizer)
             if self.reason is None and count == last:
-                self.reason = "stop"
+                self.reason = "stop" if complete else "length"
             if self.reason is None and self._left <= 0:
                 self.reason = "length"
             if self.reason is not None:

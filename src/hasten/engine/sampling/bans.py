@@ -1,4 +1,4 @@
-"""What a request may not choose at some place of its output: an end that comes too soon, and words that it must not say."""
+"""What a request may not choose at some place of its output: ends that come too soon, words that it must not say."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class SamplingParams:
         n: independent choices per prompt; they share the prompt's cache.
         stop: strings that end the text (and are not part of it). One that is a special token matches that token.
         stop_token_ids: tokens that end the text as end-of-text does (also with `ignore_eos`).
-        min_tokens: so many tokens come before anything of these may end the text; the end of a constraint does not wait.
+        min_tokens: so many tokens come before any of these may end the text; the end of a constraint does not wait.
         bad_words: texts, or token ids, that the output does not say: of each, the last token is impossible behind the
             others. A text is spelled as the tokenizer spells it, at the beginning and behind a blank.
         ignore_eos: go on after end-of-text.

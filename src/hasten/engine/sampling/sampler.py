@@ -102,7 +102,7 @@ class Sampler:
             self._counts.index_add_(0, ids, torch.ones(len(tokens)))
 
     def adjusted(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, vocabulary] with bias, penalties, bans and grammar; `paths[i]` are row i's uncommitted tokens."""
+        """Logits [rows, vocabulary] with bias, penalties, bans, grammar; `paths[i]` are row i's uncommitted tokens."""
         logits = self._penalised(logits, paths)
         if self.bans.any:
             logits = self.bans.applied(logits, paths)
