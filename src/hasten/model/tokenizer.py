@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 from hasten.errors import UserError
-from hasten.model.checkpoint import read_json, resolve
+from hasten.model.checkpoint import WANTED_FILES, read_json, resolve
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -21,11 +21,22 @@ def load_tokenizer(model: str | Path) -> Any:
         UserError: none there, or it cannot be read.
     """
     folder = resolve(model)
+    for file in folder.iterdir():
+        if any(map(file.match, WANTED_FILES)) and file.exists() and not (file.is_file() or file.is_dir()):
+            # A pipe or a device would be read for ever.
+            raise UserError(f"cannot read {file}: it is no file")
     try:
-        return _reader(folder).from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _checked(_reader(folder).from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:
+        # What a file holds that is of another kind than transformers expects raises whatever comes first.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no usable tokenizer: {reason}") from error
+
+
+def _checked(tokenizer: Any) -> Any:
+    """A tokenizer after its first use: what is wrong with some settings shows only then."""
+    tokenizer.decode(tokenizer("a", verbose=False)["input_ids"], skip_special_tokens=True)
+    return tokenizer
 
 
 STAND_INS = {"DreamTokenizer": "Qwen2Tokenizer"}
