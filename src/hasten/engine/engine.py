@@ -162,7 +162,8 @@ class Engine:
     def _recall(self, request: Job) -> None:
         """Begin a request behind what an earlier text has in common with its prompt."""
         whole = request.context is EVERYTHING and not request.spans
-        if not self.prefixes.limit_bytes or not whole or request.drafter.taps:
+        seen = request.drafter.taps or request.params.prompt_logprobs is not None
+        if not self.prefixes.limit_bytes or not whole or seen:
             return
         sequence = self.prefixes.fork(request.params.tenant, request.tokens)
         if sequence is not None:
@@ -242,8 +243,10 @@ class Engine:
             if not piece:
                 progress += self._alone(request, self._decode, answer)
                 continue
-            progress += self._alone(request, self._read, span, taps)
-            if passage.wanted and request.finish_reason is None:
+            progress += self._alone(request, self._read, span, taps, answer)
+            if request.read == len(request.tokens) and request.finish_reason is None:
+                # Of the rows that are wanted, the last one is what the prompt leads to.
+                answer = answer._replace(logits=answer.logits[-1:], best=answer.best[-1:], finite=answer.finite[-1:])
                 for choice in (request, *self._fork(request)):
                     progress += self._alone(choice, self._decode, answer)
         return progress
@@ -328,9 +331,11 @@ class Engine:
             request.statistics.draft_seconds += seconds
         return []
 
-    def _read(self, request: Job, span: Span, taps: Taps | None) -> list[Progress]:
+    def _read(self, request: Job, span: Span, taps: Taps | None, answer: Answer) -> list[Progress]:
         """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
         start, count = request.read, span.stop - span.start
+        assert isinstance(request.decoding, Speculation)
+        request.decoding.report_prompt(request, start, answer)
         request.sequence.commit(count)
         request.read += count
         request.statistics.prompt_rows += count
@@ -353,6 +358,7 @@ class Engine:
         for follower in followers:
             follower.sequence, follower.leader = leader.sequence.fork(), None
             follower.read, follower.shown = leader.read, leader.shown
+            follower.prompt_logprobs = leader.prompt_logprobs
         return followers
 
     def _bequeath(self, leader: Job) -> None:
@@ -363,6 +369,7 @@ class Engine:
         heir = followers[0]
         heir.sequence, leader.sequence = leader.sequence, heir.sequence
         heir.read, heir.shown, heir.leader = leader.read, leader.shown, None
+        heir.prompt_logprobs = leader.prompt_logprobs
         for follower in followers[1:]:
             follower.leader = heir
 

@@ -76,6 +76,25 @@ def same_vocabulary(one: Any, other: Any) -> bool:
     return bool(one.get_vocab() == other.get_vocab())
 
 
+def with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat message whose content is text, also where it came in parts, `[{"type": "text", "text": ...}, ...]`.
+
+    Templates of models that read text only expect it so. Parts are lines, as vLLM and llama.cpp join them.
+
+    Raises:
+        UserError: a part that is no text, or content that is neither.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+        raise UserError(f"the content of a message must be text, or a list of its parts, not {type(content).__name__}")
+    for part in content:
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a message has a part of type {part.get('type')!r}; only parts with text are supported")
+    return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
 TEMPLATE_SECONDS = 10.0
 """After which a chat template is taken to loop for ever."""
 

@@ -38,6 +38,7 @@ class Filling:
             "embeddings": request.spans,
             "a constraint": params.constraint is not None,
             "logprobs": params.logprobs is not None,
+            "prompt_logprobs": params.prompt_logprobs is not None,
             "min_tokens": params.min_tokens,
             "bad_words": params.bad_words,
         }

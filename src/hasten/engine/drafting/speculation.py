@@ -17,7 +17,7 @@ from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.drafting.verification import Verdict
 from hasten.engine.passage import Passage
-from hasten.engine.prompt import embedded_in
+from hasten.engine.prompt import EMBEDDED, embedded_in
 from hasten.engine.report import TokenKind, TokenLogprobs
 from hasten.engine.request import Request
 from hasten.engine.sampling.sampler import Sampler
@@ -60,11 +60,15 @@ class Speculation:
         return len(request.tokens) - request.read
 
     def passage(self, request: Request, piece: int) -> Passage:
-        """A piece of the prompt, whose last row is wanted if it is the prompt's, too; or the root and its draft."""
+        """A piece of the prompt, whose last row is wanted if it is the prompt's, too; or the root and its draft.
+
+        Where the prompt's log-probabilities are asked for, all rows of the piece are.
+        """
         read = request.read
         if piece:
             stop = read + piece
-            wanted = [piece - 1] if stop == len(request.tokens) else []
+            first = piece - 1 if stop == len(request.tokens) else piece
+            wanted = range(0 if request.params.prompt_logprobs is not None else first, piece)
             embedded = tuple(embedded_in(request.spans, read, stop))
             return Passage(request.tokens[read:stop], range(read, stop), wanted, embedded=embedded)
         draft = self.draft
@@ -74,6 +78,32 @@ class Speculation:
         tokens = [request.tokens[read], *draft.tokens, *probes]
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
         return Passage(tokens, positions, draft.heard(), draft.mask())
+
+    def report_prompt(self, request: Request, start: int, answer: Answer) -> None:
+        """Log-probabilities of the prompt's tokens, as a piece of it predicts them; those that are known stay.
+
+        Args:
+            start: position of the piece's first row.
+            answer: to all of its rows.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        top, known = request.params.prompt_logprobs, request.prompt_logprobs
+        if top is None:
+            return
+        if not known:
+            known.append(None)
+        stop = min(start + len(answer.best) + 1, request.prompt_length)
+        tokens, rows = request.tokens[len(known) : stop], range(len(known) - 1 - start, stop - 1 - start)
+        if not all(answer.finite[row] for row in rows):
+            raise UserError(NOT_FINITE)
+        words = [(token, row) for token, row in zip(tokens, rows, strict=True) if token != EMBEDDED]
+        if not words:
+            known += [None] * len(tokens)
+            return
+        reported = iter(_logprobs(answer.logits, [row for _, row in words], [token for token, _ in words], top))
+        known += [None if token == EMBEDDED else next(reported) for token in tokens]
 
     def receive(self, request: Request, answer: Answer) -> list[int]:
         """The accepted path and the target's own token.

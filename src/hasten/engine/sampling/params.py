@@ -44,6 +44,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         logprobs: report this many likeliest tokens per position, with the chosen one; None reports nothing.
             Log-probabilities are the model's own, before temperature, penalties and filters.
+        prompt_logprobs: the same of the prompt's tokens, each as what is before it predicts it.
         constraint: what the output must be (a JSON schema, a regular expression, a grammar). The output ends as soon as
             nothing more may follow, with finish reason `stop`.
         acceptance: see `Acceptance`; it matters only when sampling.
@@ -73,6 +74,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     acceptance: Acceptance = "match"
     typical_epsilon: float = 0.09
@@ -112,6 +114,10 @@ class SamplingParams:
                 "bad_words must be texts, or lists of token ids, that are not empty",
             ),
             (self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs must be between 0 and 100"),
+            (
+                self.prompt_logprobs is None or (_is_id(self.prompt_logprobs) and self.prompt_logprobs <= 100),
+                "prompt_logprobs must be a whole number between 0 and 100",
+            ),
             (self.acceptance in ("match", "max", "typical"), "acceptance must be match, max or typical"),
             (
                 self.constraint is None or not self.ignore_eos,
