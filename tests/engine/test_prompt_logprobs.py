@@ -83,6 +83,12 @@ def test_embeddings_have_none(llm: LLM):
     assert [item is None for item in got.prompt_logprobs] == [True, True, True, False, False]
 
 
+def test_specmemo_has_no_room_for_them(llm: LLM):
+    with pytest.raises(UserError, match="has no room for prompt_logprobs"):
+        llm.generate([PROMPT], SamplingParams(max_tokens=2, prompt_logprobs=0), "specmemo:drafter=ngram")
+    assert llm.engine.cache.used_bytes == 0
+
+
 @pytest.mark.parametrize("value", [-1, 101, 1.5, True, "5"])
 def test_values_that_make_no_sense(value):
     with pytest.raises(UserError, match="prompt_logprobs must be a whole number between 0 and 100"):

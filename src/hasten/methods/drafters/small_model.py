@@ -43,7 +43,7 @@ _LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
 
 def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
     """A checkpoint as it is now: from memory where a drafter has it."""
-    written = max(file.stat().st_mtime_ns for file in folder.iterdir())
+    written = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.exists())
     key = (str(folder.resolve()), str(written), dtype, device, backend)
     model = _LOADED.get(key)
     if model is None:
