@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from hasten import SamplingParams
@@ -187,3 +189,37 @@ def test_stop_tokens():
     for per_step in (1, 2, 5):
         kept, shown, stopper = run([b"a", b"b", b"c"], per_step, tail=[END], ignore_eos=True, stop_token_ids=[2])
         assert (kept, shown, stopper.reason, stopper.ended_by_token) == (3, "ab", "stop", True)
+
+
+@given(
+    st.lists(st.integers(0, 3) | st.just(END), max_size=12),
+    st.sets(st.sampled_from(["<|end|>", "ab", "ba", "b", "|>a"]), max_size=3),
+    st.integers(0, 6),
+    st.booleans(),
+    st.integers(1, 5),
+)
+def test_any_stops(ids: list[int], stops: set[str], minimum: int, skip: bool, per_step: int):
+    """Against a look at all texts: it ends at the first token behind the minimum that ends it or a string."""
+    tokenizer = WithSpecial([b"<|end|>", b"a", b"b", b"c"])
+    settings = {"stop": tuple(sorted(stops)), "min_tokens": minimum, "skip_special_tokens": skip, "stop_token_ids": [3]}
+    stopper = Stopper(SamplingParams(**settings), [END], tokenizer, 100, read=True)
+    kept, shown = 0, ""
+    while stopper.reason is None and kept < len(ids):
+        kept += stopper.accept(ids[kept : kept + per_step])
+        shown += stopper.fresh()
+
+    def text(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=skip)
+
+    for count, token in enumerate(ids, 1):
+        if count <= minimum:
+            continue
+        before, now = text(count - 1), text(count)
+        if token in (3, END) or (token == 0 and "<|end|>" in stops):
+            assert (kept, shown, stopper.reason) == (count, before, "stop")
+            return
+        found = [at for stop in stops if (at := now.find(stop, max(0, len(before) - len(stop) + 1))) >= 0]
+        if found:
+            assert (kept, shown, stopper.reason) == (count, now[: min(found)], "stop")
+            return
+    assert stopper.reason is None and kept == len(ids)
