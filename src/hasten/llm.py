@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,7 +18,7 @@ from hasten.engine.turn import Driver
 from hasten.errors import Notice, UserError
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
-from hasten.model.tokenizer import load_tokenizer, render_chat
+from hasten.model.tokenizer import load_tokenizer, render_chat, with_text
 from hasten.model.weights import Transform
 
 Prompt = str | Sequence[Segment]
@@ -56,10 +56,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generation:
-    """All choices of one prompt; `text` and the like are those of the first."""
+    """All choices of one prompt; `text` and the like are those of the first.
+
+    `prompt_logprobs`, where asked for, has an entry per prompt token: None for embeddings, and for the first one, which
+    nothing predicts.
+    """
 
     prompt_token_ids: list[int]
     choices: list[Completion]
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -194,15 +199,16 @@ class LLM:
         """Whether the checkpoint has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
-            UserError: the checkpoint has no chat template, or the template refuses the messages or comes to no end.
+            UserError: the checkpoint has no chat template, the template refuses the messages or comes to no end, or
+                they hold something else than text.
         """
         if not self.templated:
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
-        text = render_chat(self.tokenizer, [dict(message) for message in messages])
+        text = render_chat(self.tokenizer, [with_text(message) for message in messages])
         with self._encoding:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -233,7 +239,11 @@ class LLM:
                 self.engine.abort(request)
         _check(requests)
         return [
-            Generation(group[0].tokens[: group[0].prompt_length], [self._completion(request) for request in group])
+            Generation(
+                group[0].tokens[: group[0].prompt_length],
+                [self._completion(request) for request in group],
+                group[0].prompt_logprobs,
+            )
             for group in groups
         ]
 
@@ -273,7 +283,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         method: str | None = None,
     ) -> Generation:
@@ -281,7 +291,9 @@ class LLM:
         return self.generate([self.apply_chat_template(messages)], params, method)[0]
 
     def _completion(self, request: Request) -> Completion:
-        text = decode(self.tokenizer, request.output)
+        # The token that ended it is no part of the text.
+        spoken = request.output[:-1] if request.stopper.ended_by_token else request.output
+        text = decode(self.tokenizer, spoken, request.params.skip_special_tokens)
         return Completion(
             text=text if request.stopper.cut is None else text[: request.stopper.cut],
             token_ids=request.output,

@@ -75,6 +75,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy-penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.2},
     "greedy-bias": {"logit_bias": {5: 3.0, 17: -100.0, 40: 2.0}},
     "bias": {"temperature": 0.8, "logit_bias": {5: 3.0, 17: -100.0, 40: 2.0}},
+    "greedy-bans": {"min_tokens": 15, "stop_token_ids": [9, 70], "bad_words": ["th", (40,), (17, 5), (60,)]},
+    "bans": {"temperature": 0.8, "min_tokens": 8, "stop_token_ids": [9, 70], "bad_words": ["a", (40,), (17, 5)]},
     "everything": {
         "temperature": 0.9,
         "top_k": 40,

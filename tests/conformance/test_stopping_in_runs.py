@@ -161,8 +161,9 @@ def test_streams_show_no_part_of_a_stop_string(llm, long, spec):
 
 def test_stop_strings_under_every_kind(llm):
     """Penalties and filters do not disturb where text ends."""
-    prompts = [PROMPTS[7]] * len(KINDS)
-    asked = [SamplingParams(max_tokens=40, seed=4, **settings) for settings in KINDS.values()]
+    alone = {"min_tokens": 0, "stop_token_ids": ()}
+    asked = [SamplingParams(max_tokens=40, seed=4, **{**settings, **alone}) for settings in KINDS.values()]
+    prompts = [PROMPTS[7]] * len(asked)
     known = llm.generate(prompts, asked, "plain")
     for parameters, generation in zip(asked, known, strict=True):
         stop = next(generation.text[at : at + 3] for at in range(4, 40) if "�" not in generation.text[at : at + 3])

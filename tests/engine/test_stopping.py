@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from hasten import SamplingParams
 from hasten.engine.stopping import Stopper
@@ -139,3 +142,84 @@ def test_without_a_tokenizer():
     assert stopper.left == 1
     assert stopper.accept([7, 8]) == 1
     assert stopper.reason == "length"
+
+
+class WithSpecial(Pieces):
+    """Token 0 is special, with the text `<|end|>`."""
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        return {0: AddedToken("<|end|>", special=True), 1: AddedToken("plain", special=False)}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return super().decode([token for token in ids if token or not skip_special_tokens], skip_special_tokens)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("per_step", [1, 2, 9])
+def test_a_special_token_as_a_stop_string(per_step, skip):
+    params = SamplingParams(stop=("<|end|>", "zz"), ignore_eos=True, skip_special_tokens=skip)
+    stopper = Stopper(params, [END], WithSpecial([b"<|end|>", b"a", b"b"]), 100, read=True)
+    ids, kept, shown = [1, END, 2, 0, 1, 2], 0, ""
+    while stopper.reason is None:
+        kept += stopper.accept(ids[kept : kept + per_step])
+        shown += stopper.fresh()
+    assert (kept, shown, stopper.reason, stopper.ended_by_token) == (4, "ab", "stop", True)
+
+
+def test_special_tokens_may_stay_in_the_text():
+    params = SamplingParams(skip_special_tokens=False, stop="d|>b")
+    stopper = Stopper(params, [END], WithSpecial([b"<|end|>", b"a", b"b"]), 100, read=True)
+    assert stopper.accept([1, 0, 1, 0, 2, 2]) == 5
+    assert stopper.fresh() == "a<|end|>a<|en"
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 20])
+def test_nothing_ends_a_text_before_its_minimum(per_step):
+    """A stop string counts if it becomes complete behind that."""
+    for minimum, expected in ((0, 2), (1, 2), (2, 4), (3, 4), (4, 6)):
+        kept, shown, stopper = run([b"x", b"ST"] * 5, per_step, "ST", min_tokens=minimum)
+        assert (kept, stopper.cut) == (expected, 3 * expected // 2 - 2)
+        assert shown == ("xST" * 5)[: stopper.cut]
+    _, shown, stopper = run([b"abS", b"TOP", b"c"], per_step, "STOP", min_tokens=1)
+    assert (shown, stopper.reason) == ("ab", "stop")
+
+
+def test_stop_tokens():
+    for per_step in (1, 2, 5):
+        kept, shown, stopper = run([b"a", b"b", b"c"], per_step, tail=[END], ignore_eos=True, stop_token_ids=[2])
+        assert (kept, shown, stopper.reason, stopper.ended_by_token) == (3, "ab", "stop", True)
+
+
+@given(
+    st.lists(st.integers(0, 3) | st.just(END), max_size=12),
+    st.sets(st.sampled_from(["<|end|>", "ab", "ba", "b", "|>a"]), max_size=3),
+    st.integers(0, 6),
+    st.booleans(),
+    st.integers(1, 5),
+)
+def test_any_stops(ids: list[int], stops: set[str], minimum: int, skip: bool, per_step: int):
+    """Against a look at all texts: it ends at the first token behind the minimum that ends it or a string."""
+    tokenizer = WithSpecial([b"<|end|>", b"a", b"b", b"c"])
+    settings = {"stop": tuple(sorted(stops)), "min_tokens": minimum, "skip_special_tokens": skip, "stop_token_ids": [3]}
+    stopper = Stopper(SamplingParams(**settings), [END], tokenizer, 100, read=True)
+    kept, shown = 0, ""
+    while stopper.reason is None and kept < len(ids):
+        kept += stopper.accept(ids[kept : kept + per_step])
+        shown += stopper.fresh()
+
+    def text(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=skip)
+
+    for count, token in enumerate(ids, 1):
+        if count <= minimum:
+            continue
+        before, now = text(count - 1), text(count)
+        if token in (3, END) or (token == 0 and "<|end|>" in stops):
+            assert (kept, shown, stopper.reason) == (count, before, "stop")
+            return
+        found = [at for stop in stops if (at := now.find(stop, max(0, len(before) - len(stop) + 1))) >= 0]
+        if found:
+            assert (kept, shown, stopper.reason) == (count, now[: min(found)], "stop")
+            return
+    assert stopper.reason is None and kept == len(ids)

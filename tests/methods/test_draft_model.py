@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_another_tokenizer(tiny, variant):
 
 
 def test_smaller_vocabulary(tiny, variant):
+    """Not all tokens of the tokenizer have a row."""
     folder = variant(vocab_size=VOCABULARY - 1)
     with pytest.raises(UserError, match=rf"smaller vocabulary than the target \({VOCABULARY - 1} < {VOCABULARY}\)"):
         LLM(tiny, method=f"draft-model:model={folder}")
@@ -100,6 +102,27 @@ def test_larger_vocabulary_is_fine(llm, variant):
         for spec in (f"draft-model:model={folder}", f"draft-model:model={folder},width=3"):
             for mine, theirs in zip(llm.generate(PROMPTS, parameters, spec), expected, strict=True):
                 same(mine.choices[0], theirs.choices[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_target_that_is_padded_further(tiny, tmp_path, backend):
+    """Both have the same tokenizer; the target even says tokens that the drafter has no rows for."""
+    folder = shutil.copytree(tiny, tmp_path / "padded")
+    make_model(vocab_size=VOCABULARY + 40).save_pretrained(folder)
+    padded = LLM(folder, dtype="float32", backend=backend)
+    for settings in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 20}, {"repetition_penalty": 1.3}):
+        asked = SamplingParams(max_tokens=24, seed=2, ignore_eos=True, **settings)
+        expected = padded.generate([*PROMPTS, [VOCABULARY + 3, 5]], asked, "plain")
+        assert any(token >= VOCABULARY for each in expected for token in each.token_ids)
+        for spec in ("draft-model", "draft-model:width=3,length=3", "dyspec:nodes=12", "vocabtrim:tokens=90"):
+            name, _, rest = spec.partition(":")
+            method = f"{name}:model={tiny}-draft" + f",{rest}" * bool(rest)
+            got = padded.generate([*PROMPTS, [VOCABULARY + 3, 5]], asked, method)
+            for mine, theirs in zip(got, expected, strict=True):
+                same(mine.choices[0], theirs.choices[0])
+            # With the rejection rules the tokens are others.
+            padded.generate(PROMPTS[:2], replace(asked, acceptance="max" if asked.temperature else "match"), method)
+    assert padded.engine.cache.used_bytes == 0
 
 
 def test_drafter_with_a_shorter_context(llm, variant):

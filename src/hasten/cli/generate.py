@@ -13,7 +13,7 @@ from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
-    from hasten.engine import SamplingParams
+    from hasten.engine import SamplingParams, TokenLogprobs
     from hasten.llm import LLM, Completion
 
 
@@ -33,7 +33,14 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Fixes the text, whichever lossless method.")] = None,
     n: Annotated[int, typer.Option("--n", help="Independent completions.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End at this string (may be given several times).")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End at this token (may be given several times).")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="So many tokens before anything may end the text.")] = 0,
+    bad_word: Annotated[list[str] | None, typer.Option(help="Never say this (may be given several times).")] = None,
+    special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Show special tokens, too.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Report this many likeliest tokens per position.")] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="The same of the prompt, with --json.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="JSON of this schema: a file, or the schema itself.")] = None,
     regex: Annotated[str | None, typer.Option(help="Text that this regular expression matches.")] = None,
     grammar: Annotated[str | None, typer.Option(help="Text of the grammar in this file (Lark or GBNF).")] = None,
@@ -57,12 +64,17 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "seed": seed, "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
     }  # fmt: skip
     params = replace(
         llm.default_params,
         **{name: value for name, value in given.items() if value is not None},
         n=n,
         stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+        min_tokens=min_tokens,
+        bad_words=tuple(bad_word or ()),
+        skip_special_tokens=not special_tokens,
         constraint=constraint,
         acceptance=acceptance,  # type: ignore[arg-type]  # SamplingParams says which are known
         ignore_eos=ignore_eos,
@@ -99,6 +111,8 @@ def _document(llm: LLM, ids: list[int], params: SamplingParams, method: str) -> 
     generation = llm.generate([ids], params, method)[0]
     document = _choice(generation.choices[0])
     document["prompt_tokens"] = len(generation.prompt_token_ids)
+    if generation.prompt_logprobs:
+        document["prompt_logprobs"] = [item and _logprobs(item) for item in generation.prompt_logprobs]
     document["method"] = method
     if len(generation.choices) > 1:
         document["choices"] = [_choice(choice) for choice in generation.choices]
@@ -116,8 +130,9 @@ def _choice(completion: Completion) -> dict[str, Any]:
         "tokens_per_second": round(completion.tokens_per_second, 2),
     }
     if completion.logprobs:
-        document["logprobs"] = [
-            {"token": item.token, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
-            for item in completion.logprobs
-        ]
+        document["logprobs"] = list(map(_logprobs, completion.logprobs))
     return document
+
+
+def _logprobs(item: TokenLogprobs) -> dict[str, Any]:
+    return {"token": item.token, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}

@@ -28,6 +28,7 @@ from hasten.engine.prompt import EMBEDDED, Segment
 from hasten.engine.registry import Target
 from hasten.engine.report import TokenKind
 from hasten.engine.request import Progress
+from hasten.engine.sampling.bans import Bans
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
 from hasten.engine.sampling.walk import Walk, descend
@@ -121,6 +122,7 @@ class Engine:
         config, params, drafter = self.model.config, prepared.params, prepared.drafter
         tokens = prepared.tokens
         words = [token for token in tokens if token != EMBEDDED]
+        endings = params.endings(self.end_ids)
         requests: list[Job] = []
         unread: deque[Progress] | None = deque() if read else None
         for choice, grammar in enumerate(prepared.grammars):
@@ -135,7 +137,9 @@ class Engine:
                 method=prepared.method,
                 context=prepared.context,
                 sequence=prepared.context.sequence(self.cache),
-                sampler=Sampler(params, choice, words, config.vocab_size, grammar),
+                sampler=Sampler(
+                    params, choice, words, config.vocab_size, grammar, Bans(endings, params.min_tokens, prepared.words)
+                ),
                 stopper=Stopper(params, self.end_ids, self.tokenizer, prepared.room, read),
                 spans=prepared.spans,
                 leader=requests[0] if requests else None,
@@ -160,7 +164,8 @@ class Engine:
     def _recall(self, request: Job) -> None:
         """Begin a request behind what an earlier text has in common with its prompt."""
         whole = request.context is EVERYTHING and not request.spans
-        if not self.prefixes.limit_bytes or not whole or request.drafter.taps:
+        seen = request.drafter.taps or request.params.prompt_logprobs is not None
+        if not self.prefixes.limit_bytes or not whole or seen:
             return
         sequence = self.prefixes.fork(request.params.tenant, request.tokens)
         if sequence is not None:
@@ -241,14 +246,16 @@ class Engine:
                 Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
             )
         progress += self._judge(placed, answers)
-        for ((request, piece), passage), span, answer in zip(placed, rows.spans, answers, strict=True):
+        for ((request, piece), _), span, answer in zip(placed, rows.spans, answers, strict=True):
             if request.finish_reason is not None:
                 continue
             if not piece:
                 progress += self._alone(request, self._decode, answer)
                 continue
-            progress += self._alone(request, self._read, span, taps)
-            if passage.wanted and request.finish_reason is None:
+            progress += self._alone(request, self._read, span, taps, answer)
+            if request.read == len(request.tokens) and request.finish_reason is None:
+                # Of the rows that are wanted, the last one is what the prompt leads to.
+                answer = answer._replace(logits=answer.logits[-1:], best=answer.best[-1:], finite=answer.finite[-1:])
                 for choice in (request, *self._fork(request)):
                     progress += self._alone(choice, self._decode, answer)
         return progress
@@ -356,9 +363,11 @@ class Engine:
             request.statistics.draft_seconds += seconds
         return []
 
-    def _read(self, request: Job, span: Span, taps: Taps | None) -> list[Progress]:
+    def _read(self, request: Job, span: Span, taps: Taps | None, answer: Answer) -> list[Progress]:
         """Keep the rows of a piece of a prompt and show them to the drafter, for each choice that will fork them."""
         start, count = request.read, span.stop - span.start
+        assert isinstance(request.decoding, Speculation)
+        request.decoding.report_prompt(request, start, answer)
         request.sequence.commit(count)
         request.read += count
         request.statistics.prompt_rows += count
@@ -381,6 +390,7 @@ class Engine:
         for follower in followers:
             follower.sequence, follower.leader = leader.sequence.fork(), None
             follower.read, follower.shown = leader.read, leader.shown
+            follower.prompt_logprobs = leader.prompt_logprobs
         return followers
 
     def _bequeath(self, leader: Job) -> None:
@@ -391,6 +401,7 @@ class Engine:
         heir = followers[0]
         heir.sequence, leader.sequence = leader.sequence, heir.sequence
         heir.read, heir.shown, heir.leader = leader.read, leader.shown, None
+        heir.prompt_logprobs = leader.prompt_logprobs
         for follower in followers[1:]:
             follower.leader = heir
 
@@ -399,7 +410,9 @@ class Engine:
         started = time.perf_counter()
         decoding, statistics, grammar = request.decoding, request.statistics, request.sampler.grammar
         emitted = decoding.receive(request, answer)
-        kept = request.stopper.accept(emitted, None if grammar is None else grammar.length(emitted))
+        last = None if grammar is None else grammar.length(emitted)
+        complete = grammar is None or last is None or grammar.completes(emitted[:last])
+        kept = request.stopper.accept(emitted, last, complete)
         tokens = emitted[:kept]
         kinds = decoding.keep(request, tokens)
         request.tokens += tokens

@@ -14,6 +14,7 @@ from hasten.engine.context import EVERYTHING, ContextPolicy
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.prompt import EmbeddedSpan, Segment, laid_out
 from hasten.engine.registry import Target
+from hasten.engine.sampling.bans import Word, spelled
 from hasten.engine.sampling.grammar import Grammars, GrammarState
 from hasten.engine.sampling.params import SamplingParams
 from hasten.errors import UserError
@@ -34,6 +35,7 @@ class Prepared:
         method: the drafter's specification, for reports.
         drafter, context: shared by all requests of these specifications.
         grammars: a constraint's state for each choice; None without a constraint.
+        words: spellings of the request's bad words.
         room: tokens that may follow in the model's context.
     """
 
@@ -44,6 +46,7 @@ class Prepared:
     drafter: Drafter
     context: ContextPolicy
     grammars: list[GrammarState | None]
+    words: frozenset[Word]
     room: int
 
 
@@ -85,6 +88,10 @@ class Preparation:
             )
         if params.stop and target.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this model has none")
+        outside = next((token for token in params.stop_token_ids if token >= config.vocab_size), None)
+        if outside is not None:
+            raise UserError(f"stop_token_ids: token id {outside} is outside the vocabulary of {config.vocab_size}")
+        words = spelled(target.tokenizer, params.bad_words, config.vocab_size)
         if params.seed is None:
             params = replace(params, seed=getrandbits(63))
         name, drafter = self.drafter(method)
@@ -93,7 +100,7 @@ class Preparation:
         with self._one_at_a_time(id(drafter)):
             drafter.prepare()
         grammars = [self._grammar(params) for _ in range(params.n)]
-        return Prepared(tokens, spans, params, name, drafter, policy, grammars, room)
+        return Prepared(tokens, spans, params, name, drafter, policy, grammars, words, room)
 
     def drafter(self, method: str | Drafter) -> tuple[str, Drafter]:
         """The shared drafter of a specification, or a drafter object as it is; and its name.

@@ -41,6 +41,7 @@ class Request:
         leader: the sibling choice whose prompt cache this one forks, until it has.
         unread: what steps gave it and its sibling choices and nobody has taken yet; None where nobody reads along.
         finished_at: when all that it held was given back; until then its last progress may be missing.
+        prompt_logprobs: per prompt token that was read, where asked for; None where nothing predicts a token.
         error: what ended it, if its finish reason is `error`.
     """
 
@@ -61,6 +62,7 @@ class Request:
     error: Exception | None = None
     statistics: Statistics = field(default_factory=Statistics)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     arrived: float = field(default_factory=time.perf_counter)

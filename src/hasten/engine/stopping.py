@@ -6,18 +6,19 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from hasten.engine.sampling.params import SamplingParams
-from hasten.engine.text import Detokenizer
+from hasten.engine.text import Detokenizer, special_tokens
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-"""`stop`: end of text, a stop string, or the end of a constraint; `length`: of budget or context; `abort`: given up;
-`error`: its drafter, grammar or canvas failed (`Request.error`)."""
+"""`stop`: end of text, a stop string or token, or the end of a constraint; `length`: of budget or context, or where a
+constraint asks for what the tokenizer cannot write; `abort`: given up; `error`: its drafter, grammar or canvas failed
+(`Request.error`)."""
 
 
 class Stopper:
     """Decides where a request's output ends, and turns it into text where somebody reads along.
 
     Args:
-        params: stop strings, token budget, ignore_eos.
+        params: stop strings and tokens, token budget, ignore_eos.
         end_ids: end-of-text ids of the model.
         tokenizer: needed for stop strings and text; None for models without one.
         room: tokens that the context still holds.
@@ -25,33 +26,40 @@ class Stopper:
     """
 
     def __init__(self, params: SamplingParams, end_ids: Collection[int], tokenizer: Any, room: int, read: bool) -> None:
-        self._end = frozenset() if params.ignore_eos else frozenset(end_ids)
-        self._stops = params.stop
+        # Special tokens are not in the text, where other strings are looked for.
+        special = special_tokens(tokenizer) if params.stop else {}
+        self._end = params.endings(end_ids).union(special[stop] for stop in params.stop if stop in special)
+        self._stops, self._waiting, self._floor = params.stop, params.min_tokens, 0
         self._left = room if params.max_tokens is None else min(room, params.max_tokens)
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None and (read or params.stop) else None
+        reads = tokenizer is not None and (read or params.stop)
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if reads else None
         self._shown = 0
         self._cut: int | None = None
         self.reason: FinishReason | None = None
+        self.ended_by_token = False
+        """Whether the last token is an end, which is no part of the text."""
 
     @property
     def left(self) -> int:
         """How many more tokens may come."""
         return self._left
 
-    def accept(self, tokens: Sequence[int], last: int | None = None) -> int:
+    def accept(self, tokens: Sequence[int], last: int | None = None, complete: bool = True) -> int:
         """Take new tokens in order and return how many belong to the output; sets `reason` at the end.
 
         Args:
             last: the output's grammar ends with this many of them.
+            complete: whether the text is a whole one then; otherwise it only cannot go on.
         """
         for count, token in enumerate(tokens, 1):
             self._left -= 1
-            if token in self._end:
-                self.reason = "stop"
+            self._waiting -= 1
+            if token in self._end and self._waiting < 0:
+                self.reason, self.ended_by_token = "stop", True
             elif self._detokenizer is not None and self._detokenizer.push(token):
                 self._find_stop(self._detokenizer)
             if self.reason is None and count == last:
-                self.reason = "stop"
+                self.reason = "stop" if complete else "length"
             if self.reason is None and self._left <= 0:
                 self.reason = "length"
             if self.reason is not None:
@@ -63,7 +71,12 @@ class Stopper:
 
     def _find_stop(self, detokenizer: Detokenizer) -> None:
         text = detokenizer.text
-        found = [at for at in (text.find(stop, max(0, self._shown)) for stop in self._stops) if at >= 0]
+        if self._waiting >= 0:
+            self._floor = len(text)
+            return
+        # What was complete before it might end the text does not count.
+        starts = {stop: max(0, self._shown, self._floor - len(stop) + 1) for stop in self._stops}
+        found = [at for at in (text.find(stop, start) for stop, start in starts.items()) if at >= 0]
         if found:
             self._cut, self.reason = min(found), "stop"
 

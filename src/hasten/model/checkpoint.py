@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
@@ -131,6 +131,19 @@ def weight_bytes(folder: Path) -> int:
     files = weight_map(folder)
     names = {SINGLE} if files is None else set(files.values())
     return sum(weight_file(folder, name).stat().st_size for name in names)
+
+
+def tensor_shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Of all tensors that a checkpoint's files have, without reading them; none where files are missing or corrupt."""
+    shapes: list[tuple[int, ...]] = []
+    try:
+        files = weight_map(folder)
+        for name in {SINGLE} if files is None else set(files.values()):
+            with safe_open(weight_file(folder, name), framework="pt", device="cpu") as file:
+                shapes += [tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()]  # noqa: SIM118
+    except (UserError, SafetensorError, OSError):
+        return []
+    return shapes
 
 
 class Tensors:

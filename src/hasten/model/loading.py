@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from hasten.errors import Notice, UserError, one_line
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
 from hasten.model.assembly import assemble
-from hasten.model.checkpoint import Tensors, read_json, resolve, weight_bytes
+from hasten.model.checkpoint import Tensors, read_json, resolve, tensor_shapes, weight_bytes
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
 from hasten.model.native import Format, NativeBackend
@@ -49,12 +50,27 @@ def read_config(folder: Path) -> ModelConfig:
     if quantised := read_quantization(raw.get("quantization_config")):
         raise UserError(f"{folder} is quantised ({quantised}): not supported yet; hasten loads plain weights only")
     try:
+        _refuse_sizes(raw, folder)
         return ARCHITECTURES[kind].config(raw)
     except UserError:
         raise
     except Exception as error:
         # A bad field raises one of a dozen unrelated classes.
         raise UserError(f"{folder / 'config.json'} is not usable: {one_line(error)}") from error
+
+
+def _refuse_sizes(raw: Mapping[str, Any], folder: Path) -> None:
+    """Refuse more layers than there are tensors, and widths that no tensor has: a billion takes long to lay out.
+
+    Raises:
+        UserError: with the field's name. Where there are no tensors to compare with, whoever reads them says so.
+    """
+    shapes = tensor_shapes(folder)
+    largest = max((axis for shape in shapes for axis in shape), default=0)
+    for field, most in (("num_hidden_layers", len(shapes)), ("hidden_size", largest), ("head_dim", largest)):
+        size = raw.get(field)
+        if shapes and isinstance(size, int) and size > most:
+            raise UserError(f"config.json has {field} {size}, which is more than the tensors in {folder} can hold")
 
 
 def choose_dtype(folder: Path, dtype: str, device: torch.device) -> torch.dtype:

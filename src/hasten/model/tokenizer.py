@@ -12,7 +12,7 @@ from typing import Any
 
 from hasten.errors import UserError
 from hasten.model import light_tokenizer
-from hasten.model.checkpoint import read_json, resolve
+from hasten.model.checkpoint import WANTED_FILES, read_json, resolve
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -26,6 +26,10 @@ def load_tokenizer(model: str | Path) -> Any:
         from hasten.model import gguf
 
         return gguf.read_tokenizer(gguf.open_gguf(folder))
+    for file in folder.iterdir():
+        if any(map(file.match, WANTED_FILES)) and file.exists() and not (file.is_file() or file.is_dir()):
+            # A pipe or a device would be read for ever.
+            raise UserError(f"cannot read {file}: it is no file")
     light = light_tokenizer.read(folder, lambda: _complete(folder)) if _is_generic(folder) else None
     return _complete(folder) if light is None else light
 
@@ -37,10 +41,17 @@ def _complete(folder: Path) -> Any:
         UserError: none there, or it cannot be read.
     """
     try:
-        return _reader(folder).from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _checked(_reader(folder).from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:
+        # What a file holds that is of another kind than transformers expects raises whatever comes first.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} has no usable tokenizer: {reason}") from error
+
+
+def _checked(tokenizer: Any) -> Any:
+    """A tokenizer after its first use: what is wrong with some settings shows only then."""
+    tokenizer.decode(tokenizer("a", verbose=False)["input_ids"], skip_special_tokens=True)
+    return tokenizer
 
 
 STAND_INS = {"DreamTokenizer": "Qwen2Tokenizer"}
@@ -87,6 +98,25 @@ def _reader(folder: Path) -> Any:
 def same_vocabulary(one: Any, other: Any) -> bool:
     """Whether two tokenizers give the same ids to the same tokens."""
     return bool(one.get_vocab() == other.get_vocab())
+
+
+def with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat message whose content is text, also where it came in parts, `[{"type": "text", "text": ...}, ...]`.
+
+    Templates of models that read text only expect it so. Parts are lines, as vLLM and llama.cpp join them.
+
+    Raises:
+        UserError: a part that is no text, or content that is neither.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+        raise UserError(f"the content of a message must be text, or a list of its parts, not {type(content).__name__}")
+    for part in content:
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a message has a part of type {part.get('type')!r}; only parts with text are supported")
+    return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 TEMPLATE_SECONDS = 10.0

@@ -34,11 +34,19 @@ class Filling:
     def __init__(self, request: Request, denoiser: Denoiser, config: ModelConfig, end_ids: Collection[int]) -> None:
         params = request.params
         assert config.diffusion is not None
-        if params.constraint is not None or params.logprobs is not None or request.spans:
-            what = "embeddings" if request.spans else "a constraint" if params.constraint is not None else "logprobs"
+        asked = {
+            "embeddings": request.spans,
+            "a constraint": params.constraint is not None,
+            "logprobs": params.logprobs is not None,
+            "prompt_logprobs": params.prompt_logprobs is not None,
+            "min_tokens": params.min_tokens,
+            "bad_words": params.bad_words,
+        }
+        what = next((name for name, given in asked.items() if given), None)
+        if what is not None:
             raise UserError(f"{what} cannot be had from a model that fills masked positions in any order")
         length = denoiser.canvas_length(request, config)
-        ends = () if params.ignore_eos else end_ids
+        ends = params.endings(end_ids)
         self.canvas = Canvas(request.tokens, length, config.diffusion.mask_id, request.sampler, ends)
         self._passes = denoiser.decode(request, self.canvas)
         self._passage: Passage | None = None

@@ -17,9 +17,10 @@ from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.drafting.verification import Verdict
 from hasten.engine.passage import Passage
-from hasten.engine.prompt import embedded_in
+from hasten.engine.prompt import EMBEDDED, embedded_in
 from hasten.engine.report import TokenKind, TokenLogprobs
 from hasten.engine.request import Request
+from hasten.engine.sampling.sampler import Sampler
 from hasten.engine.sampling.walk import Walk, descend
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
@@ -61,11 +62,15 @@ class Speculation:
         return len(request.tokens) - request.read
 
     def passage(self, request: Request, piece: int) -> Passage:
-        """A piece of the prompt, whose last row is wanted if it is the prompt's, too; or the root and its draft."""
+        """A piece of the prompt, whose last row is wanted if it is the prompt's, too; or the root and its draft.
+
+        Where the prompt's log-probabilities are asked for, all rows of the piece are.
+        """
         read = request.read
         if piece:
             stop = read + piece
-            wanted = [piece - 1] if stop == len(request.tokens) else []
+            first = piece - 1 if stop == len(request.tokens) else piece
+            wanted = range(0 if request.params.prompt_logprobs is not None else first, piece)
             embedded = tuple(embedded_in(request.spans, read, stop))
             return Passage(request.tokens[read:stop], range(read, stop), wanted, embedded=embedded)
         draft = self.draft
@@ -87,6 +92,32 @@ class Speculation:
             return None
         return sampler.walk(answer.logits, len(request.tokens), self.draft)
 
+    def report_prompt(self, request: Request, start: int, answer: Answer) -> None:
+        """Log-probabilities of the prompt's tokens, as a piece of it predicts them; those that are known stay.
+
+        Args:
+            start: position of the piece's first row.
+            answer: to all of its rows.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        top, known = request.params.prompt_logprobs, request.prompt_logprobs
+        if top is None:
+            return
+        if not known:
+            known.append(None)
+        stop = min(start + len(answer.best) + 1, request.prompt_length)
+        tokens, rows = request.tokens[len(known) : stop], range(len(known) - 1 - start, stop - 1 - start)
+        if not all(answer.finite[row] for row in rows):
+            raise UserError(NOT_FINITE)
+        words = [(token, row) for token, row in zip(tokens, rows, strict=True) if token != EMBEDDED]
+        if not words:
+            known += [None] * len(tokens)
+            return
+        reported = iter(_logprobs(answer.logits, [row for _, row in words], [token for token, _ in words], top))
+        known += [None if token == EMBEDDED else next(reported) for token in tokens]
+
     def receive(self, request: Request, answer: Answer) -> list[int]:
         """The accepted path and the target's own token.
 
@@ -98,16 +129,20 @@ class Speculation:
             raise UserError(NOT_FINITE)
         self._answer, self._verdict = answer, answer.verdict or self._verify(request, answer)
         path, token = self._verdict.path, self._verdict.token
-        if not path:
-            return [token]
         if not all(answer.finite[node + 1] for node in path):
             raise UserError(NOT_FINITE)
         return [*(self.draft.tokens[node] for node in path), token]
 
     def keep(self, request: Request, tokens: Sequence[int]) -> list[TokenKind]:
-        """Commits the accepted rows to the cache."""
+        """Commits the accepted rows to the cache.
+
+        Raises:
+            UserError: none of the tokens that were to choose from was possible.
+        """
         answer, draft, path, statistics = self._answer, self.draft, self._verdict.path, request.statistics
         assert answer is not None
+        if not request.sampler.is_argmax:
+            _require_possible(request.sampler, tokens)
         rows = [0, *(node + 1 for node in path)]
         if request.started:
             request.sequence.commit(rows)
@@ -166,6 +201,19 @@ class Speculation:
             if params.acceptance == "max":
                 return verification.reject(draft, target, coins)
             return verification.typical(draft, target, coins, params)
+
+
+def _require_possible(sampler: Sampler, tokens: Sequence[int]) -> None:
+    """Refuse a token that was chosen where every one is impossible.
+
+    Raises:
+        UserError: there is one among these.
+    """
+    for count, token in enumerate(tokens):
+        if sampler.forbids(tokens[:count], token):
+            raise UserError(
+                "no token is possible: logit_bias, bad_words, min_tokens and the constraint forbid them all"
+            )
 
 
 def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.engine.drafting.draft import ROOT, Draft
+from hasten.engine.sampling.gbnf import decoded
+from hasten.engine.sampling.schema import refuse_repetition
+from hasten.engine.sampling.text_tokenizer import text_tokenizer
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class Constraint:
         try:
             text = self.json_schema if isinstance(self.json_schema, str) else json.dumps(self.json_schema)
             schema = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"the JSON schema is not JSON: {error}") from error
         if not isinstance(schema, dict):
             raise UserError("the JSON schema must be an object")
@@ -91,19 +94,15 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int, end_ids: Collection[int]) -> None:
         if tokenizer is None:
             raise UserError("a constraint needs a tokenizer, and this model has none")
-        try:
-            from llguidance.hf import from_tokenizer
-        except ImportError as error:
-            raise UserError("constrained output needs llguidance: pip install 'hasten[grammar]'") from error
         size = max(vocabulary, len(tokenizer))
         ends = sorted(end for end in end_ids if 0 <= end < vocabulary)
         known = [end for end in ends if end < len(tokenizer)]
         if not known and tokenizer.eos_token_id is None:
             raise UserError("constrained output cannot use this tokenizer: it has no end-of-text token")
         try:
-            self._tokenizer = from_tokenizer(
-                getattr(tokenizer, "complete", tokenizer), n_vocab=size, eos_token=known or None
-            )
+            self._tokenizer = text_tokenizer(getattr(tokenizer, "complete", tokenizer), size, known)
+        except ImportError as error:
+            raise UserError("constrained output needs llguidance: pip install 'hasten[grammar]'") from error
         except Exception as error:  # the Rust side raises whatever it meets
             raise UserError(f"constrained output cannot use this tokenizer: {_sentence(str(error))}") from error
         self.vocabulary = vocabulary
@@ -140,20 +139,23 @@ class Grammars:
     def _compile(self, constraint: Constraint) -> LLMatcher:
         """A new matcher, remembered."""
         from llguidance import LLMatcher, grammar_from
+        from llguidance.gbnf_to_lark import is_lark_syntax
 
         try:
             if constraint.regex is not None:
                 text = grammar_from("regex", constraint.regex)
             elif constraint.grammar is not None:
-                text = grammar_from("grammar", constraint.grammar)
+                written = constraint.grammar
+                text = grammar_from("grammar", written if is_lark_syntax(written) else decoded(written))
             else:
                 schema = '{"type": "object"}' if constraint.json_object else str(constraint.json_schema)
+                refuse_repetition(schema)
                 # A schema may bring options of its own.
                 own = '"x-guidance"' in schema
                 text = LLMatcher.grammar_from_json_schema(
                     schema, defaults=None if own else {"whitespace_pattern": WHITESPACE}
                 )
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the {constraint.kind} cannot be used: {_sentence(str(error))}") from error
         compiled = LLMatcher(self._tokenizer, text, log_level=0)
         if compiled.is_error():
@@ -212,6 +214,11 @@ class GrammarState:
             if self._is_over(tuple(tokens[:count])):
                 return count
         return None
+
+    def completes(self, tokens: Sequence[int]) -> bool:
+        """Whether the text may end behind these tokens."""
+        bits = self.bits(tuple(tokens))
+        return bits is not None and bool((bits & self._grammars.end_bits).any())
 
     def _is_over(self, path: tuple[int, ...]) -> bool:
         """Whether no text may follow: the grammar is complete, or in a dead end."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from hasten.engine.sampling.grammar import Constraint
-from hasten.errors import require, require_finite
+from hasten.errors import UserError, require, require_finite
 
 Acceptance = Literal["match", "max", "typical"]
 """`match`: keyed noise, the same text as plain decoding. `max`: the classic rules (Leviathan/Chen, SpecInfer, without
@@ -35,10 +35,16 @@ class SamplingParams:
         logit_bias: token id to a number added to its logit; -infinity bans the token.
         seed: fixes the text for every lossless method, batch and machine; None draws one.
         n: independent choices per prompt; they share the prompt's cache.
-        stop: strings that end the text (and are not part of it).
+        stop: strings that end the text (and are not part of it). One that is a special token matches that token.
+        stop_token_ids: tokens that end the text as end-of-text does (also with `ignore_eos`).
+        min_tokens: so many tokens come before any of these may end the text; the end of a constraint does not wait.
+        bad_words: texts, or token ids, that the output does not say: of each, the last token is impossible behind the
+            others. A text is spelled as the tokenizer spells it, at the beginning and behind a blank.
         ignore_eos: go on after end-of-text.
+        skip_special_tokens: leave special tokens out of the text.
         logprobs: report this many likeliest tokens per position, with the chosen one; None reports nothing.
             Log-probabilities are the model's own, before temperature, penalties and filters.
+        prompt_logprobs: the same of the prompt's tokens, each as what is before it predicts it.
         constraint: what the output must be (a JSON schema, a regular expression, a grammar). The output ends as soon as
             nothing more may follow, with finish reason `stop`.
         acceptance: see `Acceptance`; it matters only when sampling.
@@ -62,8 +68,13 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     acceptance: Acceptance = "match"
     typical_epsilon: float = 0.09
@@ -72,6 +83,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        words = _tuple("bad_words", self.bad_words)
+        words = tuple(word if isinstance(word, str) else _tuple("bad_words", word) for word in words)
+        object.__setattr__(self, "bad_words", words)
         checks = (
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
@@ -88,7 +103,21 @@ class SamplingParams:
             ),
             (self.n >= 1, "n must be at least 1"),
             (all(self.stop), "stop strings must not be empty"),
+            (all(map(_is_id, self.stop_token_ids)), "stop_token_ids must be token ids"),
+            (_is_id(self.min_tokens), "min_tokens must be a whole number of at least 0"),
+            (
+                self.max_tokens is None or self.min_tokens <= self.max_tokens,
+                f"min_tokens ({self.min_tokens}) must not be more than max_tokens ({self.max_tokens})",
+            ),
+            (
+                all(word if isinstance(word, str) else word and all(map(_is_id, word)) for word in words),
+                "bad_words must be texts, or lists of token ids, that are not empty",
+            ),
             (self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs must be between 0 and 100"),
+            (
+                self.prompt_logprobs is None or (_is_id(self.prompt_logprobs) and self.prompt_logprobs <= 100),
+                "prompt_logprobs must be a whole number between 0 and 100",
+            ),
             (self.acceptance in ("match", "max", "typical"), "acceptance must be match, max or typical"),
             (
                 self.constraint is None or not self.ignore_eos,
@@ -106,7 +135,31 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def endings(self, end_ids: Collection[int]) -> frozenset[int]:
+        """Tokens that end the text.
+
+        Args:
+            end_ids: end-of-text ids of the model.
+        """
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else end_ids)
+
     @property
     def penalised(self) -> bool:
         """Whether the distribution depends on earlier tokens other than through the model."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _is_id(value: object) -> bool:
+    """Whether a value is a whole number of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tuple(name: str, values: object) -> tuple[Any, ...]:
+    """The values of a list.
+
+    Raises:
+        UserError: it is none; one word is no list of its letters.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise UserError(f"{name} must be a list, not {values!r}")
+    return tuple(values)

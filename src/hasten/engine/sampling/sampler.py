@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.memory import LOGIT_BYTES
+from hasten.engine.sampling.bans import Bans
 from hasten.engine.sampling.grammar import GrammarState
 from hasten.engine.sampling.noise import Uniforms, gumbel, gumbels, mix
 from hasten.engine.sampling.params import SamplingParams
@@ -57,6 +60,7 @@ class Sampler:
         prompt: token ids, for the repetition penalty.
         vocabulary: size of the logits.
         grammar: masks what the request's constraint forbids.
+        bans: of tokens that the request may not choose at some places.
 
     Raises:
         UserError: logit_bias names a token outside the vocabulary.
@@ -69,11 +73,13 @@ class Sampler:
         prompt: Sequence[int],
         vocabulary: int,
         grammar: GrammarState | None = None,
+        bans: Bans | None = None,
     ) -> None:
         outside = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
         if outside is not None:
             raise UserError(f"logit_bias: token id {outside} is outside the vocabulary of {vocabulary}")
         self.params, self.choice, self.vocabulary, self.grammar = params, choice, vocabulary, grammar
+        self.bans = bans or Bans((), 0, ())
         self.seed = params.seed or 0
         self.rule = Rule(params, choice, prompt, vocabulary)
 
@@ -85,17 +91,20 @@ class Sampler:
     @property
     def _adjusts(self) -> bool:
         """Whether logits are not taken as they are."""
-        return bool(self.params.logit_bias) or self.params.penalised or self.grammar is not None
+        return bool(self.params.logit_bias) or self.params.penalised or self.grammar is not None or self.bans.any
 
     def committed(self, tokens: Sequence[int]) -> None:
-        """Tell the penalties and the grammar about new output tokens."""
+        """Tell penalties, bans and the grammar about new output tokens."""
+        self.bans.committed(tokens)
         if self.grammar is not None:
             self.grammar.commit(tokens)
         self.rule.count(tokens)
 
     def adjusted(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, vocabulary] with bias, penalties and grammar; `paths[i]` are row i's uncommitted tokens."""
+        """Logits [rows, vocabulary] with bias, penalties, bans, grammar; `paths[i]` are row i's uncommitted tokens."""
         logits = self._penalised(logits, paths)
+        if self.bans.any:
+            logits = self.bans.applied(logits, paths)
         if self.grammar is None:
             return logits
         return logits.masked_fill(~self.grammar.masks(paths).to(logits.device), -torch.inf)
@@ -118,6 +127,14 @@ class Sampler:
         penalised = torch.where(logits > 0, logits / factor, logits * factor)
         logits = torch.where(seen, penalised, logits)
         return logits - self.params.presence_penalty * (counts > 0) - self.params.frequency_penalty * counts
+
+    def forbids(self, path: Sequence[int], token: int) -> bool:
+        """Whether a token is impossible behind uncommitted ones: it is chosen only where no other one is possible."""
+        return (
+            self.params.logit_bias.get(token, 0.0) == -torch.inf
+            or token in self.bans.behind(path)
+            or (self.grammar is not None and not self.grammar.accepts((*path, token)))
+        )
 
     def distribution(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Adjusted, tempered and filtered (top-k, then top-p, then min-p); for temperature above 0."""
@@ -166,8 +183,9 @@ class Sampler:
             paths: uncommitted tokens above each row, for penalties and grammar.
         """
         logits = logits.cpu()
-        allowed = [None] * len(paths) if self.grammar is None else self.grammar.packed(paths)[:, None]
-        rows = zip(logits.unsqueeze(1), positions, paths, allowed, strict=True)
+        allowed = self._allowed(paths)
+        each = [None] * len(paths) if allowed is None else allowed[:, None]
+        rows = zip(logits.unsqueeze(1), positions, paths, each, strict=True)
         walks = [Walk(self.rule, row, at, above=path, allowed=bits) for row, at, path, bits in rows]
         return [outcome.token for outcome in descend(walks)]
 
@@ -179,10 +197,21 @@ class Sampler:
             position: absolute, of the token that the root chooses.
         """
         allowed = None
-        if self.grammar is not None:
+        if self.grammar is not None or self.bans.any:
             nodes = (ROOT, *range(len(draft)))
-            allowed = self.grammar.packed([[draft.tokens[each] for each in draft.path(node)] for node in nodes])
+            allowed = self._allowed([[draft.tokens[each] for each in draft.path(node)] for node in nodes])
         return Walk(self.rule, logits, position, draft.tokens, draft.parents, allowed=allowed)
+
+    def _allowed(self, paths: Sequence[Sequence[int]]) -> NDArray[np.uint8] | None:
+        """[paths, bytes]: what grammar and bans leave behind each, a bit per token, lowest first; None: everything."""
+        if self.grammar is None and not self.bans.any:
+            return None
+        every = np.full((len(paths), -(-self.vocabulary // 8)), 255, np.uint8)
+        allowed = every if self.grammar is None else self.grammar.packed(paths)
+        for row, path in enumerate(paths):
+            for token in self.bans.behind(path):
+                allowed[row, token >> 3] &= 255 ^ (1 << (token & 7))
+        return allowed
 
     def scratch_bytes(self, rows: int) -> int:
         """Bytes that deciding on a draft, and reporting, takes for a while, at most, beside so many rows of logits.

@@ -107,7 +107,7 @@ class DraftModel(SmallModelDrafter):
             growth.grow(self._read([growth]))
         if growth.frontier:
             sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
-            first, vocabulary = growth.draft.tokens[0], request.sampler.vocabulary
+            first, vocabulary = growth.draft.tokens[0], min(request.sampler.vocabulary, model.config.vocab_size)
             chain = model.backend.chain(
                 model, sequence, first, len(request.tokens), vocabulary, most, growth.confidence / growth.values[0]
             )

@@ -14,10 +14,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hasten.cache import Cache, SequenceCache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
-from hasten.engine.memory import logits_bytes
+from hasten.engine.memory import LOGIT_BYTES, logits_bytes
 from hasten.engine.sampling.sampler import Distribution, Sampler, likeliest_of_model
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled, sampled_bytes
@@ -43,7 +44,7 @@ _LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
 def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
     """A checkpoint as it is now: from memory where a drafter has it."""
     files = [folder] if folder.is_file() else folder.iterdir()
-    written = max(file.stat().st_mtime_ns for file in files)
+    written = max(file.stat().st_mtime_ns for file in files if file.exists())
     key = (str(folder.resolve()), str(written), dtype, device, backend)
     model = _LOADED.get(key)
     if model is None:
@@ -72,7 +73,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         dtype: of the weights.
 
     Raises:
-        UserError: none found, another tokenizer, a smaller vocabulary, or a checkpoint that cannot be loaded.
+        UserError: none found, another tokenizer, fewer tokens than it has, or a checkpoint that cannot be loaded.
     """
     if name == "auto":
         own = beside(target)
@@ -90,8 +91,12 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
     # As the target runs, where the small model can, too.
     backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
     model = _load(folder, dtype, str(target.model.device), backend)
-    if model.config.vocab_size < target.model.config.vocab_size:
-        size = f"{model.config.vocab_size} < {target.model.config.vocab_size}"
+    words = target.model.config.vocab_size
+    if target.tokenizer is not None:
+        # Models of one tokenizer may be padded to different sizes.
+        words = min(words, 1 + max(target.tokenizer.get_vocab().values(), default=-1))
+    if model.config.vocab_size < words:
+        size = f"{model.config.vocab_size} < {words}"
         raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
     return model
 
@@ -128,7 +133,7 @@ class Growth(ABC):
         self.rest = {ROOT: 1.0}
         self.matching = Matching(request, drafter.beliefs.of(request))
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
-        self.closed = frozenset() if request.params.ignore_eos else drafter.end_ids
+        self.closed = request.params.endings(drafter.end_ids)
         self._slots: dict[int, list[int]] = {ROOT: []}
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
 
@@ -218,9 +223,14 @@ class SmallModelDrafter(Drafter):
     def distribution(self, request: Request, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """The drafter's distribution over the target's tokens, from the small model's logits of some rows.
 
-        A small model may have more logits than the target has tokens (padding).
+        Both may have more logits than there are tokens (padding), and not as many: tokens that the small model does not
+        know are impossible.
         """
-        return processed(request.sampler, logits[:, : request.sampler.vocabulary], paths)
+        vocabulary = request.sampler.vocabulary
+        logits = logits[:, :vocabulary]
+        if logits.shape[1] < vocabulary:
+            logits = pad(logits, (0, vocabulary - logits.shape[1]), value=-torch.inf)
+        return processed(request.sampler, logits, paths)
 
     @property
     def memory_bytes(self) -> int:
@@ -259,7 +269,9 @@ class SmallModelDrafter(Drafter):
         if not requests or nodes < 1:
             return 0
         rows, vocabulary, samplers = self.widest(nodes), self.vocabulary, list(map(self._sampler, requests))
-        looking = rows * (vocabulary * PROBABILITIES + nodes * CHILD)
+        wide = max(vocabulary, *(sampler.vocabulary for sampler in samplers))
+        padding = wide * LOGIT_BYTES if wide > vocabulary else 0
+        looking = rows * (wide * PROBABILITIES + padding + nodes * CHILD)
         looking += max(sampler.scratch_bytes(rows) for sampler in samplers)
         drawn = sum(sampled_bytes(sampler, nodes, sampler.kept) for sampler in samplers)
         return len(requests) * logits_bytes(rows, vocabulary) + looking + drawn + self._pass_bytes(requests, nodes)
@@ -349,11 +361,13 @@ class SmallModelDrafter(Drafter):
             self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
             sequence.commit(READING)
 
-    @staticmethod
-    def _words(request: Request, start: int, stop: int) -> list[int]:
-        """Some of a request's tokens. Another model's embeddings say nothing to this one: it reads some word there."""
-        tokens = request.tokens[start:stop]
-        return [max(token, 0) for token in tokens] if request.spans else tokens
+    def _words(self, request: Request, start: int, stop: int) -> list[int]:
+        """Some of a request's tokens. What says nothing to this model (another one's embeddings, tokens beyond its own)
+        is some word to it."""
+        tokens, known = request.tokens[start:stop], self.model.config.vocab_size
+        if not request.spans and known >= request.sampler.vocabulary:
+            return tokens
+        return [token if 0 <= token < known else 0 for token in tokens]
 
     def _expand(self, growths: Sequence[Growth]) -> Tensor:
         """Logits of all frontiers' nodes, which stay pending."""

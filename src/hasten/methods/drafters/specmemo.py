@@ -189,8 +189,13 @@ class SpecMemo(Drafter):
         It is made here, where a request is added, since it may have to be loaded: a step must not wait for that.
 
         Raises:
-            UserError: the request does not fit even alone and without drafts.
+            UserError: the request does not fit even alone and without drafts, or wants logits of its whole prompt, for
+                which no memory is set aside.
         """
+        if request.params.prompt_logprobs is not None:
+            raise UserError(
+                "specmemo keeps to a budget that has no room for prompt_logprobs: use another method for them"
+            )
         slots, growing = len(request.tokens) + request.stopper.left, None
         if request.params.max_tokens is None:
             # It reads the prompt for itself, whatever choice it is: then it can give back what it holds.

@@ -457,7 +457,7 @@ class _Chain:
         self.tokens: list[int] = []
         self.draft = Draft()
         self.open = self.depth > 0
-        self._closed = frozenset() if request.params.ignore_eos else end_ids
+        self._closed = request.params.endings(end_ids)
         self._tip, self._certainty = ROOT, 1.0
         self._coins = request.sampler.coins(len(request.tokens), COINS)
 

@@ -98,7 +98,10 @@ LARGEST = torch.finfo(torch.float32).max
 MAY_BE_ZERO = ("mscale", "mscale_all_dim")
 """Numbers of a rope that may be 0, which leaves them out."""
 
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+"""Fields that are true or false, or null where they are off."""
 
 
 def require_number(name: str, value: object, zero: bool = False) -> None:
@@ -117,9 +120,12 @@ def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """The rope of a configuration, also of an older one (`rope_scaling`, and `rope_theta` beside it).
 
     Raises:
-        UserError: layers differ in their rope.
+        UserError: it is no object; layers differ in their rope.
     """
-    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json describes its rope by {given!r}, which must be an object")
+    rope = dict(given)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("config.json describes a rope per type of layer, which is not supported")
     rope.setdefault("rope_type", rope.get("type", "default"))
@@ -140,18 +146,17 @@ class _RopeFields(Fields):
 
 
 def rotary_frequencies(config: Fields, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies and attention factor of the configuration's rope (default, linear, llama3, yarn).
+    """Inverse frequencies and attention factor of the configuration's rope, within `context_limit`.
 
     The formulas are transformers' own, so scaled variants agree with it by construction.
 
     Raises:
-        UserError: a rope whose frequencies change with the sequence length, an unknown one, or one with a number that
-            makes no sense.
+        UserError: an unknown rope, or one with a number that makes no sense.
     """
     parameters = config.rope_parameters
     kind = parameters["rope_type"]
-    if kind not in FIXED_ROPES:
-        raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(FIXED_ROPES)}")
+    if kind not in ROPES:
+        raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPES)}")
     for name, value in parameters.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             require_number(name, value, zero=name in MAY_BE_ZERO)
@@ -171,6 +176,20 @@ def rotary_frequencies(config: Fields, head_dim: int) -> tuple[tuple[float, ...]
     return tuple(frequencies.tolist()), float(factor)
 
 
+def context_limit(config: Fields) -> int:
+    """How many positions a model has.
+
+    A linear or a yarn rope stretches what its model was trained on, which `max_position_embeddings` often still is:
+    vLLM reads it so. The frequencies of dynamic and longrope change once a text is longer than that, for what was read
+    before as well: texts end there.
+    """
+    rope, positions = config.rope_parameters, int(config.max_position_embeddings)
+    trained = rope.get("original_max_position_embeddings", positions)
+    if rope["rope_type"] in ("linear", "yarn"):
+        return max(positions, int(rope["factor"] * trained))
+    return min(positions, int(trained)) if rope["rope_type"] == "longrope" else positions
+
+
 def read_llama_family(
     config: Fields, windows: list[int | None] | None = None, spelling: Mapping[str, str] | None = None
 ) -> ModelConfig:
@@ -185,9 +204,12 @@ def read_llama_family(
     sizes |= {name: size for name in OPTIONAL_SIZES if (size := getattr(config, name, None)) is not None}
     sizes["sliding_window"] = min((window for window in windows or () if window is not None), default=1)
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             spelt = (spelling or {}).get(name, name)
             raise UserError(f"config.json has {spelt} {size}, which must be a whole number of at least 1")
+    for name in SWITCHES:
+        if not isinstance(value := getattr(config, name, None), bool | None):
+            raise UserError(f"config.json has {name} {value!r}, which must be true or false")
     require_number("rms_norm_eps", config.rms_norm_eps, zero=True)
     heads = config.num_attention_heads
     kv_heads = sizes.get("num_key_value_heads", heads)
@@ -213,7 +235,7 @@ def read_llama_family(
         architecture=config.model_type,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=context_limit(config),
         norm_eps=config.rms_norm_eps,
         tied_head=bool(config.tie_word_embeddings),
         layers=layers,
@@ -229,12 +251,14 @@ def layer_windows(config: Fields, window: int | None, first: int = 0) -> list[in
     Raises:
         UserError: a layer of another type; more or fewer types than layers; no first layer.
     """
-    if not isinstance(first, int):
+    if type(first) is not int:
         raise UserError(f"config.json has max_window_layers {first}, which must be a whole number")
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window if index >= first else None for index in range(count)]
+    if not isinstance(kinds, list | tuple):
+        raise UserError(f"config.json has layer_types {kinds!r}, which must be a list")
     if len(kinds) != count:
         raise UserError(f"config.json has {len(kinds)} layer_types for {count} layers")
     for kind in kinds:
@@ -262,6 +286,24 @@ TENSORS: Mapping[str, str] = {
 """Llama's names of the pieces, `{}` standing for the layer."""
 
 
+def stored_names(names: Mapping[str, str], config: ModelConfig, tensors: Tensors) -> Mapping[str, str]:
+    """What a checkpoint calls the pieces, where it was saved from a part of the model, or stores what is tied once.
+
+    transformers takes both: tensors without the prefix `model.`, and a head that is the embedding, too.
+    """
+
+    def stored(piece: str) -> bool:
+        return f"{names[piece]}.weight" in tensors
+
+    bare = {piece: name.removeprefix("model.") for piece, name in names.items()}
+    if not stored("norm") and f"{bare['norm']}.weight" in tensors:
+        names = bare
+    if config.tied_head and not stored("embedding") and stored("head"):
+        # Under its own name there is no head any more, so that it is tied.
+        return {**names, "embedding": names["head"], "head": names["embedding"]}
+    return names
+
+
 def llama_pieces(
     config: ModelConfig,
     tensors: Tensors,
@@ -282,6 +324,7 @@ def llama_pieces(
         UserError: a tensor is missing, its shape is not what the configuration says, or norms of heads would hide that
             queries or keys overflow.
     """
+    names = stored_names(names, config, tensors)
     hidden, vocabulary = config.hidden_size, config.vocab_size
     attention_bias = biases == "config" and bool(config.source.get("attention_bias"))
     mlp_bias = biases == "config" and bool(config.source.get("mlp_bias"))
