@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,6 @@ def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, kind: GGMLQuan
 
 def byte_level(tokenizer: PreTrainedTokenizerBase, pre: str, **more: Any) -> dict[str, Any]:
     """The keys of a byte-level BPE tokenizer, from transformers' own."""
-    import json
-
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {each["content"]: CONTROL if each["special"] else USER_DEFINED for each in described["added_tokens"]}
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)

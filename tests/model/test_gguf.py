@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
 from gguf_files import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, byte_level, rounded, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -22,7 +24,9 @@ from hasten.model import Decoder, Rows, Span, load_model
 from hasten.model.checkpoint import resolve, weight_bytes
 from hasten.model.gguf import GGUFTensors, open_gguf, read_config, read_tokenizer
 from hasten.model.gguf.file import QUANTISED
+from hasten.model.gguf.tensors import SCALES
 from hasten.model.tokenizer import load_tokenizer
+from hasten.model.weights import Blocks
 from helpers import CHAT_TEMPLATE, make_model, make_tokenizer, random_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -79,12 +83,6 @@ def test_every_type_is_expanded_as_the_package_does(name: str, tmp_path: Path) -
     file = write_model(tmp_path / "model.gguf", model, tensors={"extra.weight": np.zeros((3, 256), np.float32)})
     opened = open_gguf(file)
     tensors = GGUFTensors(opened, read_config(opened), torch.float32, torch.device("cpu"))
-    from gguf.constants import GGML_QUANT_SIZES
-    from gguf.quants import dequantize
-
-    from hasten.model.gguf.tensors import SCALES
-    from hasten.model.weights import Blocks
-
     per_block, size = GGML_QUANT_SIZES[kind]
     blocks = raw.integers(0, 256, (5 * 256 // per_block, size), np.uint8)
     first, last = SCALES[name]
