@@ -178,7 +178,11 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 def test_at_a_terminal(terminal, tmp_path: Path):
     program, file = terminal("--max-tokens", "900"), tmp_path / "said.json"
     program.until(">>> ")
-    program.type("nonsense that is not meant\x03")
+    program.type("nonsense that is not meant")
+    program.until("meant")
+    # Readline does not see a signal that comes just before it waits for keys.
+    time.sleep(0.5)
+    program.type("\x03")
     program.until(">>> ")
     program.type("Copy the list: red cat moon tin salt\r")
     shown = program.until("tokens of the conversation")
