@@ -18,7 +18,7 @@ class Pieces:
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
         return b"".join(self.pieces[token] for token in ids if token != END).decode(errors="replace")
 
 
