@@ -10,18 +10,22 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from hasten import inputs
 from hasten.engine import Drafter, Engine, Job, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.memory import parse_bytes
-from hasten.engine.prompt import Embedded, Segment
+from hasten.engine.prompt import Segment
+from hasten.engine.sampling.values import shown
 from hasten.engine.text import decode
 from hasten.engine.turn import Driver
 from hasten.errors import Notice, UserError
+from hasten.inputs import Ids
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
 from hasten.model.tokenizer import load_tokenizer, render_chat
 from hasten.model.weights import Transform
 
 Prompt = str | Sequence[Segment]
+"""What is said of a prompt here; `hasten.inputs` takes more."""
 
 
 @dataclass(frozen=True)
@@ -175,26 +179,39 @@ class LLM:
             repetition_penalty=config.get("repetition_penalty", 1.0),
         )
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are."""
-        if isinstance(prompt, str):
-            with self._encoding:
-                ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-            return ids
-        return list(prompt)
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are.
 
-    def _segments(self, prompt: Prompt) -> Sequence[Segment]:
-        return self.encode(prompt) if isinstance(prompt, str) else prompt
+        Raises:
+            UserError: it is no single prompt (`hasten.inputs.prompts`).
+        """
+        return list(self._one(prompt))  # type: ignore[arg-type]  # embeddings are not asked for here
+
+    def _tokenized(self, text: str) -> list[int]:
+        with self._encoding:
+            ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def _prompts(self, given: Any) -> list[Ids]:
+        return inputs.prompts(given, self._tokenized, self.apply_chat_template)
+
+    def _one(self, given: Any) -> Ids:
+        found = self._prompts(given)
+        # A list without anything is an empty prompt here.
+        if len(found) > 1:
+            raise UserError(f"give one prompt, not {len(found)}")
+        return found[0] if found else []
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
-            UserError: the checkpoint has no chat template, or the template refuses the messages or comes to no end.
+            UserError: these are no messages, the checkpoint has no chat template, or the template refuses the messages or comes to no end.
         """
+        conversation = inputs.messages(messages)
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
-        text = render_chat(self.tokenizer, [dict(message) for message in messages])
+        text = render_chat(self.tokenizer, conversation)
         with self._encoding:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -210,13 +227,13 @@ class LLM:
         Raises:
             UserError: a prompt that is empty or too long, lists of unequal length, unknown methods.
         """
-        many = _as_prompts(prompts)
-        each_params = _spread(params if params is not None else self.default_params, len(many), "params")
-        each_method = _spread(method if method is not None else self.method, len(many), "method")
+        many = self._prompts(prompts)
+        each_params = [self._params(each) for each in _spread(params, len(many), "params")]
+        each_method = [self._method(each) for each in _spread(method, len(many), "method")]
         groups: list[list[Job]] = []
         try:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
-                groups.append(self.engine.add(self._segments(prompt), own_params, own_method))
+                groups.append(self.engine.add(prompt, own_params, own_method))
             requests = [request for group in groups for request in group]
             self._driver.until(lambda: all(map(_over, requests)))
         finally:
@@ -233,12 +250,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, method: str | Drafter | None = None
     ) -> Iterator[Chunk]:
         """Complete one prompt, step by step; closing the iterator ends the request."""
-        requests = self.engine.add(
-            self._segments(prompt),
-            params or self.default_params,
-            method if method is not None else self.method,
-            read=True,
-        )
+        requests = self.engine.add(self._one(prompt), self._params(params), self._method(method), read=True)
         unread = requests[0].unread
         assert unread is not None
         try:
@@ -271,6 +283,22 @@ class LLM:
     ) -> Generation:
         """Answer a conversation, by the checkpoint's chat template."""
         return self.generate([self.apply_chat_template(messages)], params, method)[0]
+
+    def _params(self, given: Any) -> SamplingParams:
+        """Parameters of one prompt; by default the checkpoint's."""
+        if given is None:
+            return self.default_params
+        if not isinstance(given, SamplingParams):
+            raise UserError(f"params must be SamplingParams, not {shown(given)}")
+        return given
+
+    def _method(self, given: Any) -> str | Drafter:
+        """The method of one prompt; by default the model's."""
+        if given is None:
+            return self.method
+        if not isinstance(given, (str, Drafter)):
+            raise UserError(f"method must be a specification or a Drafter, not {shown(given)}")
+        return given
 
     def _completion(self, request: Request) -> Completion:
         text = decode(self.tokenizer, request.output)
@@ -311,13 +339,6 @@ def _check(requests: Sequence[Request]) -> None:
             raise request.error
         if request.finish_reason == "abort":
             raise UserError("decoding was interrupted in the middle of a step that another thread took")
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, Embedded))):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
 
 
 def _spread(value: Any, count: int, name: str) -> list[Any]:

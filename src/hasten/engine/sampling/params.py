@@ -8,6 +8,7 @@ from math import inf
 from typing import Literal
 
 from hasten.engine.sampling.grammar import Constraint
+from hasten.engine.sampling.values import shown, take
 from hasten.errors import require, require_finite
 
 Acceptance = Literal["match", "max", "typical"]
@@ -16,13 +17,15 @@ replacement) for sampled drafts: the same distribution, other text, accepted mor
 
 LEAST = 1e-6
 """Of what divides logits: what is smaller makes them infinite."""
+LEAST_TEMPERATURE = 1e-30
+"""What is smaller counts as it, and chooses the same tokens; float32 has no number for some of it."""
 LARGEST_BIAS = 1e38
 """Finite in float32, and with a logit added, too."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling, stopping and reporting of one request.
+    """Sampling, stopping and reporting of one request. None for any of them is its default.
 
     Attributes:
         max_tokens: at most this many new tokens; None means up to the context limit.
@@ -47,7 +50,7 @@ class SamplingParams:
             but speed can tell one user what another one wrote.
 
     Raises:
-        UserError: a value out of range; NaN, and infinity other than in logit_bias, are out of every range.
+        UserError: a value of another kind (`hasten.engine.sampling.values`), or out of range; NaN, and infinity other than in logit_bias, are out of every range.
     """
 
     max_tokens: int | None = None
@@ -71,11 +74,16 @@ class SamplingParams:
     tenant: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        take(self)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", LEAST_TEMPERATURE)
         checks = (
+            (
+                self.constraint is None or isinstance(self.constraint, Constraint),
+                f"constraint must be a Constraint, not {shown(self.constraint)}",
+            ),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
-            (self.greedy or self.temperature >= LEAST, "temperature must be 0 (greedy) or at least 1e-6"),
             (self.top_k >= 0, "top_k must be 0 (off) or positive"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),

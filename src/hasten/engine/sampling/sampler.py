@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.engine.memory import LOGIT_BYTES
 from hasten.engine.sampling.grammar import GrammarState
 from hasten.engine.sampling.noise import Uniforms, gumbel, gumbels, mix
-from hasten.engine.sampling.params import SamplingParams
+from hasten.engine.sampling.params import LEAST, SamplingParams
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE
 
@@ -70,6 +70,8 @@ class Sampler:
         self.params, self.choice, self.vocabulary, self.grammar = params, choice, vocabulary, grammar
         self.seed = params.seed or 0
         self._bias: tuple[Tensor, Tensor] | None = None
+        # Below it, logits over the temperature may be infinite in float32.
+        self._tame = LEAST * max([1.0, *filter(isfinite, map(abs, params.logit_bias.values()))])
         if params.logit_bias:
             ids = list(params.logit_bias)
             outside = next((token for token in ids if not 0 <= token < vocabulary), None)
@@ -123,7 +125,7 @@ class Sampler:
     def distribution(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Adjusted, tempered and filtered (top-k, then top-p, then min-p); for temperature above 0."""
         params = self.params
-        scores = self.adjusted(logits, paths) / params.temperature
+        scores = self._tempered(self.adjusted(logits, paths))
         ids = None
         if 0 < params.top_k < self.vocabulary:
             scores, ids = scores.topk(params.top_k, -1)
@@ -136,6 +138,15 @@ class Sampler:
             floor = scores.amax(-1, keepdim=True) + torch.log(torch.tensor(params.min_p))
             scores = scores.masked_fill(scores < floor, -torch.inf)
         return Distribution(scores, ids, self.vocabulary)
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        """Logits over the temperature; where that would overflow, the likeliest token's are subtracted first."""
+        temperature = self.params.temperature
+        if temperature < self._tame:
+            peak = logits.amax(-1, keepdim=True)
+            # Of a row that a grammar leaves nothing there is nothing to subtract.
+            logits = logits - peak.masked_fill(peak == -torch.inf, 0.0)
+        return logits / temperature
 
     def perturbed(self, distribution: Distribution, positions: Sequence[int]) -> Tensor:
         """Scores plus the Gumbel noise of each row's next position; its order is a draw without replacement.
