@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten import LLM, SamplingParams, UserError
@@ -80,8 +80,9 @@ def test_plain_meaning(given, meant):
     ],
 )
 def test_refused(given, words):
-    with pytest.raises(UserError, match="^[^\n]*$") as error:
+    with pytest.raises(UserError) as error:
         ids_of(given)
+    assert "\n" not in str(error.value)
     assert words in str(error.value)
 
 
@@ -125,7 +126,7 @@ leaves = st.one_of(
 keys = st.sampled_from(["prompt", "prompt_token_ids", "messages", "input_ids", "attention_mask", "role", "content", 1])
 
 
-@given(
+@hypothesis.given(
     st.recursive(
         leaves,
         lambda inner: st.one_of(

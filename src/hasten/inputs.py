@@ -19,9 +19,10 @@ Ids = Sequence[Segment]
 def prompts(given: Any, encode: Callable[[str], Ids], converse: Callable[[Messages], Ids]) -> list[Ids]:
     """One prompt or several, as what the engine reads.
 
-    A prompt is text; token ids (a list, an array or a tensor), among them perhaps embeddings; the messages of a chat; or a
-    mapping that has one of these: `prompt`, `prompt_token_ids`, `messages`, or a tokenizer's `input_ids`. Arrays of two
-    axes, and a tokenizer's output for several texts, are several prompts; what its attention mask hides is no part of one.
+    A prompt is text; token ids (a list, an array or a tensor), among them perhaps embeddings; the messages of a chat;
+    or a mapping that has one of these: `prompt`, `prompt_token_ids`, `messages`, or a tokenizer's `input_ids`. Arrays
+    of two axes, and a tokenizer's output for several texts, are several prompts; what its attention mask hides is no
+    part of them.
 
     Args:
         encode: token ids of a text.

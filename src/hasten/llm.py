@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from hasten import inputs
+from hasten import generation_config, inputs
 from hasten.engine import Drafter, Engine, Job, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.memory import parse_bytes
 from hasten.engine.prompt import Segment
@@ -132,6 +132,10 @@ class LLM:
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
         )
+        strange = generation_config.unhonoured(self._generation_config, self.model.config.max_positions)
+        if strange:
+            what = "generation_config.json asks for what hasten does not do"
+            warnings.warn(f"{what}: {', '.join(strange)}", Notice, stacklevel=2)
         allowed, kept = _bytes("cache_bytes", cache_bytes), _bytes("prefix_bytes", prefix_bytes)
         self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder), allowed, kept or 0)
         self.method = method
@@ -166,18 +170,12 @@ class LLM:
 
     @property
     def default_params(self) -> SamplingParams:
-        """Sampling as the checkpoint's generation config asks for: greedy unless it says `do_sample`."""
-        # A field may be absent or null.
-        config = {name: value for name, value in self._generation_config.items() if value is not None}
-        if not config.get("do_sample"):
-            return SamplingParams()
-        return SamplingParams(
-            temperature=config.get("temperature", 1.0),
-            top_k=config.get("top_k", 0),
-            top_p=config.get("top_p", 1.0),
-            min_p=config.get("min_p", 0.0),
-            repetition_penalty=config.get("repetition_penalty", 1.0),
-        )
+        """As the checkpoint's generation config asks: greedy unless it says `do_sample`.
+
+        Raises:
+            UserError: it asks for what cannot be.
+        """
+        return generation_config.asked(self._generation_config, self.model.config.vocab_size)
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are.
@@ -206,7 +204,8 @@ class LLM:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
-            UserError: these are no messages, the checkpoint has no chat template, or the template refuses the messages or comes to no end.
+            UserError: these are no messages, the checkpoint has no chat template, or the template refuses the messages or
+                comes to no end.
         """
         conversation = inputs.messages(messages)
         if not getattr(self.tokenizer, "chat_template", None):

@@ -50,7 +50,8 @@ class SamplingParams:
             but speed can tell one user what another one wrote.
 
     Raises:
-        UserError: a value of another kind (`hasten.engine.sampling.values`), or out of range; NaN, and infinity other than in logit_bias, are out of every range.
+        UserError: a value of another kind (`values.take`), or out of range; NaN, and infinity other than in logit_bias,
+            are out of every range.
     """
 
     max_tokens: int | None = None

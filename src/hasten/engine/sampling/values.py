@@ -15,8 +15,8 @@ from hasten.errors import UserError
 def take(parameters: Any) -> None:
     """Give the fields of a frozen dataclass the types that they are declared with; None is a field's default.
 
-    A whole number may come as a float or as another library's (NumPy's, a tensor's), a number, too; a list of strings may
-    be one of them. A truth value is no number, and text is none.
+    A whole number may come as a float or as another library's (NumPy's, a tensor's), a number, too; a list of strings
+    may be one of them. A truth value is no number, and text is none.
 
     Raises:
         UserError: a value is something else; the sentence names the field.
