@@ -76,14 +76,17 @@ def asked(config: Mapping[str, Any], vocabulary: int) -> SamplingParams:
         UserError: a value that cannot be.
     """
     banned = {token: -inf for token in _banned(config) if 0 <= token < vocabulary}
-    fields = {"temperature": 1.0} | {name: config[name] for name in SAMPLED if config.get(name) is not None}
-    return SamplingParams(
-        **(fields if config.get("do_sample") else {}),
-        repetition_penalty=config.get("repetition_penalty"),
-        max_tokens=config.get("max_new_tokens"),
-        stop=config.get("stop_strings"),
-        logit_bias=banned,
-    )
+    fields: dict[str, Any] = {
+        "repetition_penalty": config.get("repetition_penalty"),
+        "max_tokens": config.get("max_new_tokens"),
+        "stop": config.get("stop_strings"),
+        "logit_bias": banned,
+    }
+    if config.get("do_sample"):
+        fields |= {name: config.get(name) for name in SAMPLED} | {
+            "temperature": 1.0 if config.get("temperature") is None else config["temperature"]
+        }
+    return SamplingParams(**fields)
 
 
 def _banned(config: Mapping[str, Any]) -> list[int]:

@@ -204,8 +204,8 @@ class LLM:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
-            UserError: these are no messages, the checkpoint has no chat template, or the template refuses the messages or
-                comes to no end.
+            UserError: these are no messages, the checkpoint has no chat template, or the template refuses them or comes
+                to no end.
         """
         conversation = inputs.messages(messages)
         if not getattr(self.tokenizer, "chat_template", None):
