@@ -73,3 +73,11 @@ def test_without_a_chat_template_texts_are_joined(llm: LLM, monkeypatch: pytest.
     answer = llm.generate([first], PARAMS)[0].text.strip()
     assert first == llm.encode("the cat")
     assert second == llm.encode(f"the cat\n\n{answer}\n\nsing")
+
+
+def test_other_line_ends_may_stand_within_a_string(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    text = "one\u2028two\u2029three\x85four"
+    file.write_text("\ufeff" + json.dumps({"prompt": text, "category": "[/bold]\x1b"}, ensure_ascii=False) + "\n")
+    (prompt,) = load_prompts(file)
+    assert (prompt.prompt, prompt.category) == (text, "[/bold]�")

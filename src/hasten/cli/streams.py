@@ -6,17 +6,22 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from hasten.errors import UserError
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 UNWRITTEN = "cannot write to standard output"
 
 
 class Unread(Exception):
-    """Nobody reads standard output any more: whoever did has enough. Libraries take a `BrokenPipeError` for a failure."""
+    """Nobody reads standard output any more: whoever did has enough.
+
+    No `BrokenPipeError`, which libraries take for a failure.
+    """
 
 
 @contextmanager
@@ -120,12 +125,19 @@ def argument(name: str, given: str) -> str:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """What stands inside is done whole: Ctrl-C and SIGTERM come behind it."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """What stands inside is done whole: Ctrl-C and SIGTERM come behind it.
+
+    By handlers, not by a mask: another thread of the process would take a masked signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+    before = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in STOPS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
