@@ -213,7 +213,7 @@ def _fits(curve: VerifyCost) -> bool:
     return (
         growing
         and len(curve.rows) > 1
-        and 1 == curve.rows[0]
+        and curve.rows[0] == 1
         and curve.rows[-1] <= MOST_ROWS
         and bool(curve.contexts)
         and curve.contexts[0] > 0
