@@ -21,6 +21,8 @@ FLOORS = [
     "cache",
     "engine",
     "methods",
+    "inputs",
+    "generation_config",
     "llm",
     "train",
     "bench",

@@ -34,7 +34,7 @@ def usable() -> Iterator[None]:
     out, err = sys.stdout, sys.stderr
     if err is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the program ends
-    sys.stdout = _Output(out)  # type: ignore[assignment]
+    sys.stdout = _Output(out)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import lru_cache
 from math import isnan, nan
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from hasten.errors import UserError
 
@@ -21,7 +21,7 @@ def take(parameters: Any) -> None:
     Raises:
         UserError: a value is something else; the sentence names the field.
     """
-    for field, taken in _fields(type(parameters)):
+    for field, taken in _fields(cast(Any, type(parameters))):
         given = getattr(parameters, field.name)
         if given is None:
             value = field.default if field.default_factory is MISSING else field.default_factory()
