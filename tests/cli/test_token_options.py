@@ -21,7 +21,7 @@ def test_a_bias_that_is_none(hasten, given: str):
 
 def test_log_probabilities_are_printed(hasten):
     ran = hasten("generate", "the cat", "--max-tokens", "2", "--logprobs", "1")
-    text, *lines = ran.out.removesuffix("\n").split("\n")
+    _, *lines = ran.out.removesuffix("\n").split("\n")
     assert len(lines) == 2
     for line in lines:
         chosen, likeliest = line.split("\t")
