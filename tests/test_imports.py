@@ -22,6 +22,8 @@ FLOORS = [
     "cache",
     "engine",
     "methods",
+    "inputs",
+    "generation_config",
     "llm",
     "conversation",
     "train",

@@ -71,7 +71,8 @@ def write_text(file: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     with replacing(file) as fresh:
-        fresh.write_text(text, encoding="utf-8")
+        # A file's name that is no UTF-8 may stand in a text.
+        fresh.write_text(text, encoding="utf-8", errors="replace")
 
 
 def cache_folder(kind: str) -> Path:

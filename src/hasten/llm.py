@@ -10,18 +10,22 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from hasten import generation_config, inputs
 from hasten.engine import Drafter, Engine, Job, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.memory import parse_bytes
-from hasten.engine.prompt import Embedded, Segment
+from hasten.engine.prompt import Segment
+from hasten.engine.sampling.values import shown
 from hasten.engine.text import decode
 from hasten.engine.turn import Driver
 from hasten.errors import Notice, UserError
+from hasten.inputs import Ids
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
 from hasten.model.tokenizer import load_tokenizer, render_chat, with_text
 from hasten.model.weights import Transform
 
 Prompt = str | Sequence[Segment]
+"""What is said of a prompt here; `hasten.inputs` takes more."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,10 @@ class LLM:
         self._generation_config = (
             read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
         )
+        strange = generation_config.unhonoured(self._generation_config, self.model.config.max_positions)
+        if strange:
+            what = "generation_config.json asks for what hasten does not do"
+            warnings.warn(f"{what}: {', '.join(strange)}", Notice, stacklevel=2)
         allowed, kept = _bytes("cache_bytes", cache_bytes), _bytes("prefix_bytes", prefix_bytes)
         self.engine = Engine(self.model, self.tokenizer, self._end_ids(), limits, str(folder), allowed, kept or 0)
         self.method = method
@@ -170,29 +178,35 @@ class LLM:
 
     @property
     def default_params(self) -> SamplingParams:
-        """Sampling as the checkpoint's generation config asks for: greedy unless it says `do_sample`."""
-        # A field may be absent or null.
-        config = {name: value for name, value in self._generation_config.items() if value is not None}
-        if not config.get("do_sample"):
-            return SamplingParams()
-        return SamplingParams(
-            temperature=config.get("temperature", 1.0),
-            top_k=config.get("top_k", 0),
-            top_p=config.get("top_p", 1.0),
-            min_p=config.get("min_p", 0.0),
-            repetition_penalty=config.get("repetition_penalty", 1.0),
-        )
+        """As the checkpoint's generation config asks: greedy unless it says `do_sample`.
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are."""
-        if isinstance(prompt, str):
-            with self._encoding:
-                ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-            return ids
-        return list(prompt)
+        Raises:
+            UserError: it asks for what cannot be.
+        """
+        return generation_config.asked(self._generation_config, self.model.config.vocab_size)
 
-    def _segments(self, prompt: Prompt) -> Sequence[Segment]:
-        return self.encode(prompt) if isinstance(prompt, str) else prompt
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt: text by the tokenizer (special tokens as it adds them), ids as they are.
+
+        Raises:
+            UserError: it is no single prompt (`hasten.inputs.prompts`).
+        """
+        return list(self._one(prompt))  # type: ignore[arg-type]  # embeddings are not asked for here
+
+    def _tokenized(self, text: str) -> list[int]:
+        with self._encoding:
+            ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def _prompts(self, given: Any) -> list[Ids]:
+        return inputs.prompts(given, self._tokenized, self.apply_chat_template)
+
+    def _one(self, given: Any) -> Ids:
+        found = self._prompts(given)
+        # A list without anything is an empty prompt here.
+        if len(found) > 1:
+            raise UserError(f"give one prompt, not {len(found)}")
+        return found[0] if found else []
 
     @property
     def templated(self) -> bool:
@@ -203,12 +217,13 @@ class LLM:
         """Token ids of a conversation, ready for the assistant's turn.
 
         Raises:
-            UserError: the checkpoint has no chat template, the template refuses the messages or comes to no end, or
-                they hold something else than text.
+            UserError: these are no messages, the checkpoint has no chat template, the template refuses them or comes to
+                no end, or they hold something else than text.
         """
+        conversation = [with_text(message) for message in inputs.messages(messages)]
         if not self.templated:
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
-        text = render_chat(self.tokenizer, [with_text(message) for message in messages])
+        text = render_chat(self.tokenizer, conversation)
         with self._encoding:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -224,13 +239,13 @@ class LLM:
         Raises:
             UserError: a prompt that is empty or too long, lists of unequal length, unknown methods.
         """
-        many = _as_prompts(prompts)
-        each_params = _spread(params if params is not None else self.default_params, len(many), "params")
-        each_method = _spread(method if method is not None else self.method, len(many), "method")
+        many = self._prompts(prompts)
+        each_params = [self._params(each) for each in _spread(params, len(many), "params")]
+        each_method = [self._method(each) for each in _spread(method, len(many), "method")]
         groups: list[list[Job]] = []
         try:
             for prompt, own_params, own_method in zip(many, each_params, each_method, strict=True):
-                groups.append(self.engine.add(self._segments(prompt), own_params, own_method))
+                groups.append(self.engine.add(prompt, own_params, own_method))
             requests = [request for group in groups for request in group]
             self._driver.until(lambda: all(map(_over, requests)))
         finally:
@@ -251,12 +266,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, method: str | Drafter | None = None
     ) -> Iterator[Chunk]:
         """Complete one prompt, step by step; closing the iterator ends the request."""
-        requests = self.engine.add(
-            self._segments(prompt),
-            params or self.default_params,
-            method if method is not None else self.method,
-            read=True,
-        )
+        requests = self.engine.add(self._one(prompt), self._params(params), self._method(method), read=True)
         unread = requests[0].unread
         assert unread is not None
         try:
@@ -289,6 +299,22 @@ class LLM:
     ) -> Generation:
         """Answer a conversation, by the checkpoint's chat template."""
         return self.generate([self.apply_chat_template(messages)], params, method)[0]
+
+    def _params(self, given: Any) -> SamplingParams:
+        """Parameters of one prompt; by default the checkpoint's."""
+        if given is None:
+            return self.default_params
+        if not isinstance(given, SamplingParams):
+            raise UserError(f"params must be SamplingParams, not {shown(given)}")
+        return given
+
+    def _method(self, given: Any) -> str | Drafter:
+        """The method of one prompt; by default the model's."""
+        if given is None:
+            return self.method
+        if not isinstance(given, (str, Drafter)):
+            raise UserError(f"method must be a specification or a Drafter, not {shown(given)}")
+        return given
 
     def _completion(self, request: Request) -> Completion:
         # The token that ended it is no part of the text.
@@ -331,13 +357,6 @@ def _check(requests: Sequence[Request]) -> None:
             raise request.error
         if request.finish_reason == "abort":
             raise UserError("decoding was interrupted in the middle of a step that another thread took")
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, Embedded))):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
 
 
 def _spread(value: Any, count: int, name: str) -> list[Any]:

@@ -59,3 +59,11 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, words: str):
     with pytest.raises(UserError, match="line 2") as error:
         load_prompts(lines)
     assert words in str(error.value)
+
+
+def test_other_line_ends_may_stand_within_a_string(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    text = "one\u2028two\u2029three\x85four"
+    file.write_text("\ufeff" + json.dumps({"prompt": text, "category": "[/bold]\x1b"}, ensure_ascii=False) + "\n")
+    (prompt,) = load_prompts(file)
+    assert (prompt.prompt, prompt.category) == (text, "[/bold]�")

@@ -148,6 +148,8 @@ def test_prompt_files(hasten, tmp_path: Path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "fine"}\n{"text": "no prompt"}\n')
     assert_refused(hasten("verify", "--prompts", str(bad)), "line 2", "'prompt'")
+    bad.write_text("[" * 100_000)
+    assert_refused(hasten("verify", "--prompts", str(bad)), "line 1", "not JSON")
     bad.write_text("\n")
     assert_refused(hasten("bench", "--suite", str(bad)), "no prompts")
     assert_refused(hasten("bench", "--suite", "poetry"), "unknown suite 'poetry'", "tasks")
@@ -159,6 +161,30 @@ def test_training_arguments(hasten, tmp_path: Path):
     assert_refused(hasten("train", "lm", "--output", out, "--precision", "int3"), "bf16 or fp32")
     assert_refused(hasten("train", "scylla", "--output", out, "--tokens", "1000,2000"), "at least four different")
     assert_refused(hasten("train", "scylla", "--output", out, "--layers", "1,2,three,4"), "whole numbers")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--hidden", "0"], "hidden, heads and kv-heads must be positive"),
+        (["--hidden", "-64"], "must be positive"),
+        (["--heads", "0"], "must be positive"),
+        (["--heads", "-1"], "must be positive"),
+        (["--kv-heads", "0"], "must be positive"),
+        (["--hidden", "8", "--heads", "8"], "even multiple"),
+        (["--context", "0"], "context must be at least"),
+        (["--context", "-5"], "context must be at least"),
+        (["--opening", "2"], "shares of the run"),
+        (["--curriculum", "-1"], "shares of the run"),
+        (["--lr", "-1"], "lr must be positive"),
+        (["--tokens", "0"], "must be positive"),
+        (["--layers", "0"], "must be positive"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_shapes_that_no_model_has(hasten, tmp_path: Path, options: list[str], words: str):
+    assert_refused(hasten("train", "lm", "--output", str(tmp_path / "model"), *options), words)
     assert not (tmp_path / "model").exists()
 
 

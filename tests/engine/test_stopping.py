@@ -21,7 +21,7 @@ class Pieces:
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
         return b"".join(self.pieces[token] for token in ids if token != END).decode(errors="replace")
 
 
@@ -151,8 +151,8 @@ class WithSpecial(Pieces):
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         return {0: AddedToken("<|end|>", special=True), 1: AddedToken("plain", special=False)}
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return super().decode([token for token in ids if token or not skip_special_tokens], skip_special_tokens)
+    def decode(self, ids: list[int], skip_special_tokens: bool, **how: bool) -> str:
+        return super().decode([token for token in ids if token or not skip_special_tokens], **how)
 
 
 @pytest.mark.parametrize("skip", [True, False])

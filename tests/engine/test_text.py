@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from hasten.engine.text import Detokenizer, decode
 from helpers import END, START, VOCABULARY, make_tokenizer
@@ -15,7 +17,7 @@ TOKENIZER = make_tokenizer()
 class Bytes:
     """A tokenizer whose ids are bytes."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
         return bytes(ids).decode(errors="replace")
 
 
@@ -71,3 +73,62 @@ def test_special_tokens_are_not_text():
     ids = TOKENIZER("the cat")["input_ids"]
     _, detokenizer = stream(TOKENIZER, [START, *ids, END, *ids, END])
     assert detokenizer.text == "the catthe cat" == decode(TOKENIZER, [START, *ids, END, *ids, END])
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As SentencePiece's models are converted: words with a mark for the space, and a token for each byte."""
+    words = ["<unk>", "</s>", "▁", "▁the", "▁cat", "s", "é", "�"]
+    vocabulary = {word: number for number, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=True)
+
+
+FALLBACK = fallback_tokenizer()
+BYTE = FALLBACK.convert_tokens_to_ids("<0x00>")
+THE, CATS = FALLBACK.convert_tokens_to_ids("▁the"), FALLBACK.convert_tokens_to_ids(["▁cat", "s"])
+
+
+def fallback(text: bytes) -> list[int]:
+    return [BYTE + byte for byte in text]
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (fallback("é€😀".encode()), "é€😀"),
+        (fallback("€€".encode()[:-1]), "€�"),
+        ([*fallback("€€".encode()[:-1]), THE], "€� the"),
+        ([THE, *fallback(b"\xff\xff\xe2\x82"), *CATS], "the��� cats"),
+        ([THE, *fallback(b"\xe2"), FALLBACK.eos_token_id, *fallback(b"\x82\xac")], "the€"),
+        ([THE, *fallback(b" ."), *CATS], "the . cats"),
+    ],
+)
+def test_a_run_of_byte_tokens_that_is_cut_keeps_its_characters(ids, text):
+    pieces, detokenizer = stream(FALLBACK, ids)
+    assert "".join(pieces) + detokenizer.flush() == decode(FALLBACK, ids) == text
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(0, len(FALLBACK) - 1),
+            st.sampled_from(fallback("é€😀�".encode())),
+        ),
+        max_size=24,
+    )
+)
+def test_any_ids_of_a_tokenizer_with_byte_tokens_add_up(ids):
+    pieces, detokenizer = stream(FALLBACK, ids)
+    assert "".join(pieces) + detokenizer.flush() == detokenizer.text == decode(FALLBACK, ids)
+    whole = [*fallback("€".encode()), *ids]
+    assert decode(FALLBACK, whole).startswith("€")
+
+
+def test_names_of_bytes_are_text_where_nothing_falls_back_to_bytes():
+    named = Tokenizer(models.WordLevel({f"<0x{byte:02X}>": byte for byte in range(256)}, unk_token="<0x00>"))
+    named.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=named)
+    assert decode(tokenizer, [0xE2, 0x41]) == "<0xE2><0x41>"

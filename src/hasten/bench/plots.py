@@ -28,6 +28,8 @@ INK, FAINT = "#3a3f4a", "#e3e6eb"
 WIDTH = 8.6
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    # A category may have dollar signs.
+    "text.parse_math": False,
     "font.size": 9.5,
     "axes.edgecolor": "#b8bec8",
     "axes.labelcolor": INK,

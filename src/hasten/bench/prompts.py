@@ -64,8 +64,9 @@ def load_prompts(path: Path) -> list[BenchPrompt]:
     packed = path.suffix == ".gz"
     text = (path.with_suffix("") if packed else path).suffix == ".txt"
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
-            lines = file.readlines()
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            # Other line ends, such as U+2028, may stand within a string.
+            lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from error
     prompts: list[BenchPrompt] = []
@@ -77,7 +78,7 @@ def load_prompts(path: Path) -> list[BenchPrompt]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         prompts += _entry(entry, path, number)
     if not prompts:
@@ -89,7 +90,8 @@ def _entry(entry: Any, path: Path, number: int) -> list[BenchPrompt]:
     """The prompts of one line of JSON."""
     if not isinstance(entry, dict):
         entry = {}
-    category = str(entry.get("category", "file"))
+    # What a terminal takes for a command is no name.
+    category = "".join(each if each.isprintable() else "�" for each in str(entry.get("category", "file")))
     if "turns" in entry:
         turns = entry["turns"]
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):

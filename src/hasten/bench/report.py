@@ -9,7 +9,7 @@ from typing import Any
 
 from hasten.bench import plots
 from hasten.bench.compare import OVERALL
-from hasten.errors import UserError
+from hasten.files import write_text
 
 CSS = """
 :root { color-scheme: light; }
@@ -41,7 +41,7 @@ def write_report(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: matplotlib is missing; the file cannot be written.
     """
-    _write(render(document), path)
+    write_text(path, render(document))
 
 
 def write_sweep(document: Mapping[str, Any], path: Path) -> None:
@@ -50,14 +50,7 @@ def write_sweep(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: matplotlib is missing; the file cannot be written.
     """
-    _write(render_sweep(document), path)
-
-
-def _write(page: str, path: Path) -> None:
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    write_text(path, render_sweep(document))
 
 
 def render(document: Mapping[str, Any]) -> str:

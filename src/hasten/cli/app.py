@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from hasten import __version__
-from hasten.cli import bench, chat, doctor, generate, methods, models, pull, race, sweep, train, tune, verify
+from hasten.cli import bench, chat, doctor, generate, methods, models, pull, race, streams, sweep, train, tune, verify
 from hasten.errors import Interrupted, Notice, UserError
 
 # Typer brings its own copy of Click; its usage errors are known by what a public one inherits from.
@@ -70,7 +70,7 @@ def version(
 def main() -> None:
     """Run; exit 0 if all went well, 2 on bad input, 130 on Ctrl-C, 143 on SIGTERM (one sentence on stderr each)."""
     warnings.showwarning = _notice
-    with _terminable():
+    with streams.usable(), _terminable():
         sys.exit(_run())
 
 
@@ -78,10 +78,10 @@ def _run() -> int:
     """Run a command, and say in one sentence why it failed; the exit status."""
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         return _say(str(error), 2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except streams.Unread:
         return 0
     except Exception as error:
         if not isinstance(error, ClickException):

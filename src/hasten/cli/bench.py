@@ -128,4 +128,4 @@ def _print(rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -
             table.add_row(method, style="bold")
         cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in columns.values()]
         table.add_row(f"  {row['category']}", *cells, f"{row['identical']}/{row['prompts']}")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli import options
+from hasten.cli import options, streams
 from hasten.cli.groups import grouped
 from hasten.cli.options import Loading
 from hasten.errors import UserError
+from hasten.files import write_text
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", "weights": "dense"},
@@ -56,19 +57,19 @@ def doctor(
     with console.status("starting") as status:
         document = examine(llm, precisions, invariant, status.update if not json else (lambda stage: None))
     if picture is not None:
-        picture.write_text(plots.step_costs(document), encoding="utf-8")
+        write_text(picture, plots.step_costs(document))
     if json:
         options.emit(document)
     else:
         _print(document)
         if picture is not None:
-            Console(highlight=False).print(f"\ndrawn in {picture}")
+            Console(highlight=False, markup=False).print(f"\ndrawn in {picture}")
 
 
 def _print(document: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     plain = ("device", "processor", "threads", "torch", "backend", "kernels", "dtype", "model")
     for key in plain:
         if document[key] is not None:
@@ -86,6 +87,7 @@ def _print(document: dict[str, Any]) -> None:
         price = document["invariance_price"]
         console.print(f"{'its price':>14}  {price:.2f} times the step: what --numerics invariant costs here")
     console.print(f"\n{'rows':>14}  cost of a step, relative to one row: v(n)")
+    bar = "█" if streams.takes_all_characters() else "#"
     longest = max(document["verify_cost"].values())
     for count, cost in document["verify_cost"].items():
-        console.print(f"{count:>14}  {'█' * max(1, round(40 * cost / longest))} {cost:.2f}")
+        console.print(f"{count:>14}  {bar * max(1, round(40 * cost / longest))} {cost:.2f}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli import options
+from hasten.cli import options, streams
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
@@ -44,6 +44,10 @@ def generate(
     json_schema: Annotated[str | None, typer.Option(help="JSON of this schema: a file, or the schema itself.")] = None,
     regex: Annotated[str | None, typer.Option(help="Text that this regular expression matches.")] = None,
     grammar: Annotated[str | None, typer.Option(help="Text of the grammar in this file (Lark or GBNF).")] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option("--logit-bias", metavar="ID=BIAS", help="Added to a token's logit; -inf bans it (several times)."),
+    ] = None,
     acceptance: Annotated[str, typer.Option(help="match, max or typical.")] = "match",
     chat: options.Chat = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
@@ -54,7 +58,7 @@ def generate(
     """Complete a prompt, streaming the text as it comes."""
     from dataclasses import replace
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = options.prompt_text(prompt)
     if not text:
         raise UserError("the prompt is empty")
     constraint = options.constraint(json_schema, regex, grammar)
@@ -65,29 +69,34 @@ def generate(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "seed": seed, "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "stop": [streams.argument("a stop string", each) for each in stop] if stop else None,
     }  # fmt: skip
+    defaults = llm.default_params
     params = replace(
-        llm.default_params,
+        defaults,
         **{name: value for name, value in given.items() if value is not None},
         n=n,
-        stop=tuple(stop or ()),
         stop_token_ids=tuple(stop_token_id or ()),
         min_tokens=min_tokens,
         bad_words=tuple(bad_word or ()),
         skip_special_tokens=not special_tokens,
+        logit_bias={**defaults.logit_bias, **_biases(logit_bias or [])},
         constraint=constraint,
         acceptance=acceptance,  # type: ignore[arg-type]  # SamplingParams says which are known
         ignore_eos=ignore_eos,
     )
     ids = llm.encode(text)
     if chat or system is not None:
-        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages = []
+        if system is not None:
+            messages.append({"role": "system", "content": streams.argument("the system message", system)})
         ids = llm.apply_chat_template([*messages, {"role": "user", "content": text}])
     if json:
         options.emit(_document(llm, ids, params, method))
     elif n > 1:
         for number, choice in enumerate(llm.generate([ids], params, method)[0].choices, 1):
             print(f"--- {number} of {n}\n{choice.text}")
+            _print_logprobs(llm, choice)
     else:
         _stream(llm, ids, params, method)
 
@@ -99,12 +108,40 @@ def _stream(llm: LLM, ids: list[int], params: SamplingParams, method: str) -> No
         print(chunk.text, end="", flush=True)
         completion = chunk.completion or completion
     print()
+    if completion is not None:
+        _print_logprobs(llm, completion)
     if completion is not None and sys.stderr.isatty():
         print(
             f"{len(completion.token_ids)} tokens, {completion.tokens_per_second:.0f}/s, "
             f"{completion.tokens_per_step:.2f} per step, {completion.finish_reason}",
             file=sys.stderr,
         )
+
+
+def _biases(given: list[str]) -> dict[int, float]:
+    """ID=BIAS, as often as it was given.
+
+    Raises:
+        UserError: something else was.
+    """
+    biases: dict[int, float] = {}
+    for each in given:
+        token, _, bias = each.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise UserError(f"logit-bias must be ID=BIAS, such as 42=-1.5, not {each!r}") from None
+    return biases
+
+
+def _print_logprobs(llm: LLM, completion: Completion) -> None:
+    """A line per token: its log-probability, and those of the likeliest, each behind its text as Python writes it."""
+
+    def said(token: int, logprob: float) -> str:
+        return f"{llm.tokenizer.decode([token])!r} {logprob:.4f}"
+
+    for item in completion.logprobs:
+        print("\t".join([said(item.token, item.logprob), *(said(*pair) for pair in item.top)]))
 
 
 def _document(llm: LLM, ids: list[int], params: SamplingParams, method: str) -> dict[str, Any]:

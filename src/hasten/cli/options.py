@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.cli import streams
 from hasten.documents import dumps
 from hasten.errors import UserError
 
@@ -112,8 +113,11 @@ def constraint(json_schema: str | None, regex: str | None, grammar: str | None) 
         return None
     from hasten.engine import Constraint
 
-    if json_schema is not None and not json_schema.lstrip().startswith("{"):
-        json_schema = _read(json_schema)
+    if json_schema is not None:
+        inline = json_schema.lstrip().startswith("{")
+        json_schema = streams.argument("the JSON schema", json_schema) if inline else _read(json_schema)
+    if regex is not None:
+        regex = streams.argument("the regular expression", regex)
     return Constraint(json_schema, regex, None if grammar is None else _read(grammar))
 
 
@@ -126,8 +130,19 @@ def _read(path: str) -> str:
 
 
 def emit(document: Any) -> None:
-    """One JSON document on stdout; a figure that does not exist is null."""
-    print(dumps(document, indent=2, ensure_ascii=False))
+    """One JSON document on stdout, whole whatever signal comes meanwhile; a figure that does not exist is null."""
+    text = dumps(document, indent=2, ensure_ascii=not streams.takes_all_characters())
+    with streams.uninterrupted():
+        print(text, flush=True)
+
+
+def prompt_text(given: str) -> str:
+    """A prompt as it is given on the command line; `-` stands for standard input.
+
+    Raises:
+        UserError: it is no UTF-8 text, or cannot be read.
+    """
+    return streams.standard_input() if given == "-" else streams.argument("the prompt", given)
 
 
 @contextmanager

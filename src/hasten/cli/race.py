@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from hasten.cli.colours import Coloured
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
+from hasten.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,7 +45,7 @@ def race(
     """
     if rounds < 1 or not 0 <= slow < inf:
         raise UserError("rounds must be at least 1, slow finite and not negative")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = None if prompt is None else options.prompt_text(prompt)
     if not json:
         pull.offer(model)
     llm = loading.load(model)
@@ -120,10 +120,7 @@ def _save(path: Path, picture: RenderableType, figures: str) -> None:
     paper.print(figures)
     drawing = re.sub(r"@font-face \{.*?\}", "", paper.export_svg(title="hasten race"), flags=re.DOTALL)
     drawing = drawing.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
-    try:
-        path.write_text(re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    write_text(path, re.sub(r"<!--.*?-->\s*", "", drawing, flags=re.DOTALL))
 
 
 def _picture(lanes: list[Lane], shown: list[list[tuple[str, str]]]) -> RenderableType:
@@ -144,8 +141,8 @@ def _picture(lanes: list[Lane], shown: list[list[tuple[str, str]]]) -> Renderabl
         panels.append(
             Panel(
                 Text.assemble(*pieces),
-                title=title,
-                subtitle=figures,
+                title=Text(title),
+                subtitle=Text(figures),
                 border_style="green" if lane.done else "dim",
             )
         )

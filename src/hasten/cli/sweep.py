@@ -13,6 +13,7 @@ from hasten.cli import options
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
 from hasten.errors import UserError
+from hasten.files import write_text
 
 ORACLE = "oracle"
 
@@ -83,7 +84,7 @@ def sweep(
     if report is not None:
         write_sweep(document, report)
     if picture is not None:
-        picture.write_text(plots.tradeoffs(document["rows"], document["ideal"]), encoding="utf-8")
+        write_text(picture, plots.tradeoffs(document["rows"], document["ideal"]))
     if json:
         options.emit(document)
     else:
@@ -95,7 +96,7 @@ def _print(document: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("decoder")
     for head in ("tokens\n/step", "right", "95 %", "rows\n/token", "agrees"):
@@ -111,7 +112,7 @@ def _print(document: dict[str, Any]) -> None:
                 table.add_row(f"  {row['method']}", *_cells(row))
     console.print(table)
     for entry in document["skipped"]:
-        console.print(f"skipped {entry['method']}: {entry['reason']}", style="dim", markup=False)
+        console.print(f"skipped {entry['method']}: {entry['reason']}", style="dim")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ def _print(document: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("method", "speedup", "tokens per step", "prompts", "rung"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -78,11 +78,11 @@ def _print(document: dict[str, Any]) -> None:
     console.print(table)
     console.print("Each rung went on to further prompts: compare speedups within a rung.", style="dim")
     for entry in document["skipped"]:
-        console.print(f"skipped {entry['method']}: {entry['reason']}", style="dim", markup=False)
+        console.print(f"skipped {entry['method']}: {entry['reason']}", style="dim")
     if document["interrupted"]:
         console.print("interrupted: this is what was known by then")
     gain = document["expected_speedup"]
     expected = "" if gain is None else f", {gain:.2f} times plain decoding"
     checked = f" on {document['held_out_prompts']} held-out prompts" if document["held_out_prompts"] else ""
-    console.print(f"choice: {document['choice']}{expected}{checked} ({document['reason']})", markup=False)
-    console.print(f"use it: {document['command']}", markup=False, soft_wrap=True)
+    console.print(f"choice: {document['choice']}{expected}{checked} ({document['reason']})")
+    console.print(f"use it: {document['command']}", soft_wrap=True)

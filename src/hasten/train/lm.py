@@ -32,8 +32,12 @@ class Pretraining(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.hidden, self.heads, self.kv_heads) < 1:
+            raise UserError("hidden, heads and kv-heads must be positive")
         if self.hidden % self.heads or self.heads % self.kv_heads:
             raise UserError("hidden must be a multiple of heads, and heads a multiple of kv-heads")
+        if self.hidden // self.heads % 2:
+            raise UserError("hidden must be an even multiple of heads: positions turn pairs of numbers")
         if min(self.layers, self.ffn) < 1 or self.vocabulary < 300:
             raise UserError("layers and ffn must be positive, vocabulary at least 300")
 

@@ -15,6 +15,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from hasten.errors import UserError, require_finite
 from hasten.train.data import DEFAULT_WEIGHTS, Batch, Mixture, Stream
 
+LEAST_CONTEXT = 64
+"""Below, the shortest examples of the tasks would not fit."""
 SHORT = 0.1
 """Difficulty in the opening."""
 
@@ -48,6 +50,12 @@ class Recipe(ABC):
         require_finite(self)
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}")
+        if self.context < LEAST_CONTEXT:
+            raise UserError(f"context must be at least {LEAST_CONTEXT}, not {self.context}")
+        if not (0 <= self.opening <= 1 and 0 <= self.curriculum <= 1):
+            raise UserError("opening and curriculum must be between 0 and 1: they are shares of the run")
+        if self.lr <= 0:
+            raise UserError(f"lr must be positive, not {self.lr}")
         if min(self.tokens, self.batch_tokens) < 1 or self.answers < 0:
             raise UserError("tokens and batch-tokens must be positive, answers 0 (any length) or more")
         if self.batch_tokens < self.context:

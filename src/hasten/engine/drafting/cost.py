@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (64, 960)
+MOST_ROWS = 4096
+"""Of a record: a table is made of all numbers up to the last."""
 BATCH = 8
 MEASURE_SECONDS = 3.0
 """About how long a measurement may take, where the model is fast enough for a few repetitions at all."""
@@ -197,9 +199,28 @@ def _read(file: Path) -> VerifyCost | None:
         record = json.loads(file.read_text(encoding="utf-8"))
         seconds = tuple(tuple(float(value) for value in curve) for curve in record["seconds"])
         curve = VerifyCost(tuple(record["rows"]), tuple(record["contexts"]), seconds, float(record["per_sequence"]))
-        return curve if all(map(isfinite, (curve.per_sequence, *chain(*seconds)))) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return curve if _fits(curve) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _fits(curve: VerifyCost) -> bool:
+    """Whether a record is a curve: whole numbers that grow, and a time for each pair of them."""
+    growing = all(
+        all(type(each) is int for each in axis) and list(axis) == sorted(set(axis))
+        for axis in (curve.rows, curve.contexts)
+    )
+    return (
+        growing
+        and len(curve.rows) > 1
+        and curve.rows[0] == 1
+        and curve.rows[-1] <= MOST_ROWS
+        and bool(curve.contexts)
+        and curve.contexts[0] > 0
+        and [len(each) for each in curve.seconds] == [len(curve.rows)] * len(curve.contexts)
+        and all(0 < each < inf for each in chain(*curve.seconds))
+        and isfinite(curve.per_sequence)
+    )
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:

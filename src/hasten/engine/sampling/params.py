@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal
+from typing import Literal
 
 from hasten.engine.sampling.grammar import Constraint
-from hasten.errors import UserError, require, require_finite
+from hasten.engine.sampling.values import shown, take
+from hasten.errors import require, require_finite
 
 Acceptance = Literal["match", "max", "typical"]
 """`match`: keyed noise, the same text as plain decoding. `max`: the classic rules (Leviathan/Chen, SpecInfer, without
@@ -16,13 +17,15 @@ replacement) for sampled drafts: the same distribution, other text, accepted mor
 
 LEAST = 1e-6
 """Of what divides logits: what is smaller makes them infinite."""
+LEAST_TEMPERATURE = 1e-30
+"""What is smaller counts as it, and chooses the same tokens; float32 has no number for some of it."""
 LARGEST_BIAS = 1e38
 """Finite in float32, and with a logit added, too."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling, stopping and reporting of one request.
+    """Sampling, stopping and reporting of one request. None for any of them is its default.
 
     Attributes:
         max_tokens: at most this many new tokens; None means up to the context limit.
@@ -53,7 +56,8 @@ class SamplingParams:
             but speed can tell one user what another one wrote.
 
     Raises:
-        UserError: a value out of range; NaN, and infinity other than in logit_bias, are out of every range.
+        UserError: a value of another kind (`values.take`), or out of range; NaN, and infinity other than in logit_bias,
+            are out of every range.
     """
 
     max_tokens: int | None = None
@@ -82,15 +86,16 @@ class SamplingParams:
     tenant: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
-        words = _tuple("bad_words", self.bad_words)
-        words = tuple(word if isinstance(word, str) else _tuple("bad_words", word) for word in words)
-        object.__setattr__(self, "bad_words", words)
+        take(self)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", LEAST_TEMPERATURE)
         checks = (
+            (
+                self.constraint is None or isinstance(self.constraint, Constraint),
+                f"constraint must be a Constraint, not {shown(self.constraint)}",
+            ),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
-            (self.greedy or self.temperature >= LEAST, "temperature must be 0 (greedy) or at least 1e-6"),
             (self.top_k >= 0, "top_k must be 0 (off) or positive"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
@@ -110,7 +115,7 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) must not be more than max_tokens ({self.max_tokens})",
             ),
             (
-                all(word if isinstance(word, str) else word and all(map(_is_id, word)) for word in words),
+                all(word if isinstance(word, str) else word and all(map(_is_id, word)) for word in self.bad_words),
                 "bad_words must be texts, or lists of token ids, that are not empty",
             ),
             (self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs must be between 0 and 100"),
@@ -152,14 +157,3 @@ class SamplingParams:
 def _is_id(value: object) -> bool:
     """Whether a value is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _tuple(name: str, values: object) -> tuple[Any, ...]:
-    """The values of a list.
-
-    Raises:
-        UserError: it is none; one word is no list of its letters.
-    """
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise UserError(f"{name} must be a list, not {values!r}")
-    return tuple(values)

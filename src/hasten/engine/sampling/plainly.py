@@ -26,6 +26,8 @@ def choice(
         return 0
     if rule.temperature == 0:
         return int(logits.argmax())
+    if rule.temperature < rule.tame:
+        logits = logits - logits.max()
     scores, tokens = logits / rule.temperature, np.arange(len(logits))
     if rule.filters:
         # Of equal ones the first.

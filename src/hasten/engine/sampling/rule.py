@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof
+from math import isfinite
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from hasten.engine.sampling.native.library import RuleStruct
 from hasten.engine.sampling.noise import mix
-from hasten.engine.sampling.params import SamplingParams
+from hasten.engine.sampling.params import LEAST, SamplingParams
 
 TOKEN_STREAM = 1
 """Of noise; the coins of rejection rules have another one."""
@@ -28,6 +29,7 @@ class Rule:
 
     Attributes:
         temperature: 0 is greedy.
+        tame: below it, logits over the temperature may be infinite in float32: the largest is subtracted first.
         top_k: 0 where it keeps all.
         log_min_p: -infinity where it is off.
         stream: of the noise: `mix(position, state=stream)` is the key of a position.
@@ -39,6 +41,7 @@ class Rule:
 
     def __init__(self, params: SamplingParams, choice: int, prompt: Sequence[int], vocabulary: int) -> None:
         self.temperature, self.top_p = np.float32(params.temperature), np.float32(params.top_p)
+        self.tame = np.float32(LEAST * max([1.0, *filter(isfinite, map(abs, params.logit_bias.values()))]))
         self.top_k = params.top_k if 0 < params.top_k < vocabulary else 0
         self.log_min_p = np.float32(torch.log(torch.tensor(params.min_p)).item())
         self.repetition = np.float32(params.repetition_penalty)
@@ -67,7 +70,7 @@ class Rule:
 
     def _as_struct(self) -> RuleStruct:
         struct = RuleStruct(top_k=self.top_k, stream=self.stream, biases=len(self.bias_tokens))
-        for name in ("temperature", "top_p", "log_min_p", "repetition", "presence", "frequency"):
+        for name in ("temperature", "tame", "top_p", "log_min_p", "repetition", "presence", "frequency"):
             setattr(struct, name, float(getattr(self, name)))
         for name in ("bias_tokens", "bias_values", "seen", "counts"):
             array = getattr(self, name)

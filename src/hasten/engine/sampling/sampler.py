@@ -139,7 +139,7 @@ class Sampler:
     def distribution(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
         """Adjusted, tempered and filtered (top-k, then top-p, then min-p); for temperature above 0."""
         params = self.params
-        scores = self.adjusted(logits, paths) / params.temperature
+        scores = self._tempered(self.adjusted(logits, paths))
         ids = None
         if 0 < params.top_k < self.vocabulary:
             scores, ids = scores.topk(params.top_k, -1)
@@ -152,6 +152,15 @@ class Sampler:
             floor = scores.amax(-1, keepdim=True) + torch.log(torch.tensor(params.min_p))
             scores = scores.masked_fill(scores < floor, -torch.inf)
         return Distribution(scores, ids, self.vocabulary)
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        """Logits over the temperature; where that would overflow, the likeliest token's are subtracted first."""
+        temperature = self.params.temperature
+        if self.rule.temperature < self.rule.tame:
+            peak = logits.amax(-1, keepdim=True)
+            # Of a row that a grammar leaves nothing there is nothing to subtract.
+            logits = logits - peak.masked_fill(peak == -torch.inf, 0.0)
+        return logits / temperature
 
     def perturbed(self, distribution: Distribution, positions: Sequence[int]) -> Tensor:
         """Scores plus the Gumbel noise of each row's next position; its order is a draw without replacement.

@@ -131,8 +131,8 @@ class Entry:
             ids, scores = [ids[i] for i in order], [biased[i] for i in order]
         if not ids or scores[0] == -inf:
             return [], []
-        power = 1.0 if params.greedy else 1 / params.temperature
-        weights = [exp((score - scores[0]) * power) for score in scores]
+        temperature = 1.0 if params.greedy else params.temperature
+        weights = [exp((score - scores[0]) / temperature) for score in scores]
         kept = min(params.top_k or len(ids), len(ids))
         if params.top_p < 1:
             left = params.top_p * sum(weights[:kept])

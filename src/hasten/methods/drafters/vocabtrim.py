@@ -234,7 +234,7 @@ def _from_file(path: Path) -> list[tuple[str, str]]:
         UserError: unreadable, a line that is not what it should be (with its number), or nothing in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"vocabtrim cannot read calibration text from {path}: {error}") from error
     pairs = list(_pairs(path, lines))

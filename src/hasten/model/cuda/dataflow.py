@@ -113,5 +113,5 @@ def _read(file: Path) -> dict[int, str] | None:
         kernels = json.loads(file.read_text(encoding="utf-8"))["kernels"]
         found = {rows: kernels[str(rows)] for rows in ROWS}
         return found if all(rows <= PRODUCTS[name][0] for rows, name in found.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -20,7 +20,10 @@ class RuleStruct(ctypes.Structure):
     """`struct Rule`."""
 
     _fields_: ClassVar[Any] = [
-        *((name, c_float) for name in ("temperature", "top_p", "log_min_p", "repetition", "presence", "frequency")),
+        *(
+            (name, c_float)
+            for name in ("temperature", "tame", "top_p", "log_min_p", "repetition", "presence", "frequency")
+        ),
         ("top_k", c_int64),
         ("stream", c_uint64),
         *((name, c_void_p) for name in ("bias_tokens", "bias_values")),

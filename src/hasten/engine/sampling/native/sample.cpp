@@ -25,11 +25,11 @@ constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr int64_t BLOCK = 256;
 constexpr float LARGEST_NOISE = 36.8f;  // -log(-log(1 - 2^-53)) is 36.74
 
-// What one request's choices depend on. `temperature` is 0 for greedy ones, `top_k` 0 and `top_p` 1 where they are off,
+// What one request's choices depend on. `temperature` is 0 for greedy ones; below `tame`, logits over it might be infinite. `top_k` 0 and `top_p` 1 where they are off,
 // `log_min_p` is -infinity then. `seen` and `counts` [vocabulary] are null without penalties; what
 // is counted was seen.
 struct Rule {
-    float temperature, top_p, log_min_p, repetition, presence, frequency;
+    float temperature, tame, top_p, log_min_p, repetition, presence, frequency;
     int64_t top_k;
     uint64_t stream;
     const int64_t *bias_tokens;
@@ -251,6 +251,14 @@ float survey(const Work &work, const float *x) {
     return most;
 }
 
+// Logits less the largest of them; where none is possible, as they are.
+const float *lowered_to_zero(const Work &work, const float *x) {
+    const float most = survey(work, x);
+    if (!(most > NOTHING)) return x;
+    for (int64_t i = 0; i < work.vocabulary; ++i) work.scores[i] = x[i] - most;
+    return work.scores;
+}
+
 // The first token that has `most`.
 int64_t first_of(const Work &work, const float *x, float most) {
     const int64_t start = BLOCK * (std::find(work.maxima, work.maxima + work.blocks(), most) - work.maxima);
@@ -392,9 +400,8 @@ int64_t choice(const Work &work, const Walk &walk, const float *logits, const ui
     const Rule &rule = *walk.rule;
     const float *x = adjusted(work, walk, logits, allowed);
     const bool top_k = rule.top_k > 0, top_p = rule.top_p < 1;
-    if (rule.temperature > 0 && (top_k || top_p)) {
-        x = tempered(work, x, rule.temperature);
-    }
+    if (rule.temperature > 0 && rule.temperature < rule.tame) x = lowered_to_zero(work, x);
+    if (rule.temperature > 0 && (top_k || top_p)) x = tempered(work, x, rule.temperature);
     const float most = survey(work, x);
     if (!(most > NOTHING)) return 0;
     if (rule.temperature == 0) return first_of(work, x, most);
