@@ -90,16 +90,20 @@ def test_every_type_is_expanded_as_the_package_does(name: str, tmp_path: Path) -
     rows = blocks.reshape(5, -1)
     expanded = tensors._expand(Blocks(name, torch.from_numpy(rows), 256))
     assert torch.equal(expanded, torch.from_numpy(dequantize(rows, kind)))
-    assert expanded.isfinite().all() and tensors.expanded == {name}
+    assert expanded.isfinite().all()
 
 
 def test_the_backends_agree_and_types_that_were_expanded_are_named_once(tmp_path: Path) -> None:
     model = rounded(random_model("llama", **SHAPE), Kind.Q4_1)
     file = write_model(tmp_path / "model.gguf", model, Kind.Q4_1)
-    with pytest.warns(Notice, match=r"^model.gguf: weights of Q4_1 are expanded to float32$") as told:
-        native = load_model(file, "float32")
-    assert len(told) == 1
-    torch.testing.assert_close(logits(native), logits(quiet(file)), atol=1e-4, rtol=0)
+    with pytest.warns(Notice, match=r"^model.gguf: its table of tokens, Q4_1, is expanded to float32$") as told:
+        native = load_model(file, "float32", backend="native")
+    with pytest.warns(Notice, match=r"^model.gguf: weights of Q4_1 are expanded to float32$") as told_too:
+        expanded = load_model(file, "float32", backend="torch")
+    assert len(told) == len(told_too) == 1
+    # The native step keeps the blocks, and rounds what they are multiplied with to codes of 8 bits.
+    one, other = logits(native), logits(expanded)
+    assert 0 < (one - other).abs().max() < 0.05 * other.abs().max()
     plain = write_model(tmp_path / "plain.gguf", model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -154,7 +154,7 @@ class Tensors:
         dtype, device: what the tensors become.
 
     Attributes:
-        expanded: the types of weights that were stored in fewer bits, and expanded to be read.
+        expanded: weights that were stored in fewer bits, and expanded to be read, with their types.
 
     Raises:
         UserError: files missing or corrupt.
@@ -164,7 +164,7 @@ class Tensors:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.expanded: set[str] = set()
+        self.expanded: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         where = weight_map(folder)
         self._where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE) if where is None else where

@@ -74,6 +74,9 @@ class LightTokenizer:
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
         """Text of ids."""
+        # As it stands is all that it knows.
+        if options.get("clean_up_tokenization_spaces") is False:
+            del options["clean_up_tokenization_spaces"]
         if options or not isinstance(ids, list) or not all(type(each) is int for each in ids[:1]):
             return self.complete.decode(ids, skip_special_tokens=skip_special_tokens, **options)
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -149,8 +149,10 @@ def load_model(
     pieces = ARCHITECTURES[config.architecture].pieces(config, tensors)
     loaded = assemble(config, pieces, runner, cache_dtype, transforms)
     if tensors.expanded:
-        kinds = ", ".join(sorted(tensors.expanded))
-        what = f"{folder.name}: weights of {kinds} are expanded to {str(chosen).removeprefix('torch.')}"
+        kinds = ", ".join(sorted(set(tensors.expanded.values())))
+        table = len(tensors.expanded) == 1 and "embed" in next(iter(tensors.expanded))
+        which = f"its table of tokens, {kinds}, is" if table else f"weights of {kinds} are"
+        what = f"{folder.name}: {which} expanded to {str(chosen).removeprefix('torch.')}"
         warnings.warn(what, Notice, stacklevel=2)
     if numerics == "invariant" and isinstance(runner, NativeBackend) and not runner.runs(loaded):
         raise UserError("invariant numerics: transforms made layers that the native step does not know")

@@ -241,6 +241,10 @@ class Sampler:
             deciding = max(row, 2 * dense) + (rows - 1) * dense
         return max(deciding, reporting) + rows * KEYS
 
+    def processing_bytes(self, rows: int) -> int:
+        """Bytes that `distribution` of so many rows, and its noise, take for a while, at most: what drafters do."""
+        return 0 if self.is_argmax else rows * (self._row_bytes + KEYS)
+
     @property
     def _row_bytes(self) -> int:
         """Of one row, to adjust and filter it, and to draw from it, at most."""

@@ -17,6 +17,7 @@ from hasten.model.gguf.file import GGUF
 SUPPORTED = ("llama", "qwen2", "qwen3")
 """Architectures by their names in GGUF; Mistral's models are called llama there."""
 
+SCALINGS = ("none", "linear", "yarn")
 FACTORS = "rope_freqs.weight"
 """What frequencies of the rope are divided by, where Llama 3 scales them."""
 
@@ -121,6 +122,8 @@ def _rope(file: GGUF, kind: str) -> dict[str, Any]:
     # Older files scale lines by a key of their own.
     older = file.real(f"{kind}.rope.scale_linear", 1.0)
     scaling = file.text(f"{kind}.rope.scaling.type", "none" if older == 1 else "linear")
+    if scaling not in SCALINGS:
+        raise UserError(f"{file.path}: rope type {scaling!r} is not supported; supported are {', '.join(SCALINGS)}")
     rope: dict[str, Any] = {
         "rope_type": "default" if scaling == "none" else scaling,
         "rope_theta": file.real(f"{kind}.rope.freq_base", 10_000.0),

@@ -71,7 +71,7 @@ class GGUFTensors(Tensors):
     def __init__(self, file: GGUF, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = file.path, dtype, device
         self.file, self.config = file, config
-        self.expanded = set()
+        self.expanded = {}
         self._names = {
             f"{ours}.{part}".format(layer): f"{NAMES[piece]}.{part}".format(layer)
             for piece, ours in TENSORS.items()
@@ -97,6 +97,7 @@ class GGUFTensors(Tensors):
         if stored.type in PLAIN:
             rows = torch.from_numpy(self.file.rows(called)).view(PLAIN[stored.type])
             return self._half_split(called, rows).view(stored.shape)
+        self.expanded[name] = stored.type
         return self._expand(self._blocks(called)).view(stored.shape)
 
     def piece(self, names: list[str], shapes: Sequence[tuple[int, ...]], bias: Tensor | None = None) -> Piece:
@@ -140,7 +141,6 @@ class GGUFTensors(Tensors):
 
     def _expand(self, blocks: Blocks) -> Tensor:
         """[outputs, inputs] in the dtype that is asked for."""
-        self.expanded.add(blocks.type)
         out = torch.empty(blocks.rows.shape[0], blocks.inputs, dtype=self.dtype)
         step, kind = max(1, EXPANDED // blocks.inputs), GGMLQuantizationType[blocks.type]
         for start in range(0, len(out), step):
