@@ -38,7 +38,7 @@ class Conversation:
     """
 
     def __init__(self, llm: LLM, params: SamplingParams, method: str, messages: Sequence[Message] = ()) -> None:
-        if not getattr(llm.tokenizer, "chat_template", None):
+        if not llm.templated:
             raise UserError(f"{llm.folder} has no chat template, so it cannot chat: complete a text with it instead")
         if messages and messages[-1]["role"] == "user":
             raise UserError("the conversation ends with a question: it must end with an answer")
