@@ -10,7 +10,6 @@ from pathlib import Path
 
 from hasten.documents import dumps
 from hasten.engine import Job, Progress, SamplingParams
-from hasten.engine.text import decode
 from hasten.errors import UserError
 from hasten.files import write_text
 from hasten.llm import LLM
@@ -108,9 +107,7 @@ class Conversation:
     @property
     def text(self) -> str:
         """Of the latest answer, as it was said."""
-        if self.request is None:
-            return ""
-        return decode(self.llm.tokenizer, self.request.output)[: self.request.stopper.cut]
+        return "" if self.request is None else self.llm.text_of(self.request)
 
     def _keep(self, request: Job | None) -> None:
         """Take an answer into the conversation."""

@@ -193,9 +193,10 @@ class LLM:
         """
         return list(self._one(prompt))  # type: ignore[arg-type]  # embeddings are not asked for here
 
-    def _tokenized(self, text: str) -> list[int]:
+    def _tokenized(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text; `special`: with those that the tokenizer adds."""
         with self._encoding:
-            ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+            ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
     def _prompts(self, given: Any) -> list[Ids]:
@@ -223,10 +224,7 @@ class LLM:
         conversation = [with_text(message) for message in inputs.messages(messages)]
         if not self.templated:
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
-        text = render_chat(self.tokenizer, conversation)
-        with self._encoding:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self._tokenized(render_chat(self.tokenizer, conversation), special=False)
 
     def generate(
         self,
@@ -316,12 +314,14 @@ class LLM:
             raise UserError(f"method must be a specification or a Drafter, not {shown(given)}")
         return given
 
-    def _completion(self, request: Request) -> Completion:
-        # The token that ended it is no part of the text.
+    def text_of(self, request: Request) -> str:
+        """What a request has said: up to its stop string, and without the token that ended it."""
         spoken = request.output[:-1] if request.stopper.ended_by_token else request.output
-        text = decode(self.tokenizer, spoken, request.params.skip_special_tokens)
+        return decode(self.tokenizer, spoken, request.params.skip_special_tokens)[: request.stopper.cut]
+
+    def _completion(self, request: Request) -> Completion:
         return Completion(
-            text=text if request.stopper.cut is None else text[: request.stopper.cut],
+            text=self.text_of(request),
             token_ids=request.output,
             finish_reason=request.finish_reason or "abort",
             steps=request.statistics.steps,

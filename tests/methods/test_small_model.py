@@ -293,7 +293,7 @@ def test_specifications_share_one_small_model(llm):
     engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
     specs = ("draft-model", "draft-model:width=2,length=3", "dyspec", "auto:candidates=ngram/draft-model:confidence=0")
     first, second, third, auto = (engine.drafter(spec)[1] for spec in specs)
-    assert first.model is second.model is third.model is auto._drafters[1].model
+    assert first.model is second.model is third.model is auto.drafters[1].model
     other = engine.drafter("draft-model:dtype=bfloat16")[1]
     assert other.model is not first.model
     # Nothing is kept for its own sake.

@@ -85,12 +85,13 @@ def generate(
         acceptance=acceptance,  # type: ignore[arg-type]  # SamplingParams says which are known
         ignore_eos=ignore_eos,
     )
-    ids = llm.encode(text)
     if chat or system is not None:
         messages = []
         if system is not None:
             messages.append({"role": "system", "content": streams.argument("the system message", system)})
         ids = llm.apply_chat_template([*messages, {"role": "user", "content": text}])
+    else:
+        ids = llm.encode(text)
     if json:
         options.emit(_document(llm, ids, params, method))
     elif n > 1:

@@ -73,7 +73,7 @@ class _ByteTokens:
             return
         self.ids = ids
         self.of = {token: byte for byte, token in enumerate(ids)}
-        self.skipped = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self.skipped = set(special_tokens(tokenizer).values())
 
     def mended(self, ids: Sequence[int]) -> list[int]:
         """The ids, with what is no UTF-8 in each run of bytes replaced by the bytes of one replacement character."""

@@ -72,11 +72,12 @@ class LightTokenizer:
             return self.complete.encode(text, add_special_tokens=add_special_tokens, verbose=verbose, **options)
         return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
+    def decode(
+        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False, **options: Any
+    ) -> Any:
         """Text of ids."""
-        # As it stands is all that it knows.
-        if options.get("clean_up_tokenization_spaces") is False:
-            del options["clean_up_tokenization_spaces"]
+        if clean_up_tokenization_spaces:
+            options["clean_up_tokenization_spaces"] = True
         if options or not isinstance(ids, list) or not all(type(each) is int for each in ids[:1]):
             return self.complete.decode(ids, skip_special_tokens=skip_special_tokens, **options)
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -21,11 +21,11 @@ def memory_of(drafters: Sequence[Drafter]) -> int:
     return own + sum(weights_of(drafters).values())
 
 
-class FirstOf(Drafter):
-    """Asks its drafters in order, each for the requests that those before it left without a draft.
+class Several(Drafter):
+    """What a drafter made of others needs of all of them.
 
-    All of them see every prompt and every verification, so that each one's state is whole whenever its turn comes.
-    Exactness: that of its parts, since one draft always comes from one drafter.
+    Args:
+        drafters: its parts.
     """
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
@@ -43,13 +43,25 @@ class FirstOf(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return sum(drafter.growth_bytes(requests, rows) for drafter in self.drafters)
 
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        # What one has drafted stays while the next drafts.
+        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self.drafters)
+
     def prepare(self) -> None:
         for drafter in self.drafters:
             drafter.prepare()
 
-    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
-        # What one has drafted stays while the next drafts.
-        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self.drafters)
+    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
+        for drafter in self.drafters:
+            drafter.observe_prompt(request, start, taps)
+
+
+class FirstOf(Several):
+    """Asks its drafters in order, each for the requests that those before it left without a draft.
+
+    All of them see every prompt and every verification, so that each one's state is whole whenever its turn comes.
+    Exactness: that of its parts, since one draft always comes from one drafter.
+    """
 
     def begin(self, request: Request) -> None:
         for drafter in self.drafters:
@@ -68,10 +80,6 @@ class FirstOf(Drafter):
             for index, draft in zip(silent, asked, strict=True):
                 drafts[index] = draft
         return drafts
-
-    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
-        for drafter in self.drafters:
-            drafter.observe_prompt(request, start, taps)
 
     def observe(self, request: Request, seen: Observation) -> None:
         for drafter in self.drafters:

@@ -86,12 +86,8 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """Whether the raw argmax is the answer."""
-        return self.params.greedy and not self._adjusts
-
-    @property
-    def _adjusts(self) -> bool:
-        """Whether logits are not taken as they are."""
-        return bool(self.params.logit_bias) or self.params.penalised or self.grammar is not None or self.bans.any
+        adjusted = self.params.logit_bias or self.params.penalised or self.grammar is not None or self.bans.any
+        return self.params.greedy and not adjusted
 
     def committed(self, tokens: Sequence[int]) -> None:
         """Tell penalties, bans and the grammar about new output tokens."""
@@ -215,8 +211,10 @@ class Sampler:
         """[paths, bytes]: what grammar and bans leave behind each, a bit per token, lowest first; None: everything."""
         if self.grammar is None and not self.bans.any:
             return None
-        every = np.full((len(paths), -(-self.vocabulary // 8)), 255, np.uint8)
-        allowed = every if self.grammar is None else self.grammar.packed(paths)
+        if self.grammar is not None:
+            allowed = self.grammar.packed(paths)
+        else:
+            allowed = np.full((len(paths), -(-self.vocabulary // 8)), 255, np.uint8)
         for row, path in enumerate(paths):
             for token in self.bans.behind(path):
                 allowed[row, token >> 3] &= 255 ^ (1 << (token & 7))
@@ -242,8 +240,9 @@ class Sampler:
         return max(deciding, reporting) + rows * KEYS
 
     def processing_bytes(self, rows: int) -> int:
-        """Bytes that `distribution` of so many rows, and its noise, take for a while, at most: what drafters do."""
-        return 0 if self.is_argmax else rows * (self._row_bytes + KEYS)
+        """Bytes that so many rows take for a while, at most, where a drafter makes distributions of them or decides."""
+        distributions = 0 if self.is_argmax else rows * (self._row_bytes + KEYS)
+        return max(distributions, self.scratch_bytes(rows))
 
     @property
     def _row_bytes(self) -> int:

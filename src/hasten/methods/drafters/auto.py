@@ -13,14 +13,14 @@ set against another one: a choice by the values of its samples would bias the re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hasten.engine import Draft, Drafter, Observation, Request, Target, register
+from hasten.engine import Draft, Observation, Request, Target, register
 from hasten.engine.creation import create, is_lossless, refuse_alone
-from hasten.engine.drafting.composition import memory_of, weights_of
+from hasten.engine.drafting.composition import Several
 from hasten.engine.drafting.cost import VerifyCost, verify_cost
 from hasten.engine.drafting.planner import Planner
 from hasten.engine.registry import split
@@ -28,7 +28,6 @@ from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.methods.drafters.small_model import beside
-from hasten.model.taps import Taps
 
 CANDIDATES = "suffix/token-recycling:nodes=16"
 """What needs no training."""
@@ -108,16 +107,15 @@ def with_small_model(target: Target) -> dict[str, Any]:
     parameters=AutoParameters,
     defaults=with_small_model,
 )
-class Auto(Drafter):
+class Auto(Several):
     """One object per engine: what it learns of times serves all requests, what it learns from texts their tenant's."""
 
     def __init__(self, target: Target, parameters: AutoParameters) -> None:
         names = split(parameters.candidates, "/")
-        self._drafters = [create(name, target) for name in names]
-        for name, drafter in zip(names, self._drafters, strict=True):
+        super().__init__([create(name, target) for name in names])
+        for name, drafter in zip(names, self.drafters, strict=True):
             refuse_alone(name, drafter, "a candidate of auto")
-        self.candidates = [Candidate(drafter) for drafter in self._drafters]
-        self.taps = tuple({site: None for drafter in self._drafters for site in drafter.taps})
+        self.candidates = [Candidate(drafter) for drafter in self.drafters]
         self._plain = Candidate()
         self._pace = Typical([1.0])
         self._target = target
@@ -137,31 +135,16 @@ class Auto(Drafter):
             self._planner = Planner(verify_cost(self._target.model, self._target.folder))
         return self._planner
 
-    @property
-    def memory_bytes(self) -> int:
-        return memory_of(self._drafters)
-
-    @property
-    def weights(self) -> Mapping[int, int]:
-        return weights_of(self._drafters)
-
-    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        return sum(drafter.growth_bytes(requests, rows) for drafter in self._drafters)
-
     def prepare(self) -> None:
         """Measures the curve, unless it is known; the one that is kept on disk is of the fastest passes."""
         _ = self._plans
-        for drafter in self._drafters:
-            drafter.prepare()
-
-    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
-        return sum(drafter.scratch_bytes(requests, nodes) for drafter in self._drafters)
+        super().prepare()
 
     def begin(self, request: Request) -> None:
         expected = self._experience.expect(request.params.tenant, request.tokens)
         for each, outcome in zip(self.candidates, expected.outcomes, strict=True):
             each.records[request.id] = Record(outcome, expected.weight)
-        for drafter in self._drafters:
+        for drafter in self.drafters:
             drafter.begin(request)
 
     def propose(self, request: Request, budget: int) -> Draft:
@@ -262,17 +245,13 @@ class Auto(Drafter):
                 choice.draft = choice.draft.subset(nodes)
                 choice.probabilities = [choice.probabilities[node] for node in nodes]
 
-    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
-        for drafter in self._drafters:
-            drafter.observe_prompt(request, start, taps)
-
     def observe(self, request: Request, seen: Observation) -> None:
         choice, step = self._chosen.pop(request.id, (None, None))
         if choice is not None and step is not None:
             self._judge(step, request.statistics.forward_seconds - choice.clock, seen.rows)
             for candidate, draft, expected in choice.asked:
                 candidate.learn(request, draft, seen.tokens, expected)
-        for each, drafter in zip(self.candidates, self._drafters, strict=True):
+        for each, drafter in zip(self.candidates, self.drafters, strict=True):
             # One that rests is left alone, unless it needs the hidden states of every token.
             if drafter.taps or not each.records[request.id].rest:
                 drafter.observe(request, seen)
@@ -301,5 +280,5 @@ class Auto(Drafter):
         if request.started:
             outcomes = [None if record is None else record.outcome for record in records]
             self._experience.remember(request.params.tenant, request.tokens[: request.prompt_length], outcomes)
-        for drafter in self._drafters:
+        for drafter in self.drafters:
             drafter.end(request)

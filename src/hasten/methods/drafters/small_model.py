@@ -272,7 +272,7 @@ class SmallModelDrafter(Drafter):
         wide = max(vocabulary, *(sampler.vocabulary for sampler in samplers))
         padding = wide * LOGIT_BYTES if wide > vocabulary else 0
         looking = rows * (wide * PROBABILITIES + padding + nodes * CHILD)
-        looking += max(max(each.scratch_bytes(rows), each.processing_bytes(rows)) for each in samplers)
+        looking += max(each.processing_bytes(rows) for each in samplers)
         drawn = sum(sampled_bytes(sampler, nodes, sampler.kept) for sampler in samplers)
         return len(requests) * logits_bytes(rows, vocabulary) + looking + drawn + self._pass_bytes(requests, nodes)
 

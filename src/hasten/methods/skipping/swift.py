@@ -324,10 +324,7 @@ class Swift(Drafter):
         """Two levels' logits, what is made of one row of them, and what was drawn from; or a trial and its slots."""
         window, vocabulary = self.parameters.window, self.model.config.vocab_size
         slots = max(len(request.tokens) for request in requests) + nodes
-        making = (
-            max(max(each.sampler.scratch_bytes(1), each.sampler.processing_bytes(1)) for each in requests)
-            + vocabulary * ROW
-        )
+        making = max(each.sampler.processing_bytes(1) for each in requests) + vocabulary * ROW
         drawn = sum(sampled_bytes(each.sampler, nodes, vocabulary) for each in requests)
         levels = logits_bytes(2 * len(requests), vocabulary) + self.model.scratch_bytes(len(requests), 0, slots)
         searches = [self._searches.get(each.params.tenant) for each in requests]

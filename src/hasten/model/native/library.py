@@ -41,7 +41,7 @@ def _load() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
-    _require_sizes(loaded)
+    require_sizes(LIBRARY, loaded, "hasten_sizes", [*map(ctypes.sizeof, STRUCTS)])
     loaded.hasten_kernels.restype, loaded.hasten_kernels.argtypes = c_char_p, []
     loaded.hasten_borrow.restype, loaded.hasten_borrow.argtypes = c_int, [c_char_p]
     loaded.hasten_team.restype, loaded.hasten_team.argtypes = c_void_p, [c_int]
@@ -66,17 +66,21 @@ def _load() -> ctypes.CDLL | None:
     return loaded
 
 
-def _require_sizes(loaded: ctypes.CDLL) -> None:
+def require_sizes(file: Path, loaded: ctypes.CDLL, function: str, ours: list[int]) -> None:
     """Refuse a library whose structures have other sizes than ours: it would read something else from them.
+
+    Args:
+        file: that it was loaded from.
+        function: tells the library's sizes, with a zero behind them.
 
     Raises:
         UserError: it has.
     """
-    sizes = getattr(loaded, "hasten_sizes", None)
+    sizes = getattr(loaded, function, None)
     if sizes is not None:
         sizes.restype, sizes.argtypes = ctypes.POINTER(c_int64), []
-    if sizes is None or [*takewhile(bool, sizes())] != [*map(ctypes.sizeof, STRUCTS)]:
-        raise UserError(f"{LIBRARY} was built from another version of hasten: reinstall hasten")
+    if sizes is None or [*takewhile(bool, sizes())] != ours:
+        raise UserError(f"{file} was built from another version of hasten: reinstall hasten")
 
 
 def kernels() -> str | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int64, c_uint64, c_void_p
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from hasten.errors import UserError
+from hasten.model.native.library import require_sizes
 
 LIBRARY = Path(__file__).with_name("_sample.so")
 
@@ -53,10 +52,7 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
-    sizes = loaded.hasten_sampling_sizes
-    sizes.restype, sizes.argtypes = ctypes.POINTER(c_int64), []
-    if [*takewhile(bool, sizes())] != [ctypes.sizeof(RuleStruct), WALK.itemsize]:
-        raise UserError(f"{LIBRARY} was built from another version of hasten: reinstall hasten")
+    require_sizes(LIBRARY, loaded, "hasten_sampling_sizes", [ctypes.sizeof(RuleStruct), WALK.itemsize])
     loaded.hasten_sample.restype = None
     loaded.hasten_sample.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
     return loaded
