@@ -101,7 +101,7 @@ class Written:
             self.layer(f"{name} in {kind}", BlockLinear(kind, blocks, 512, torch.randn(70), torch.float32), x)
 
     def weight(self, linear: Panels) -> int:
-        for part in (linear.panels, linear.scales, linear.sums, linear.bias):
+        for part in (linear.panels, linear.scales, linear.bias):
             if part is not None:
                 self.calls.add(part)
         return self.calls.add(linear.struct)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay as a GGUF file stores them: in blocks of inputs that share scales."""
+"""Linear layers whose weights are as GGUF files store them: in blocks of inputs that share scales."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, interleave, nibbles
+from hasten.model.native.rounding import Rounded, round_to_blocks
 from hasten.model.weights import Blocks
 
 LEAST_INPUTS = 64
@@ -106,7 +107,7 @@ class BlockLinear(Panels):
     Args:
         format: of the blocks.
         stored: uint8 [outputs, bytes per row]; it is not kept.
-        inputs: weights per row.
+        inputs: weights per row; the last block may have more.
         bias: [outputs] or None.
         dtype: of the model, which `dequant` gives.
 
@@ -119,16 +120,22 @@ class BlockLinear(Panels):
     ) -> None:
         kind = KINDS[format]
         outputs, size = stored.shape
-        if inputs % kind.inputs or size != inputs // kind.inputs * kind.bytes:
+        blocks = -(-inputs // kind.inputs)
+        if size != blocks * kind.bytes:
             raise UserError(f"{size} bytes are no row of {inputs} weights in {format}")
         # Blocks of zeros have scales of zero.
-        short = -inputs % max(kind.inputs, LEAST_INPUTS) // kind.inputs * kind.bytes
+        short = -blocks % max(1, LEAST_INPUTS // kind.inputs) * kind.bytes
         padded = F.pad(stored, (0, short, 0, -outputs % (2 * LANES)))
         codes, scales = kind.read(torch.unflatten(padded, 1, (-1, kind.bytes)))
         panels = _pack(format, codes.flatten(1))
         worth = torch.cat([_by_panels(part) for part in scales], 2)
         self._kind = kind
-        super().__init__(format, (outputs, inputs), dtype, panels, worth, None, bias)
+        super().__init__(format, (outputs, inputs), dtype, panels, worth, bias)
+
+    @classmethod
+    def rounded(cls, format: Rounded, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BlockLinear:
+        """Of a dense weight [outputs, inputs]. See `round_to_blocks`."""
+        return cls(format, round_to_blocks(format, weight), weight.shape[1], bias, dtype)
 
     def dequant(self) -> Tensor:
         assert self.scales is not None

@@ -35,7 +35,6 @@ namespace {
 namespace NAME {
 
 inline Lanes load(const float *from) { return loaded<Lanes>(from); }
-inline Whole load(const int32_t *from) { return loaded<Whole>(from); }
 
 inline float dot(const float *a, const float *b, int64_t count) {
     Lanes total = {};

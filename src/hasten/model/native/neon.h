@@ -37,7 +37,6 @@ OPERATOR(Lanes, -)
 OPERATOR(Lanes, *)
 OPERATOR(Lanes, /)
 OPERATOR(Whole, +)
-OPERATOR(Whole, *)
 OPERATOR(Whole, &)
 OPERATOR(Words, +)
 OPERATOR(Words, &)
@@ -155,8 +154,6 @@ inline Lanes add_bf16(Lanes total, Words weights, uint32_t input) {
     return each<Lanes>(add, total, weights);
 }
 
-constexpr bool SHIFTED = false;
-
 // Weights from -128 to 127; inputs have no -128.
 inline Whole add_signed(Whole total, Words weights, uint32_t input) {
 #if NEON >= 1
@@ -172,7 +169,9 @@ inline Whole add_signed(Whole total, Words weights, uint32_t input) {
 #endif
     return each<Whole>(add, total, weights);
 }
+// Weights from 0 to 63.
 inline Whole add_unsigned(Whole total, Words weights, uint32_t input) { return add_signed(total, weights, input); }
+// Bytes from 0 to 255 for weights from -128 to 127.
 inline Whole add_byte(Whole total, Words weights, uint32_t input) { return add_signed(total, weights ^ 0x80808080u, input); }
 
 }  // namespace NAME

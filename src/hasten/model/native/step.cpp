@@ -177,42 +177,36 @@ class Team {
     bool closing_ = false;
 };
 
-enum Format : int64_t { FLOAT32, BFLOAT16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
+enum Format : int64_t { FLOAT32, BFLOAT16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
 
 // Panels of 16 outputs, an even number of them, with inputs in words of 32 bits per output, a multiple of 16 of them. What
 // is missing is zero.
 //   float32 [panels][inputs][16]
 //   bf16    [panels][inputs / 2][16][2]
-//   int8    [panels][inputs / 4][16][4], codes from -127 to 127, a scale per output
-//   int4    [panels][inputs / 8][16][4], inputs 0..3 in the lower halves of the bytes, 4..7 in the upper; codes from 0 to
-//           15 for -8 to 7; a bf16 scale per 64 inputs of an output
 // The block formats of GGUF files, with the codes and scales that are stored. A weight is scale * (code - offset) + minimum:
 //   Q8_0    [panels][inputs / 4][16][4], codes from 0 to 255, offset 128; a scale per 32 inputs
-//   Q4_0    as int4, with a scale per 32 inputs
+//   Q4_0    [panels][inputs / 8][16][4], inputs 0..3 in the lower halves of the bytes, 4..7 in the upper; codes from 0 to
+//           15, offset 8; a scale per 32 inputs
 //   Q4_1    as Q4_0, with a minimum beside each scale, offset 0
 //   Q4_K    as Q4_1, scales and minima by super-blocks of 256 inputs: a byte for each, times the super-block's own
-//   Q6_K    [panels][inputs / 16][3][16][4], codes from 0 to 63, offset 32: lower halves as in int4, then the upper two bits,
+//   Q6_K    [panels][inputs / 16][3][16][4], codes from 0 to 63, offset 32: lower halves as in Q4_0, then the upper two bits,
 //           inputs 0..3 in the lowest of each byte; a scale per 16 inputs, a byte times the super-block's own
 struct Linear {
     Format format;
     const void *panels;
-    // int8: float [outputs]; int4: bf16 [panels][inputs / 64][16]
     // Q8_0, Q4_0: float16 [panels][inputs / 32][16]
     // Q4_1: float16 [panels][inputs / 32][2][16], scale and minimum
     // Q4_K: [panels][inputs / 256], each two times 16 float16, scale and minimum, and int8 [8][2][16]
     // Q6_K: [panels][inputs / 256], each 16 float16 and int8 [16][16]; else null
     const void *scales;
-    const int32_t *sums;  // int8: of each output's codes; else null
-    const float *bias;    // [outputs] or null
+    const float *bias;  // [outputs] or null
     int64_t outputs, inputs;
 };
 
-// Words come in groups of 16: those that share a scale in int4, and a tile of the processors that have such registers.
-constexpr int64_t GROUP_WORDS = 16;
-
+// Words come by 16: a tile of the processors that have such registers.
 inline int64_t words_of(const Linear &weight) {
-    const int64_t in_group = GROUP_WORDS * (weight.format == FLOAT32 ? 1 : weight.format == BFLOAT16 ? 2 : 4);
-    return (weight.inputs + in_group - 1) / in_group * GROUP_WORDS;
+    const int64_t together = 16 * (weight.format == FLOAT32 ? 1 : weight.format == BFLOAT16 ? 2 : 4);
+    return (weight.inputs + together - 1) / together * 16;
 }
 
 struct Layer {

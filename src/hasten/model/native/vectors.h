@@ -89,7 +89,7 @@ inline Words narrow_pairs(const float *from) {
 }
 
 // What a word of a row's inputs, and the same inputs of sixteen outputs, add to their sums. A word holds one float, two bf16
-// or four int8 codes, for int8 weights shifted by 128 where the instruction wants them unsigned (SHIFTED).
+// or four int8 codes.
 
 inline Lanes add_float(Lanes total, Words weights, uint32_t input) { return total + as<Lanes>(weights) * as<float>(input); }
 
@@ -101,8 +101,6 @@ inline Lanes add_bf16(Lanes total, Words weights, uint32_t input) {
     return total + as<Lanes>(weights & 0xffff0000u) * as<float>(input & 0xffff0000u);
 #endif
 }
-
-constexpr bool SHIFTED = LEVEL == 2 || LEVEL == 3;
 
 #if LEVEL == 1
 template <class Each>
@@ -122,18 +120,6 @@ inline Whole products(Whole total, Words weights, uint32_t input) {
     return total;
 }
 #endif
-
-// Weights from -127 to 127.
-inline Whole add_signed(Whole total, Words weights, uint32_t input) {
-#if LEVEL >= 2
-    return (Whole)_mm512_dpbusd_epi32((__m512i)total, (__m512i)(Words{} + input), (__m512i)weights);
-#elif LEVEL == 1
-    const __m256i x = _mm256_set1_epi32(static_cast<int>(input)), size = _mm256_abs_epi8(x);
-    return halves(total, weights, [&](__m256i w) { return _mm256_maddubs_epi16(size, _mm256_sign_epi8(w, x)); });
-#else
-    return products(total, weights, input);
-#endif
-}
 
 // Weights from 0 to 63.
 inline Whole add_unsigned(Whole total, Words weights, uint32_t input) {
