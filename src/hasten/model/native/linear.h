@@ -151,13 +151,13 @@ inline Lanes add_word(Lanes total, Words weights, uint32_t input) {
     return FORMAT == FLOAT32 ? add_float(total, weights, input) : add_bf16(total, weights, input);
 }
 
-// Outputs are computed by pairs of panels: neighbours, or a panel of gates and that of what they let through.
+// Outputs are computed by pairs of panels, one from each half: gates, and what they let through. So each side reads on and
+// on in memory.
 struct Pairs {
-    int64_t count, step, apart;
-    int64_t panel(int64_t pair, int side) const { return pair * step + side * apart; }
+    int64_t count;
+    int64_t panel(int64_t pair, int side) const { return pair + side * count; }
 };
-inline Pairs neighbours(const Linear &weight) { return {(weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH), 2, 1}; }
-inline Pairs gates(const Linear &weight) { return {weight.outputs / (2 * WIDTH), 1, weight.outputs / (2 * WIDTH)}; }
+inline Pairs pairs_of(const Linear &weight) { return {(weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH)}; }
 
 // The sums of a block of rows in the panels of up to two pairs.
 struct alignas(64) Sums {
@@ -285,7 +285,8 @@ constexpr int64_t KEPT = 512 * 1024;
 // This thread's share of x W^T: `finish(pair, row, one, other)` gets a row's sums in the panels of a pair. With several
 // blocks of rows, each takes as many panels as the cache keeps before the next has its turn.
 template <class Finish>
-inline void linear(const Linear &weight, const Pairs &pairs, Team &team, int number, const Inputs &x, const Finish &finish) {
+inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, const Finish &finish) {
+    const Pairs pairs = pairs_of(weight);
     const int64_t at_once = in_tiles(weight.format) ? 2 : 1, last = pairs.count * (number + 1) / team.count();
     const int64_t kept = std::max(at_once, KEPT / (words_of(weight) * 2 * 64) / at_once * at_once);
     Sums sums;
@@ -328,17 +329,16 @@ inline void linear(const Linear &weight, Team &team, int number, const Inputs &x
             for (int64_t n = 0, at = (first + r) * weight.outputs + column; n < some; ++n)
                 out[at + n] = sums[r][n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
     };
-    linear(weight, neighbours(weight), team, number, x,
-           [&](int64_t pair, int64_t first, int64_t rows, const Lanes *one, const Lanes *other) {
-               panel_done(2 * pair, first, rows, one);
-               panel_done(2 * pair + 1, first, rows, other);
-           });
+    const Pairs pairs = pairs_of(weight);
+    linear(weight, team, number, x, [&](int64_t pair, int64_t first, int64_t rows, const Lanes *one, const Lanes *other) {
+        panel_done(pairs.panel(pair, 0), first, rows, one);
+        panel_done(pairs.panel(pair, 1), first, rows, other);
+    });
 }
 
 // silu(gate) * up of x W^T + bias, this thread's share: both have as many outputs as `to` has inputs, whole vectors.
 inline void gated(const Linear &weight, Team &team, int number, const Inputs &x, Inputs &to) {
-    const Pairs pairs = gates(weight);
-    linear(weight, pairs, team, number, x,
+    linear(weight, team, number, x,
            [&](int64_t pair, int64_t first, int64_t rows, const Lanes *gate, const Lanes *up) {
                const float *bias = weight.bias ? weight.bias + pair * WIDTH : nullptr;
                const Lanes gate_bias = bias ? load(bias) : Lanes{}, up_bias = bias ? load(bias + weight.outputs / 2) : Lanes{};
