@@ -44,37 +44,6 @@ inline void unpack(const void *panels, int64_t word, Words (&codes)[unit_words(F
     }
 }
 
-// Sixteen float16.
-inline Lanes halfs(const char *from) {
-#if LEVEL >= 2
-    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-#elif LEVEL == 1
-    __m256 part[2];
-    for (int i = 0; i < 2; ++i) part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from) + i));
-    Lanes value;
-    std::memcpy(&value, part, sizeof value);
-    return value;
-#else
-    Halves bits;
-    std::memcpy(&bits, from, sizeof bits);
-    const Words word = __builtin_convertvector(bits, Words), size = word & 0x7fffu;
-    // Below 2^-14 there is no leading one. As floats these are no subnormals, which would be slow.
-    const Lanes small = floats(as<Whole>(size)) * 0x1p-24f, usual = as<Lanes>((size << 13) + (112u << 23));
-    return as<Lanes>(as<Words>(size < 0x400u ? small : usual) | (word & 0x8000u) << 16);
-#endif
-}
-
-// Sixteen numbers from -128 to 127.
-inline Lanes bytes(const char *from) {
-#if LEVEL >= 2
-    return floats((Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
-#else
-    Codes value;
-    std::memcpy(&value, from, sizeof value);
-    return floats(__builtin_convertvector(value, Whole));
-#endif
-}
-
 // Of sixteen outputs in a group: what a code of theirs is worth, and the minimum where there is one.
 struct Worth {
     Lanes scale, minimum;

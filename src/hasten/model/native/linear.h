@@ -92,7 +92,7 @@ class Inputs {
             Whole largest = {};
             for (int64_t i = 0; i < vectors; ++i) {
                 const Whole size = as<Whole>(load(from + i * WIDTH)) & 0x7fffffff;
-                largest = largest > size ? largest : size;
+                largest = larger(largest, size);
             }
             int32_t bits_of_most = 0;
             for (int i = 0; i < WIDTH; ++i) bits_of_most = std::max(bits_of_most, largest[i]);
@@ -103,10 +103,10 @@ class Inputs {
             Whole total = {};
             for (int64_t i = 0, place = g * vectors; i < vectors; ++i, ++place) {
                 Whole codes = {};
-                if (coded) codes = __builtin_convertvector((load(from + i * WIDTH) * inverse + ROUND) - ROUND, Whole);
+                if (coded) codes = whole((load(from + i * WIDTH) * inverse + ROUND) - ROUND);
                 total += codes;
                 uint32_t bits[4];
-                const Codes bytes = __builtin_convertvector(codes, Codes);
+                const Codes bytes = bytes_of(codes);
                 std::memcpy(bits, &bytes, sizeof bits);
                 std::memcpy(start(row) + place / 4 * apart + place % 4 * 4, bits, sizeof bits);
             }
@@ -224,7 +224,9 @@ void product(const Linear &weight, const int64_t *panel, const Inputs &x, int64_
         add_groups<FORMAT>(weight, panel, x, first, result);
     else
         add_words<FORMAT>(weight, panel, x.words(first), result);
+#pragma GCC unroll 24
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) sums[p][r] = result[r][p];
 }
 

@@ -19,9 +19,12 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
-#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#ifndef WITHOUT_FUTEX
+#define HAS_FUTEX 1
+#include <linux/futex.h>
+#endif
 #endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PORTABLE)
 #define HAS_TARGETS 1
@@ -107,13 +110,16 @@ class Team {
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        // Its own hint to wait does nothing on most processors.
+        __asm__ volatile("isb" ::: "memory");
 #else
         std::this_thread::yield();
 #endif
     }
     // Where another process has a core, the thread that is waited for may not be running. One that only yields its own core
     // gets it back behind all others; one that sleeps is woken in front of them.
-#if defined(__linux__)
+#ifdef HAS_FUTEX
     void sleep(int phase) {
         sleepers_.fetch_add(1);
         while (phase_.load() == phase) syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
@@ -124,9 +130,18 @@ class Team {
     }
 #else
     void sleep(int phase) {
-        while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);
+        passed_.wait(lock, [&] { return phase_.load() != phase; });
+        sleepers_.fetch_sub(1);
     }
-    void wake() {}
+    void wake() {
+        if (sleepers_.load() == 0) return;
+        // Who counts as a sleeper, but has not yet gone to sleep, holds the lock.
+        mutex_.lock();
+        mutex_.unlock();
+        passed_.notify_all();
+    }
 #endif
     static void enter(void *self) {
         Team &team = *static_cast<Team *>(self);
@@ -155,7 +170,7 @@ class Team {
     std::atomic<int> count_{1};
     std::vector<std::thread> threads_;
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, passed_;
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0}, arrived_{0}, phase_{0}, sleepers_{0};
     const std::function<void(int)> *task_ = nullptr;
@@ -306,6 +321,11 @@ struct Batch {
 #endif
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(PORTABLE)
+#include "arm64.h"
+#define HAS_NEON 1
+#endif
+
 namespace {
 
 struct Kernels {
@@ -323,26 +343,34 @@ bool tiles_granted() {
 }
 #endif
 
+#define KERNELS(set) Kernels{#set, set::forward, set::apply, set::likeliest}
+
+// The best that the processor has, or the one that is asked for, if it has it.
 Kernels choose() {
+    const char *wanted = std::getenv("HASTEN_NATIVE");
+    [[maybe_unused]] auto may = [&](const char *name) { return wanted == nullptr || !*wanted || !std::strcmp(wanted, name); };
 #ifdef HAS_TARGETS
     __builtin_cpu_init();
-    const char *wanted = std::getenv("HASTEN_NATIVE");
-    auto may = [&](const char *name) { return wanted == nullptr || !*wanted || !std::strcmp(wanted, name); };
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
 #ifdef HAS_TILES
     if (may("amx") && wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("gfni") && tiles_granted())
-        return {"amx", amx::forward, amx::apply, amx::likeliest};
+        return KERNELS(amx);
 #endif
-    if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16"))
-        return {"avx512bf16", avx512bf16::forward, avx512bf16::apply, avx512bf16::likeliest};
-    if (may("avx512") && wide) return {"avx512", avx512::forward, avx512::apply, avx512::likeliest};
-    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {"avx2", avx2::forward, avx2::apply, avx2::likeliest};
+    if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16")) return KERNELS(avx512bf16);
+    if (may("avx512") && wide) return KERNELS(avx512);
+    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KERNELS(avx2);
 #endif
-    return {"portable", portable::forward, portable::apply, portable::likeliest};
+#ifdef HAS_NEON
+#ifdef HAS_DOT
+    if (may("neonbf16") && has_dot() && has_bf16()) return KERNELS(neonbf16);
+    if (may("neondot") && has_dot()) return KERNELS(neondot);
+#endif
+    if (may("neon")) return KERNELS(neon);
+#endif
+    return KERNELS(portable);
 }
 
 const Kernels &kernels() {
