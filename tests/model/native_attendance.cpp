@@ -20,21 +20,20 @@ void expect(int found, int wanted, const char *what) {
 // Steps on a clock of their own.
 struct Steps {
     Attendance attendance;
-    Moment now{0, 0};
+    int64_t time = 0;
     // Takes some, each of which computes and waits for so many milliseconds; returns how many threads the next one has.
     int take(int count, int64_t computed, int64_t waited) {
         for (; count; --count) {
-            const bool alone = attendance.count(now) == 1;
-            const Moment began = now;
-            now.computed += computed * MILLISECOND;
-            now.passed += (computed + waited) * MILLISECOND;
-            if (!alone) attendance.judge(began, now);
+            const bool alone = attendance.count(time) == 1;
+            const int64_t began = time;
+            time += (computed + waited) * MILLISECOND;
+            if (!alone) attendance.judge(computed * MILLISECOND, began, time);
         }
-        return attendance.count(now);
+        return attendance.count(time);
     }
     int pass(int64_t milliseconds) {
-        now.passed += milliseconds * MILLISECOND;
-        return attendance.count(now);
+        time += milliseconds * MILLISECOND;
+        return attendance.count(time);
     }
 };
 

@@ -43,18 +43,12 @@ struct OpenMP {
     int (*count)() = nullptr;
 } openmp;
 
-// Time that has passed, and time that this thread has computed, in nanoseconds.
-struct Moment {
-    int64_t passed, computed;
-    static Moment now() { return {read(CLOCK_MONOTONIC), read(CLOCK_THREAD_CPUTIME_ID)}; }
-
-  private:
-    static int64_t read(clockid_t clock) {
-        timespec time;
-        clock_gettime(clock, &time);
-        return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
-    }
-};
+// Nanoseconds on a clock.
+inline int64_t now(clockid_t clock = CLOCK_MONOTONIC) {
+    timespec time;
+    clock_gettime(clock, &time);
+    return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
+}
 
 // How many threads of a team take part. Where another process has a core, all would wait for the thread that is there: for
 // as long as a scheduler's turn takes, a hundred stages of a small model's step. Where steps wait for longer than they
@@ -63,18 +57,18 @@ class Attendance {
   public:
     explicit Attendance(int most) : most_(most), count_(most) {}
     // Of the step that begins.
-    int count(const Moment &now) {
-        if (count_ < most_ && now.passed >= until_) ++count_;
+    int count(int64_t began) {
+        if (count_ < most_ && began >= until_) ++count_;
         return count_;
     }
-    // A step of several threads is over, as its first one saw it.
-    void judge(const Moment &began, const Moment &ended) {
-        const int64_t computed = ended.computed - began.computed, waited = ended.passed - began.passed - computed;
+    // A step of several threads is over. Its first one computed for so long, and waited for the rest of the time.
+    void judge(int64_t computed, int64_t began, int64_t ended) {
+        const int64_t waited = ended - began - computed;
         balance_ = std::min(balance_ + computed - waited, CREDIT);
         if (balance_ >= 0) return;
         --count_;
         balance_ = 0;
-        until_ = ended.passed + std::min(PATIENCE * waited, LONGEST);
+        until_ = ended + std::min(PATIENCE * waited, LONGEST);
     }
 
   private:
@@ -108,7 +102,7 @@ class Team {
 
     // Every thread that takes part calls `task(number)`; returns when all are done.
     void run(const std::function<void(int)> &task) {
-        const Moment began = Moment::now();
+        const int64_t began = now();
         const int count = attendance_.count(began);
         task_ = &task;
         if (count == 1) {
@@ -117,7 +111,7 @@ class Team {
         }
         if (borrowed_) openmp.parallel(&Team::enter, this, count, 0);
         else run_own(count);
-        attendance_.judge(began, Moment::now());
+        attendance_.judge(computed_, began, now());
     }
 
     // Inside a task: wait until every thread has come so far.
@@ -163,6 +157,12 @@ class Team {
     }
     void wake() {}
 #endif
+    // The first thread's part of a task. What it computes outside, it spins.
+    void work_first() {
+        const int64_t before = now(CLOCK_THREAD_CPUTIME_ID);
+        (*task_)(0);
+        computed_ = now(CLOCK_THREAD_CPUTIME_ID) - before;
+    }
     void run_own(int count) {
         left_.store(count - 1, std::memory_order_relaxed);
         {
@@ -171,7 +171,7 @@ class Team {
             ++round_;
         }
         wake_.notify_all();
-        (*task_)(0);
+        work_first();
         for (int spins = 0; left_.load(std::memory_order_acquire); ++spins) {
             if (spins < SPINS) pause();
             else std::this_thread::yield();
@@ -181,7 +181,9 @@ class Team {
         Team &team = *static_cast<Team *>(self);
         // All write the same.
         team.count_.store(openmp.count(), std::memory_order_relaxed);
-        (*team.task_)(openmp.number());
+        const int number = openmp.number();
+        if (number == 0) team.work_first();
+        else (*team.task_)(number);
         // OpenMP spins for milliseconds where it waits.
         team.barrier();
     }
@@ -210,6 +212,7 @@ class Team {
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0}, arrived_{0}, phase_{0}, sleepers_{0};
     const std::function<void(int)> *task_ = nullptr;
+    int64_t computed_ = 0;
     bool closing_ = false;
 };
 
