@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="question.jsonl of Spec-Bench")
     parser.add_argument("--model", default="smollm2", help="GGUF file, or the name of one that was pulled")
-    parser.add_argument("--prompt-count", type=int, default=24)
+    parser.add_argument("--prompt-count", type=int, default=18)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("front"), help="folder of what was measured")

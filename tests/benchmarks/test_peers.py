@@ -20,6 +20,7 @@ import catalogue
 import environments
 import limits
 import measure
+import numpy as np
 import process
 import prompts
 import pytest
@@ -869,10 +870,12 @@ def test_a_gguf_file_is_measured_as_it_is_stored(command: ModuleType, monkeypatc
     assert run(command, monkeypatch, *arguments, "--batches", "1", "--threads", "1", "--max-tokens", "4") == 0
     [asked] = planned
     assert asked.precisions == [STORED] and asked.lengths == [50]
-    from workers.hasten import load
+    from workers import hasten, transformers
 
-    worker = load(asked.settings(asked.checkpoint, None, STORED))
+    worker = hasten.load(asked.settings(asked.checkpoint, None, STORED))
     worker.begin(None)
+    reference = transformers.load(asked.settings(asked.checkpoint, None, "float32"))
+    assert np.allclose(worker.logits(asked.prompts[0]), reference.logits(asked.prompts[0]), atol=1e-3)
     [tokens] = worker.run(asked.prompts[:1], 4, None).tokens
     assert worker.logits([*asked.prompts[0], *tokens])[-5:-1].argmax(1).tolist() == tokens
 

@@ -20,11 +20,10 @@ class Transformers(Worker):
         self.draft = self._load(settings.draft, settings.precision) if settings.draft else None
 
     def _load(self, folder: str, precision: str) -> Any:
-        where = {"pretrained_model_name_or_path": folder}
-        if Path(folder).is_file():
-            # A GGUF file, whose weights it expands.
-            where = {"pretrained_model_name_or_path": str(Path(folder).parent), "gguf_file": Path(folder).name}
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, precision)).eval()
+        # Of a GGUF file, whose weights it expands, transformers is told the folder and the name.
+        file = {"gguf_file": Path(folder).name} if Path(folder).is_file() else {}
+        where = Path(folder).parent if file else folder
+        model = AutoModelForCausalLM.from_pretrained(where, **file, dtype=getattr(torch, precision)).eval()
         # Empty, so that nothing of the checkpoint's own (above all its end of text) comes into play.
         model.generation_config = GenerationConfig(pad_token_id=0)
         return model
