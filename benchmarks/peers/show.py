@@ -12,6 +12,8 @@ from rich.table import Table
 
 COLUMNS = {
     "tokens/s": ("tokens_per_second", "{:,.0f}", 8),
+    "KL": ("kl", "{:.4f}", 6),
+    "top-1": ("top1", "{:.1%}", 6),
     "slowest": ("slowest", "{:,.0f}", 7),
     "fastest": ("fastest", "{:,.0f}", 7),
     "decoding": ("decode_tokens_per_second", "{:,.0f}", 8),
@@ -19,8 +21,6 @@ COLUMNS = {
     "prefix": ("prefix_share", "{:.0%}", 6),
     "same": ("same_share", "{:.0%}", 4),
     "gap": ("gap", "{:.2f}", 4),
-    "KL": ("kl", "{:.4f}", 6),
-    "top-1": ("top1", "{:.1%}", 6),
 }
 """Heads of the table, with the rows' keys, how they are written, and the least width."""
 WIDTH = 120

@@ -695,10 +695,10 @@ def test_the_table(document: dict[str, Any], capsys: pytest.CaptureFixture[str],
     show.results(document)
     lines = [re.sub(" +", " ", line.strip()) for line in capsys.readouterr().out.splitlines()]
     block = lines[lines.index("int8, batch 1") :]
-    assert block[1].startswith("peer method tokens/s slowest fastest")
+    assert block[1].startswith("peer method tokens/s KL top-1 slowest fastest")
     # The fastest first.
-    assert block[2] == "hasten ngram 4,000 4,000 4,000 - - 100% 100% - 0.0017 97.5%"
-    assert block[3] == "hasten plain 2,000 2,000 2,001 - - 50% 100% 0.25 0.0017 97.5%"
+    assert block[2] == "hasten ngram 4,000 0.0017 97.5% 4,000 4,000 - - 100% 100% -"
+    assert block[3] == "hasten plain 2,000 0.0017 97.5% 2,000 2,001 - - 50% 100% 0.25"
     first = lines[lines.index("int8, until the first token of a prompt read alone") :]
     assert first[1:4] == [
         "peer 50: ms tokens/s ratio 4,000: ms tokens/s ratio",
