@@ -12,7 +12,7 @@ from typing import TypeVar
 from catalogue import PEERS, Peer, needs_draft
 from environments import Unavailable, converted, install, version
 from process import Process
-from prompts import few, of_length
+from prompts import beginnings, of_length
 from reference import Reference
 from results import PLAIN, Reading, Results, Visit, Way, agreement, widest_gap
 from workers.protocol import Settings
@@ -194,7 +194,7 @@ class _Precision:
 
         def compare(process: Process) -> None:
             process.begin(None)
-            for prompt in few(self.plan.prompts, self.plan.predictions):
+            for prompt in beginnings(self.plan.prompts, self.plan.predictions):
                 theirs = process.logits(prompt)
                 if theirs is None:
                     return

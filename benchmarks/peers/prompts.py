@@ -59,10 +59,8 @@ def of_length(prompts: Sequence[list[int]], length: int, number: int) -> list[in
     return list(islice(chain.from_iterable(once * -(-length // sum(map(len, once)))), length))
 
 
-def few(prompts: Sequence[list[int]], rows: int) -> list[list[int]]:
-    """As many of the prompts, evenly chosen, as have so many tokens at most; at least the beginning of one."""
-    for count in range(len(prompts), 0, -1):
-        chosen = spread(prompts, count)
-        if sum(map(len, chosen)) <= rows:
-            return chosen
-    return [prompts[0][:rows]]
+def beginnings(prompts: Sequence[list[int]], rows: int) -> list[list[int]]:
+    """All prompts, the longest of them cut so that together they have so many tokens at most."""
+    lengths = range(max(map(len, prompts)) + 1)
+    longest = max(length for length in lengths if sum(min(length, len(prompt)) for prompt in prompts) <= rows)
+    return [prompt[:longest] for prompt in prompts] if longest else [prompts[0][:rows]]

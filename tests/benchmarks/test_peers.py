@@ -512,7 +512,7 @@ def test_predictions_are_compared_once_per_peer_and_precision(comparison: dict[s
     asked = plan(tmp_path, batches=[1], rounds=1, speculation=False, predictions=4)
     found = results(tmp_path / "results.json")
     measure.measure(asked, found, lambda text: None)
-    # All three prompts have six tokens: two of them, evenly chosen.
+    # All three prompts have six tokens: the first of each fits.
     assert found.divergences == {(peer, "float32"): {"rows": 3, "kl": 0.0, "top1": 1.0} for peer in (HASTEN, "fake")}
     assert [(row["kl"], row["top1"]) for row in found.rows()] == [(0.0, 1.0)] * 2
     said: list[str] = []
@@ -558,13 +558,14 @@ def test_first_tokens_are_waited_for_in_rounds(comparison: dict[str, Peer], tmp_
     assert not any("prompt of" in text for text in said)
 
 
-def test_prompts_of_a_length_and_few_of_many():
+def test_prompts_of_a_length_and_beginnings_of_many():
     given = [[1, 2], [3], [4, 5, 6]]
     assert prompts.of_length(given, 4, 0) == [1, 2, 3, 4]
     assert prompts.of_length(given, 8, 4) == [3, 4, 5, 6, 1, 2, 3, 4]
-    assert prompts.few(given, 6) == given
-    assert prompts.few(given, 5) == [[1, 2], [3]]
-    assert prompts.few(given, 1) == [[1]]
+    assert prompts.beginnings(given, 7) == prompts.beginnings(given, 6) == given
+    assert prompts.beginnings(given, 5) == [[1, 2], [3], [4, 5]]
+    assert prompts.beginnings(given, 4) == [[1], [3], [4]]
+    assert prompts.beginnings(given, 1) == [[1]]
 
 
 def test_a_gguf_file_is_for_those_that_read_it(tmp_path: Path):
