@@ -54,6 +54,10 @@ def test_bench_of_a_conversation(hasten, tmp_path: Path):
     rows = hasten("bench", "--suite", str(talk), "--max-tokens", "4", "--json").json()["rows"]
     assert {(row["category"], row["prompts"]) for row in rows} == {("talk", 2), ("overall", 2)}
     assert hasten("verify", "--prompts", str(talk), "--max-tokens", "4", "--json").json()["prompts"] == 2
+    talk.write_text(f"{talk.read_text()}\n" * 3)
+    limited = ("verify", "--prompts", str(talk), "--max-tokens", "4", "--json", "--limit")
+    assert hasten(*limited, "2").json()["prompts"] == 4
+    assert "limit must be at least 1" in hasten(*limited, "0").err
 
 
 def test_spec_bench(hasten, tmp_path: Path):
