@@ -51,29 +51,18 @@ class Data:
             UserError: unreadable prompts, or what is there was made in another way.
         """
         from hasten.engine.memory import parse_bytes
-        from hasten.train.heads.dialogues import Writing, write_dialogues
+        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
         from hasten.train.heads.recipe import DIALOGUES
         from hasten.train.heads.states import read_states
 
         folder = self.folder or cache_folder("dialogues") / llm.folder.name
         how = Writing(self.dialogues, answer=self.answer)
-        prompts = None if self.prompts is None else _prompts(self.prompts)
+        prompts = None if self.prompts is None else read_prompts(self.prompts)
         with options.progress("asking", how.count, quiet=quiet) as advance:
             dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
             read_states(llm, dialogues, taps, folder / states, parse_bytes(self.states_bytes, "states-bytes"), advance)
         return folder
-
-
-def _prompts(file: Path) -> list[str]:
-    """The prompts of a file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    from hasten.bench.prompts import load_prompts
-
-    return [prompt.prompt for prompt in load_prompts(file)]
 
 
 @app.command()

@@ -10,7 +10,7 @@ import pytest
 from hasten import LLM, SamplingParams
 from hasten.errors import UserError
 from hasten.train.heads import dialogues
-from hasten.train.heads.dialogues import ABOUT_TEXT, Writing, read_dialogues, write_dialogues
+from hasten.train.heads.dialogues import ABOUT_TEXT, Writing, read_dialogues, read_prompts, write_dialogues
 
 HOW = Writing(count=20, request=24, answer=16, about=2, sampled=2)
 
@@ -93,3 +93,28 @@ def test_what_cannot_be(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dialogues, "BARREN", 2)
     with pytest.raises(UserError, match="invents no requests"):
         write_dialogues(llm, tmp_path / "other.jsonl", HOW)
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("one\n\ntwo\n")
+    lines.write_text('{"prompt": "one"}\n{"prompt": "two", "more": 1}\n')
+    assert read_prompts(text) == read_prompts(lines) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"question_id": 1, "category": "qa", "turns": ["x"]}', "measured on"),
+        ('{"task_id": "HumanEval/0", "prompt": "def f():", "canonical_solution": "pass"}', "measured on"),
+        ('{"prompt": 3}', "line 1: every line needs"),
+        ("[1]", "every line needs"),
+        ("nothing", "not JSON"),
+        ("", "has no prompts"),
+    ],
+)
+def test_files_that_are_not_for_training(tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match=told):
+        read_prompts(file)

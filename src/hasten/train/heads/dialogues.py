@@ -36,6 +36,8 @@ MOST_TEXTS = 4
 """Earlier answers that a request is about."""
 NUCLEUS = 0.9
 """Of requests: what the model hardly believes in itself is no request."""
+MEASURED = ({"question_id", "turns"}, {"task_id", "canonical_solution"})
+"""What marks the questions of Spec-Bench (and MT-Bench), and of HumanEval."""
 NEEDED = {"dialogues": list}
 """Of each batch, a line of the file."""
 BARREN = 20
@@ -158,6 +160,39 @@ def read_dialogues(file: Path) -> list[Dialogue]:
 
 def _dialogues(batches: Iterable[list[dict[str, Any]]]) -> list[Dialogue]:
     return [Dialogue(line["prompt_token_ids"], line["token_ids"]) for batch in batches for line in batch]
+
+
+def read_prompts(file: Path) -> list[str]:
+    """A user's own prompts: JSON lines with a `prompt` each, or plain text, one per line.
+
+    Raises:
+        UserError: unreadable, a line that is no prompt (with its number), none at all, or questions of Spec-Bench or
+            HumanEval: what figures are measured on is not trained on.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {file}: {error}") from error
+    structured = file.suffix in (".json", ".jsonl")
+    prompts = [
+        _prompt(file, number, line) if structured else line for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"{file} has no prompts")
+    return prompts
+
+
+def _prompt(file: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+    if isinstance(entry, dict) and any(entry.keys() >= names for names in MEASURED):
+        raise UserError(f"{file}, line {number}: a question that figures are measured on, which is not trained on")
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{file}, line {number}: every line needs a string under 'prompt'")
+    return prompt
 
 
 class _Author:
