@@ -33,7 +33,7 @@ const float *random_numbers(int64_t count, float scale) {
 }
 
 Linear random_linear(Format format, int64_t outputs, int64_t inputs) {
-    Linear weight{format, nullptr, nullptr, nullptr, random_numbers(outputs, 0.1f), outputs, inputs};
+    Linear weight{format, nullptr, nullptr, random_numbers(outputs, 0.1f), outputs, inputs};
     // Both bf16 numbers of a word are the same one.
     weight.panels = random_numbers((outputs + 31) / 32 * 32 * words_of(weight), 0.2f);
     if (format == BFLOAT16)

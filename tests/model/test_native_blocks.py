@@ -13,7 +13,7 @@ from gguf_blocks import expanded, of_weights, random_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from instruction_sets import INSTRUCTION_SETS, chosen
-from test_native_linear import codes_of, random
+from test_native_linear import random
 from torch import Tensor
 
 from hasten.cache import Cache
@@ -22,7 +22,7 @@ from hasten.model import Rows, load_model
 from hasten.model.native import NativeBackend, blocks
 from hasten.model.native.blocks import KINDS, BlockLinear
 from hasten.model.native.library import LIBRARY
-from hasten.model.native.linear import BLOCK_FORMATS, BlockFormat, Format, PanelLinear
+from hasten.model.native.linear import BLOCK_FORMATS, BlockFormat, PanelLinear
 from hasten.model.weights import HEAD, Blocks, Piece, Pieces, Source
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
@@ -34,6 +34,14 @@ PLAIN: tuple[BlockFormat, ...] = ("Q8_0", "Q4_0", "Q4_1")
 def layer(format: BlockFormat, blocks: Tensor, bias: Tensor | None = None) -> BlockLinear:
     inputs = blocks.shape[1] // KINDS[format].bytes * KINDS[format].inputs
     return BlockLinear(format, blocks, inputs, bias, torch.float32)
+
+
+def codes_of(x: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """int8 codes and a scale per `span` inputs of a row, as the native step makes them."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % span)).unflatten(1, (-1, span))
+    most = padded.abs().amax(2, keepdim=True)
+    codes = (padded * (127 / most).nan_to_num(0, 0, 0)).round()
+    return codes, most / 127
 
 
 def span(format: BlockFormat) -> int:
@@ -185,6 +193,21 @@ def test_rows_that_are_no_numbers_spoil_themselves_only(name: str, tmp_path: Pat
             assert result[::2][:4].isnan().all()
 
 
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_codes_of_the_smallest_and_the_largest_rows(name: str, tmp_path: Path) -> None:
+    x = random(1, 256)
+    with chosen(name, LIBRARY, tmp_path) as available:
+        if not available:
+            pytest.skip(f"{name} is not here")
+        for format in BLOCK_FORMATS:
+            linear = layer(format, random_blocks(format, 32, 256, scale=1e-4))
+            for power in (-45, -40, -38, -30, 0, 30, 36):
+                scale = torch.tensor(10.0).pow(power).item()
+                expected = (x.double() * scale) @ linear.dequant().double().T
+                got = linear.forward(x * scale).double()
+                assert torch.allclose(got, expected, rtol=0.1, atol=0.3 * scale + 1e-35), (format, power)
+
+
 @pytest.mark.parametrize("format", BLOCK_FORMATS)
 def test_what_is_no_row_of_blocks_is_refused(format: BlockFormat) -> None:
     kind = KINDS[format]
@@ -202,24 +225,27 @@ def piece_of(weight: Tensor, *formats: BlockFormat, bias: Tensor | None = None) 
     return Piece.of(stored, lambda: wide, bias)
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16"])
-def test_the_backend_keeps_what_is_stored(format: Format) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backend_keeps_what_is_stored(dtype: torch.dtype) -> None:
     piece = piece_of(random(48, 64), "Q4_1", "Q4_1", bias=random(48))
-    backend = NativeBackend(format, head=format)
+    backend = NativeBackend(dtype)
     for source in (Source("qkv", 0), HEAD):
         linear = backend.linear(piece, source)
         assert isinstance(linear, BlockLinear) and linear.format == "Q4_1"
-        assert torch.equal(linear.dequant(), piece.weight.to(getattr(torch, format)))
+        assert torch.equal(linear.dequant(), piece.weight.to(dtype))
         assert linear.bias is not None and torch.equal(linear.bias, random(48))
 
 
 def test_the_backend_expands_what_it_does_not_know_and_what_is_to_be_rounded() -> None:
-    dense, rounded = NativeBackend("bfloat16", head="bfloat16"), NativeBackend("int4", head="int8")
+    dense, rounded = NativeBackend(torch.bfloat16), NativeBackend(torch.bfloat16, "Q4_1", head="Q8_0")
     assert isinstance(dense.linear(piece_of(random(48, 64), "Q4_1", "Q8_0"), HEAD), PanelLinear)
     other = Piece.of((Blocks("Q2_K", torch.zeros(4, 84, dtype=torch.uint8), 256),), lambda: torch.zeros(4, 256))
     assert isinstance(dense.linear(other, HEAD), PanelLinear)
-    assert rounded.linear(piece_of(random(48, 64), "Q4_1"), HEAD).format == "int8"
-    assert rounded.linear(piece_of(random(48, 64), "Q4_1"), Source("down", 3)).format == "int4"
+    assert rounded.linear(piece_of(random(48, 64), "Q4_1"), HEAD).format == "Q8_0"
+    assert rounded.linear(piece_of(random(48, 64), "Q8_0"), Source("down", 3)).format == "Q4_1"
+    # What is stored so is not rounded again.
+    stored = piece_of(random(48, 64), "Q4_1")
+    assert torch.equal(rounded.linear(stored, Source("down", 3)).dequant(), stored.weight.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -34,6 +34,9 @@ from hasten.model.native.linear import BLOCK_FORMATS, FORMATS, PanelLinear
 def linear_of(format, outputs):
     if format in FORMATS:
         return PanelLinear(torch.randn(outputs, random.randint(1, 200)), torch.randn(outputs), format)
+    if format in ("Q8_0", "Q4_1") and random.random() < 0.5:
+        weight = torch.randn(outputs, random.randint(1, 200)) * 0.01
+        return BlockLinear.rounded(format, weight, torch.randn(outputs), torch.float32)
     inputs = KINDS[format].inputs * random.randint(1, 3)
     blocks = random_blocks(format, outputs, inputs, seed=outputs, scale=1e-4)
     return BlockLinear(format, blocks, inputs, torch.randn(outputs), torch.float32)
@@ -41,7 +44,7 @@ def linear_of(format, outputs):
 def examine(folders):
     for number in range(90):
         outputs, rows = random.randint(1, 90), random.randint(1, 70)
-        linear = linear_of((*FORMATS, *BLOCK_FORMATS)[number % 9], outputs)
+        linear = linear_of((*FORMATS, *BLOCK_FORMATS)[number % 7], outputs)
         inputs = linear.in_features
         x = torch.randn(rows, inputs)
         assert torch.allclose(linear.forward(x), x @ linear.dequant().T + linear.bias, atol=1.0, rtol=0.1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hasten.bench.processor import processor_name
 from hasten.engine.drafting.cost import step_times
 from hasten.llm import LLM
 from hasten.model import Rows, native
@@ -141,4 +141,4 @@ def _processor() -> str:
     """The processor's (or the GPU's) name and what of it counts here."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor_name()} {torch.backends.cpu.get_cpu_capability()}"

@@ -275,7 +275,9 @@ def _typed() -> Iterator[str]:
 
     while True:
         try:
-            yield _message()
+            with _heard():
+                message = _message()
+            yield message
         except EOFError:
             print()
             return
@@ -284,6 +286,21 @@ def _typed() -> Iterator[str]:
         except KeyboardInterrupt:
             # What was typed is not meant.
             print()
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Signals that come between the prompt and the wait for a key are answered within half a second.
+
+    The line editor looks for them before it prints the prompt, and then not until something interrupts its wait.
+    """
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _message() -> str:

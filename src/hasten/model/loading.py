@@ -17,7 +17,7 @@ from hasten.model.assembly import assemble
 from hasten.model.checkpoint import Tensors, read_json, resolve, tensor_shapes, weight_bytes
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, Decoder, TorchBackend
-from hasten.model.native import Format, NativeBackend
+from hasten.model.native import NativeBackend, Rounded
 from hasten.model.quantization import read_quantization
 from hasten.model.threads import settle
 from hasten.model.weights import Transform
@@ -108,7 +108,12 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-WEIGHTS = ("dense", "int8", "int4")
+WEIGHTS: dict[str, tuple[Rounded | None, Rounded | None]] = {
+    "dense": (None, None),
+    "int8": ("Q8_0", "Q8_0"),
+    "int4": ("Q4_1", "Q8_0"),
+}
+"""What those of layers and of the head are rounded to."""
 BACKENDS = ("auto", "torch", "native", "cuda")
 NUMERICS = ("default", "invariant")
 
@@ -130,7 +135,8 @@ def load_model(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         backend: what runs the default forward pass: `torch`, `native` (`hasten.model.native`, on CPU), `cuda`
             (`hasten.model.cuda`), or `auto`: native where it can run the model, else torch.
-        weights: `dense`, or rounded to `int8` or `int4` (the head to int8) as they are loaded; native only.
+        weights: `dense`, or rounded to `int8` or `int4` (Q8_0 and Q4_1, the head to Q8_0) as they are loaded;
+            native only.
         numerics: `invariant` for rows whose results never depend on the rows beside them: the native backend, whose
             rows never do, or the cuda backend with passes of a fixed size.
         transforms: what is made of the weights, one after the other, before the backend stores them.
@@ -197,7 +203,7 @@ def choose_backend(
     if reason is not None and not optional:
         raise UserError(f"the {name} backend cannot run this model: {reason}")
     if reason is None and name == "native":
-        return _native(weights, dtype)
+        return NativeBackend(dtype, *WEIGHTS[weights])
     if weights != "dense":
         raise UserError(f"{weights} weights need the native backend")
     if reason is None and name == "cuda":
@@ -207,10 +213,3 @@ def choose_backend(
     if invariant:
         raise UserError("invariant numerics need the native or the cuda backend")
     return TorchBackend()
-
-
-def _native(weights: str, dtype: torch.dtype) -> NativeBackend:
-    if weights == "int4":
-        return NativeBackend("int4", head="int8")
-    format: Format = "int8" if weights == "int8" else "float32" if dtype == torch.float32 else "bfloat16"
-    return NativeBackend(format, head=format)

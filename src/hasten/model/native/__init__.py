@@ -2,6 +2,6 @@
 
 from hasten.model.native.backend import NativeBackend, refusal
 from hasten.model.native.library import kernels
-from hasten.model.native.linear import Format
+from hasten.model.native.rounding import Rounded
 
-__all__ = ["Format", "NativeBackend", "kernels", "refusal"]
+__all__ = ["NativeBackend", "Rounded", "kernels", "refusal"]

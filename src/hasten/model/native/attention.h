@@ -7,11 +7,11 @@ namespace {
 namespace NAME {
 
 constexpr int64_t TILE = 16;  // queries that are computed together
+constexpr int IN_REGISTERS = LEVEL >= 2 ? 16 : 4;  // lanes that are added to, beside what is added
 
 // Dot products of a query with `count` keys (at most 16) of d channels. Each adds channels 16 apart in order, then the
 // sixteen sums by halves.
 inline Lanes dots(const float *query, const float *keys, int64_t count, int64_t d) {
-    Lanes result = {};
 #if LEVEL >= 2
     if (d % WIDTH == 0) {
         Lanes total[WIDTH] = {};
@@ -35,33 +35,42 @@ inline Lanes dots(const float *query, const float *keys, int64_t count, int64_t 
         return total[0];
     }
 #endif
+    float result[WIDTH] = {};
     for (int64_t slot = 0; slot < count; ++slot) result[slot] = dot(query, keys + slot * d, d);
-    return result;
+    return load(result);
 }
 
 // Adds `count` slots' values, weighted, to 16 CHUNKS channels of some queries, which all see all these slots.
 template <int QUERIES, int CHUNKS>
 inline void add_values(const float *values, int64_t d, int64_t count, float *const *weights, float *const *out, int64_t at) {
+    // Unrolled: the sums stay in registers.
     Lanes total[QUERIES][CHUNKS];
+#pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
         for (int c = 0; c < CHUNKS; ++c) total[q][c] = load(out[q] + at + c * WIDTH);
     for (int64_t slot = 0; slot < count; ++slot) {
         Lanes value[CHUNKS];
+#pragma GCC unroll 4
         for (int c = 0; c < CHUNKS; ++c) value[c] = load(values + slot * d + at + c * WIDTH);
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 4
             for (int c = 0; c < CHUNKS; ++c) total[q][c] += value[c] * weights[q][slot];
     }
+#pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
         for (int c = 0; c < CHUNKS; ++c) store(out[q] + at + c * WIDTH, total[q][c]);
 }
 
 template <int QUERIES>
 inline void add_to(const float *values, int64_t d, int64_t count, float *const *weights, float *const *out) {
     int64_t i = 0;
-    for (; i + 4 * WIDTH <= d; i += 4 * WIDTH) add_values<QUERIES, 4>(values, d, count, weights, out, i);
-    for (; i + 2 * WIDTH <= d; i += 2 * WIDTH) add_values<QUERIES, 2>(values, d, count, weights, out, i);
+    if constexpr (QUERIES * 4 <= IN_REGISTERS)
+        for (; i + 4 * WIDTH <= d; i += 4 * WIDTH) add_values<QUERIES, 4>(values, d, count, weights, out, i);
+    if constexpr (QUERIES * 2 <= IN_REGISTERS)
+        for (; i + 2 * WIDTH <= d; i += 2 * WIDTH) add_values<QUERIES, 2>(values, d, count, weights, out, i);
     for (; i + WIDTH <= d; i += WIDTH) add_values<QUERIES, 1>(values, d, count, weights, out, i);
     for (; i < d; ++i)
         for (int q = 0; q < QUERIES; ++q)
@@ -188,18 +197,14 @@ class Attend {
     static float weigh(float *score, int64_t count) {
         for (int64_t i = count; i % WIDTH; ++i) score[i] = -INFINITY;
         Lanes largest = every(-INFINITY);
-        for (int64_t i = 0; i < count; i += WIDTH) {
-            const Lanes value = load(score + i);
-            largest = largest > value ? largest : value;
-        }
+        for (int64_t i = 0; i < count; i += WIDTH) largest = larger(largest, load(score + i));
         float most = largest[0];
         for (int i = 1; i < WIDTH; ++i) most = std::max(most, largest[i]);
         Lanes total = {};
         for (int64_t i = 0; i < count; i += WIDTH) {
-            Lanes weights = exponential(load(score + i) - most);
-            for (int64_t j = count - i; j < WIDTH; ++j) weights[j] = 0.0f;
-            store(score + i, weights);
-            total += weights;
+            store(score + i, exponential(load(score + i) - most));
+            for (int64_t j = count; j < i + WIDTH; ++j) score[j] = 0.0f;
+            total += load(score + i);
         }
         return sum(total);
     }

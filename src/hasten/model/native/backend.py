@@ -23,6 +23,7 @@ from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, additive_ma
 from hasten.model.native.blocks import BlockLinear, stored_format
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Panels
+from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
     LayerStruct,
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 
 SITES = get_args(Site)
-DTYPES: dict[Format, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Formats of weights that are not rounded."""
 
 
 class _Slots:
@@ -106,26 +105,27 @@ class NativeBackend:
     """Stores weights in panels and runs a decoder's default forward as one native call.
 
     Args:
-        format: of the weights of the layers; what a file stores in blocks stays so where this is a plain one.
-        head: of the weights of the head.
+        dtype: of the model, float32 or bfloat16.
+        layers: what the weights of layers are rounded to; None where they stay as they are, stored blocks included.
+        head: the same of the head.
     """
 
     name = "native"
 
-    def __init__(self, format: Format, head: Format) -> None:
-        self.format: Format = format
-        self.head: Format = head
+    def __init__(self, dtype: torch.dtype, layers: Rounded | None = None, head: Rounded | None = None) -> None:
+        self.dtype, self.layers, self.head = dtype, layers, head
         self._described: tuple[Decoder, ModelStruct | None] | None = None
         self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
     def linear(self, piece: Piece, source: Source) -> Panels:
         """See `hasten.model.decoder.Backend`. Weights stay as they are stored, unless they are to be rounded."""
-        format = self.head if source == HEAD else self.format
-        stored = stored_format(piece.stored)
-        if stored is None or format not in DTYPES:
-            return PanelLinear(piece.weight, piece.bias, format)
-        rows = torch.cat([blocks.rows for blocks in piece.stored])
-        return BlockLinear(stored, rows, piece.stored[0].inputs, piece.bias, DTYPES[format])
+        wanted, stored = self.head if source == HEAD else self.layers, stored_format(piece.stored)
+        if stored is not None and wanted in (None, stored):
+            rows = torch.cat([blocks.rows for blocks in piece.stored])
+            return BlockLinear(stored, rows, piece.stored[0].inputs, piece.bias, self.dtype)
+        if wanted is None:
+            return PanelLinear(piece.weight, piece.bias, _format(self.dtype))
+        return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         count = rows.tokens.shape[0]
@@ -284,6 +284,10 @@ class _Elsewhere:
                 self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
 
 
+def _format(dtype: torch.dtype) -> Format:
+    return "float32" if dtype == torch.float32 else "bfloat16"
+
+
 def _struct(linear: Linear) -> LinearStruct | None:
     """What `step.cpp` reads of a linear layer, if it knows it. Exactly these: a subclass computes something else."""
     if type(linear) is PanelLinear or type(linear) is BlockLinear:
@@ -354,7 +358,7 @@ def _description(model: Decoder) -> ModelStruct | None:
         inverse_frequencies=pointer(torch.tensor(config.inverse_frequencies)),
         axis_of=None if axes is None else axes.data_ptr(),
         embedding=model.embedding.data_ptr(),
-        embedding_format=FORMATS.index("float32" if model.dtype == torch.float32 else "bfloat16"),
+        embedding_format=FORMATS.index(_format(model.dtype)),
         final_norm=pointer(model.norm.weight),
         head=head,
         layer=ctypes.addressof(layers),

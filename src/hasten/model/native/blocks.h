@@ -1,5 +1,5 @@
-// Weights whose inputs come in groups with a scale of their own: int4, and the block formats of GGUF files. Included once
-// per instruction set.
+// Weights whose inputs come in groups with a scale of their own: the block formats of GGUF files. Included once per
+// instruction set.
 //
 // A group's products are added as integers, exactly; what a group adds to a sum is then a float. The rows' codes have a
 // scale per group, too.
@@ -7,15 +7,15 @@
 namespace {
 namespace NAME {
 
-constexpr bool grouped(Format format) { return format >= INT4; }
+constexpr bool grouped(Format format) { return format >= Q8_0; }
 // Words of a group, and of those that one call of `unpack` gives.
-constexpr int64_t group_words(Format format) { return format == INT4 ? 16 : format == Q6_K ? 4 : 8; }
+constexpr int64_t group_words(Format format) { return format == Q6_K ? 4 : 8; }
 constexpr int64_t unit_words(Format format) { return format == Q8_0 ? 1 : format == Q6_K ? 4 : 2; }
 // Whether each group of an output has a number that is added to all its weights.
 constexpr bool has_minima(Format format) { return format == Q4_1 || format == Q4_K; }
 // What a code is more than the number that it stands for, as `add_code` takes it.
 constexpr int32_t offset(Format format) {
-    return format == INT4 || format == Q4_0 ? 8 : format == Q6_K ? 32 : format == Q8_0 && LEVEL >= 2 ? 128 : 0;
+    return format == Q4_0 ? 8 : format == Q6_K ? 32 : format == Q8_0 && LEVEL >= 2 ? 128 : 0;
 }
 
 template <Format FORMAT>
@@ -44,37 +44,6 @@ inline void unpack(const void *panels, int64_t word, Words (&codes)[unit_words(F
     }
 }
 
-// Sixteen float16.
-inline Lanes halfs(const char *from) {
-#if LEVEL >= 2
-    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-#elif LEVEL == 1
-    __m256 part[2];
-    for (int i = 0; i < 2; ++i) part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from) + i));
-    Lanes value;
-    std::memcpy(&value, part, sizeof value);
-    return value;
-#else
-    Halves bits;
-    std::memcpy(&bits, from, sizeof bits);
-    const Words word = __builtin_convertvector(bits, Words), size = word & 0x7fffu;
-    // Below 2^-14 there is no leading one. As floats these are no subnormals, which would be slow.
-    const Lanes small = floats(as<Whole>(size)) * 0x1p-24f, usual = as<Lanes>((size << 13) + (112u << 23));
-    return as<Lanes>(as<Words>(size < 0x400u ? small : usual) | (word & 0x8000u) << 16);
-#endif
-}
-
-// Sixteen numbers from -128 to 127.
-inline Lanes bytes(const char *from) {
-#if LEVEL >= 2
-    return floats((Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
-#else
-    Codes value;
-    std::memcpy(&value, from, sizeof value);
-    return floats(__builtin_convertvector(value, Whole));
-#endif
-}
-
 // Of sixteen outputs in a group: what a code of theirs is worth, and the minimum where there is one.
 struct Worth {
     Lanes scale, minimum;
@@ -87,9 +56,7 @@ inline Worth worth(const void *scales, int64_t panel, int64_t groups, int64_t gr
     const char *from = static_cast<const char *>(scales);
     const int64_t place = panel * groups + group;
     __builtin_prefetch(from + place * BYTES + AHEAD / 4);
-    if constexpr (FORMAT == INT4) {
-        return {wide(static_cast<const uint16_t *>(scales) + place * WIDTH), Lanes{}};
-    } else if constexpr (FORMAT == Q8_0 || FORMAT == Q4_0) {
+    if constexpr (FORMAT == Q8_0 || FORMAT == Q4_0) {
         return {halfs(from + place * 32), Lanes{}};
     } else if constexpr (FORMAT == Q4_1) {
         return {halfs(from + place * 64), halfs(from + place * 64 + 32)};

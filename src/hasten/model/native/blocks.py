@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay as a GGUF file stores them: in blocks of inputs that share scales."""
+"""Linear layers whose weights are as GGUF files store them: in blocks of inputs that share scales."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, filled, interleave, nibbles
+from hasten.model.native.rounding import Rounded, round_to_blocks
 from hasten.model.threads import on_one_thread
 from hasten.model.weights import Blocks
 
@@ -108,7 +109,7 @@ class BlockLinear(Panels):
     Args:
         format: of the blocks.
         stored: uint8 [outputs, bytes per row]; it is not kept.
-        inputs: weights per row.
+        inputs: weights per row; the last block may have more.
         bias: [outputs] or None.
         dtype: of the model, which `dequant` gives.
 
@@ -121,7 +122,8 @@ class BlockLinear(Panels):
     ) -> None:
         kind = KINDS[format]
         outputs, size = stored.shape
-        if inputs % kind.inputs or size != inputs // kind.inputs * kind.bytes:
+        blocks = -(-inputs // kind.inputs)
+        if size != blocks * kind.bytes:
             raise UserError(f"{size} bytes are no row of {inputs} weights in {format}")
         step = max(1, AT_ONCE // size // (2 * LANES)) * 2 * LANES
         # As many small operations: a team of threads would wait for all its cores before each.
@@ -129,7 +131,12 @@ class BlockLinear(Panels):
             parts = (_panels(format, part) for part in torch.split(stored, step))
             panels, worth = _joined(parts, -(-outputs // (2 * LANES)) * 2)
         self._kind = kind
-        super().__init__(format, (outputs, inputs), dtype, panels, worth, None, bias)
+        super().__init__(format, (outputs, inputs), dtype, panels, worth, bias)
+
+    @classmethod
+    def rounded(cls, format: Rounded, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BlockLinear:
+        """Of a dense weight [outputs, inputs]. See `round_to_blocks`."""
+        return cls(format, round_to_blocks(format, weight), weight.shape[1], bias, dtype)
 
     def dequant(self) -> Tensor:
         assert self.scales is not None

@@ -100,7 +100,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             norm(from, weight, model.norm_eps, hidden, to.row(row));
             to.put_row(row);
         };
-        // Codes need the scale of a whole row, which several threads have written.
+        // Codes need the scale of a whole group, which several threads may have written.
         auto finish = [&](Inputs &inputs) {
             team.barrier();
             if (inputs.direct()) return;

@@ -7,4 +7,5 @@
 #include "forward.h"
 #undef NAME
 #undef LEVEL
+#undef NEON
 #undef MOST

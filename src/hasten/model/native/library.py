@@ -17,7 +17,7 @@ from hasten.model.native.structs import STRUCTS
 from hasten.model.threads import openmp_runtime
 
 LIBRARY = Path(__file__).with_name("_step.so")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx", "neon", "neondot", "neonbf16")
 """The names that `HASTEN_NATIVE` may have; without it the last of them that the processor has is chosen."""
 
 

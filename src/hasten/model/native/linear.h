@@ -8,9 +8,7 @@ namespace NAME {
 
 // Whether products go through tile registers, and the rows of one pass over the weights: the others have a vector register
 // for each.
-constexpr bool in_tiles(Format format) {
-    return LEVEL >= 4 && (format == BFLOAT16 || format == INT8 || format == INT4);
-}
+constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format == BFLOAT16; }
 constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
 constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : IN_VECTORS; }
 
@@ -43,8 +41,8 @@ class Inputs {
         for (int64_t row = 0; row < rows; ++row) std::fill(this->row(row) + width_, this->row(row) + stride_, 0.0f);
     }
     float *row(int64_t row) { return plain_.data() + row * stride_; }
-    // Whether a part of a row can become words by itself; codes need the scale of the whole row.
-    bool direct() const { return format_ == FLOAT32 || format_ == BFLOAT16; }
+    // Whether a part of a row can become words by itself; codes need the scale of a whole group.
+    bool direct() const { return !grouped(format_); }
 
     // The floats `first` to `first + count` of a row (whole words, or to its end) become words.
     void put(int64_t row, int64_t first, int64_t count) {
@@ -83,8 +81,8 @@ class Inputs {
         // The last word may have no other half.
         if (first + WIDTH == width_ && first / 2 % WIDTH == 0) std::memset(to + WIDTH / 2, 0, sizeof bits);
     }
-    // A whole row becomes int8 codes, with one scale (int8 weights) or one per group. One that holds infinity or NaN makes
-    // all that is computed from it NaN.
+    // A whole row becomes int8 codes with a scale per group. One that holds infinity or NaN makes all that is computed from
+    // it NaN.
     void quantise(int64_t row) {
         const int64_t vectors = chunks_ * 4 / groups_, apart = WIDTH * size(row);
         for (int64_t g = 0; g < groups_; ++g) {
@@ -94,7 +92,7 @@ class Inputs {
             Whole largest = {};
             for (int64_t i = 0; i < vectors; ++i) {
                 const Whole size = as<Whole>(load(from + i * WIDTH)) & 0x7fffffff;
-                largest = largest > size ? largest : size;
+                largest = larger(largest, size);
             }
             int32_t bits_of_most = 0;
             for (int i = 0; i < WIDTH; ++i) bits_of_most = std::max(bits_of_most, largest[i]);
@@ -105,13 +103,11 @@ class Inputs {
             Whole total = {};
             for (int64_t i = 0, place = g * vectors; i < vectors; ++i, ++place) {
                 Whole codes = {};
-                if (coded) codes = __builtin_convertvector((load(from + i * WIDTH) * inverse + ROUND) - ROUND, Whole);
+                if (coded) codes = whole((load(from + i * WIDTH) * inverse + ROUND) - ROUND);
                 total += codes;
                 uint32_t bits[4];
-                const Codes bytes = __builtin_convertvector(codes, Codes);
+                const Codes bytes = bytes_of(codes);
                 std::memcpy(bits, &bytes, sizeof bits);
-                if (format_ == INT8 && SHIFTED)
-                    for (uint32_t &word : bits) word ^= 0x80808080u;
                 std::memcpy(start(row) + place / 4 * apart + place % 4 * 4, bits, sizeof bits);
             }
             int32_t sum = 0;
@@ -150,20 +146,18 @@ class Inputs {
     std::vector<int32_t> starts_;
 };
 
-template <Format FORMAT, class Sum>
-inline Sum add_word(Sum total, Words weights, uint32_t input) {
-    if constexpr (FORMAT == FLOAT32) return add_float(total, weights, input);
-    else if constexpr (FORMAT == BFLOAT16) return add_bf16(total, weights, input);
-    else return add_signed(total, weights, input);
+template <Format FORMAT>
+inline Lanes add_word(Lanes total, Words weights, uint32_t input) {
+    return FORMAT == FLOAT32 ? add_float(total, weights, input) : add_bf16(total, weights, input);
 }
 
-// Outputs are computed by pairs of panels: neighbours, or a panel of gates and that of what they let through.
+// Outputs are computed by pairs of panels, one from each half: gates, and what they let through. So each side reads on and
+// on in memory.
 struct Pairs {
-    int64_t count, step, apart;
-    int64_t panel(int64_t pair, int side) const { return pair * step + side * apart; }
+    int64_t count;
+    int64_t panel(int64_t pair, int side) const { return pair + side * count; }
 };
-inline Pairs neighbours(const Linear &weight) { return {(weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH), 2, 1}; }
-inline Pairs gates(const Linear &weight) { return {weight.outputs / (2 * WIDTH), 1, weight.outputs / (2 * WIDTH)}; }
+inline Pairs pairs_of(const Linear &weight) { return {(weight.outputs + 2 * WIDTH - 1) / (2 * WIDTH)}; }
 
 // The sums of a block of rows in the panels of up to two pairs.
 struct alignas(64) Sums {
@@ -171,8 +165,8 @@ struct alignas(64) Sums {
 };
 
 // Adds all words of ROWS rows of a block times PANELS panels to their sums; for formats without groups.
-template <Format FORMAT, int ROWS, int PANELS, class Sum>
-inline void add_words(const Linear &weight, const int64_t *panel, const uint32_t *inputs, Sum (&total)[ROWS][PANELS]) {
+template <Format FORMAT, int ROWS, int PANELS>
+inline void add_words(const Linear &weight, const int64_t *panel, const uint32_t *inputs, Lanes (&total)[ROWS][PANELS]) {
     const int64_t words = words_of(weight);
     for (int64_t k = 0; k < words; ++k) {
         const uint32_t *input = inputs + k / WIDTH * WIDTH * ROWS + k % WIDTH;
@@ -225,25 +219,14 @@ inline void add_groups(const Linear &weight, const int64_t *panel, const Inputs 
 // ROWS rows of a block times PANELS panels, to the first of `sums`.
 template <Format FORMAT, int ROWS, int PANELS>
 void product(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*sums)[MOST]) {
-    const uint32_t *inputs = x.words(first);
     Lanes result[ROWS][PANELS] = {};
-    if constexpr (FORMAT == FLOAT32 || FORMAT == BFLOAT16) {
-        add_words<FORMAT>(weight, panel, inputs, result);
-    } else if constexpr (FORMAT == INT8) {
-        Whole total[ROWS][PANELS];
-        for (int p = 0; p < PANELS; ++p) {
-            const Whole offset = load(weight.sums + panel[p] * WIDTH) * (SHIFTED ? -128 : 0);
-            for (int r = 0; r < ROWS; ++r) total[r][p] = offset;
-        }
-        add_words<FORMAT>(weight, panel, inputs, total);
-        for (int p = 0; p < PANELS; ++p) {
-            const Lanes scale = load(static_cast<const float *>(weight.scales) + panel[p] * WIDTH);
-            for (int r = 0; r < ROWS; ++r) result[r][p] = floats(total[r][p]) * (scale * x.scales(first)[r]);
-        }
-    } else {
+    if constexpr (grouped(FORMAT))
         add_groups<FORMAT>(weight, panel, x, first, result);
-    }
+    else
+        add_words<FORMAT>(weight, panel, x.words(first), result);
+#pragma GCC unroll 24
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) sums[p][r] = result[r][p];
 }
 
@@ -263,62 +246,15 @@ inline void by_vectors(int64_t rows, const Linear &weight, const int64_t *panel,
 
 #if LEVEL >= 4
 
-// A block of up to 16 BLOCKS rows times PANELS panels; not for int4. Only the first block of rows waits for the weights.
-template <Format FORMAT, int BLOCKS, int PANELS>
+// A block of up to 16 BLOCKS rows times PANELS panels. Only the first block of rows waits for the weights.
+template <int BLOCKS, int PANELS>
 inline void by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*sums)[MOST]) {
     const int64_t words = words_of(weight), rows = x.size(first);
     const char *panels[PANELS];
     for (int p = 0; p < PANELS; ++p) panels[p] = static_cast<const char *>(weight.panels) + panel[p] * words * 64;
-    tile_products<FORMAT, BLOCKS, PANELS>(panels, first == 0, reinterpret_cast<const char *>(x.words(first)), rows * 64,
-                                          words / WIDTH, sums);
-    if constexpr (FORMAT == INT8)
-        for (int p = 0; p < PANELS; ++p) {
-            const Lanes scale = load(static_cast<const float *>(weight.scales) + panel[p] * WIDTH);
-            for (int64_t r = 0; r < rows; ++r) sums[p][r] = floats(as<Whole>(sums[p][r])) * (scale * x.scales(first)[r]);
-        }
+    tile_products<BFLOAT16, BLOCKS, PANELS>(panels, first == 0, reinterpret_cast<const char *>(x.words(first)), rows * 64,
+                                            words / WIDTH, sums);
 }
-
-// The same for int4 and two panels: each group is a tile of codes from -8 to 7, its sums become floats as in `product`.
-template <int BLOCKS>
-inline void int4_by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*result)[MOST]) {
-    const int64_t groups = words_of(weight) / GROUP_WORDS, rows = x.size(first);
-    const char *inputs = reinterpret_cast<const char *>(x.words(first));
-    const float *scales = x.scales(first);
-    // A byte's lower or upper half n to n - 8: bits 0 to 2 are its own, bit 3 turned over fills the rest. Both are matrices
-    // of bits, with a row per bit of the result.
-    const __m512i lower = _mm512_set1_epi64(0x0102040808080808), upper = _mm512_set1_epi64(0x1020408080808080);
-    constexpr int TURNED = 0xf8;
-    alignas(64) char weights[2][2][TILE_BYTES];
-    Sums sums[2];
-    for (int p = 0; p < 2; ++p) std::fill(result[p], result[p] + rows, Lanes{});
-    // A group is unpacked while the one before it is multiplied and the one before that becomes floats.
-    for (int64_t g = 0; g < groups + 2; ++g) {
-        for (int p = 0; p < 2 && g < groups; ++p) {
-            const char *from = static_cast<const char *>(weight.panels) + (panel[p] * groups + g) * TILE_BYTES / 2;
-#pragma GCC unroll 8
-            for (int k = 0; k < 8; ++k) {
-                const __m512i both = _mm512_loadu_si512(from + k * 64);
-                __builtin_prefetch(from + TILE_BYTES + k * 64);
-                char *to = weights[g & 1][p] + k * 128;
-                _mm512_store_si512(to, _mm512_gf2p8affine_epi64_epi8(both, lower, TURNED));
-                _mm512_store_si512(to + 64, _mm512_gf2p8affine_epi64_epi8(both, upper, TURNED));
-            }
-        }
-        if (g > 0 && g <= groups) {
-            const char *unpacked[2] = {weights[~g & 1][0], weights[~g & 1][1]};
-            tile_products<INT8, BLOCKS, 2>(unpacked, false, inputs + (g - 1) * rows * 64, 0, 1, sums[~g & 1].of);
-        }
-        const int64_t done = g - 2;
-        for (int p = 0; p < 2 && done >= 0; ++p) {
-            const Lanes scale = wide(static_cast<const uint16_t *>(weight.scales) + (panel[p] * groups + done) * WIDTH);
-            for (int64_t r = 0; r < rows; ++r)
-                result[p][r] += floats(as<Whole>(sums[g & 1].of[p][r])) * (scale * scales[done * rows + r]);
-        }
-    }
-}
-
-// Rows of int4 from which tiles are faster than vectors; the results are the same bits.
-constexpr int64_t INT4_TILES = 9;
 
 #endif
 
@@ -327,31 +263,20 @@ template <Format FORMAT>
 void block_product(const Linear &weight, const int64_t *panel, int64_t pairs, const Inputs &x, int64_t first, Sums &sums) {
     const int64_t rows = x.size(first);
 #if LEVEL >= 4
-    if constexpr (FORMAT == BFLOAT16 || FORMAT == INT8) {
+    if constexpr (in_tiles(FORMAT)) {
         if (rows > TILE_ROWS)
             for (int64_t pair = 0; pair < pairs; ++pair)
-                by_tiles<FORMAT, 2, 2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+                by_tiles<2, 2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
         else if (pairs == 2)
-            by_tiles<FORMAT, 1, 4>(weight, panel, x, first, sums.of);
+            by_tiles<1, 4>(weight, panel, x, first, sums.of);
         else
-            by_tiles<FORMAT, 1, 2>(weight, panel, x, first, sums.of);
+            by_tiles<1, 2>(weight, panel, x, first, sums.of);
         return;
     }
-    if (FORMAT == INT4 && rows >= INT4_TILES) {
-        for (int64_t pair = 0; pair < pairs; ++pair)
-            if (rows > TILE_ROWS)
-                int4_by_tiles<2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
-            else
-                int4_by_tiles<1>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
-        return;
-    }
-    constexpr int VECTORS = FORMAT == INT4 ? INT4_TILES - 1 : IN_VECTORS;
-#else
-    constexpr int VECTORS = MOST;
 #endif
-    if constexpr (!in_tiles(FORMAT) || FORMAT == INT4)
+    if constexpr (!in_tiles(FORMAT))
         for (int64_t pair = 0; pair < pairs; ++pair)
-            by_vectors<FORMAT, VECTORS>(rows, weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+            by_vectors<FORMAT, IN_VECTORS>(rows, weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
 }
 
 // Bytes of weights that stay in a core's cache while the blocks of rows pass by.
@@ -360,7 +285,8 @@ constexpr int64_t KEPT = 512 * 1024;
 // This thread's share of x W^T: `finish(pair, row, one, other)` gets a row's sums in the panels of a pair. With several
 // blocks of rows, each takes as many panels as the cache keeps before the next has its turn.
 template <class Finish>
-inline void linear(const Linear &weight, const Pairs &pairs, Team &team, int number, const Inputs &x, const Finish &finish) {
+inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, const Finish &finish) {
+    const Pairs pairs = pairs_of(weight);
     const int64_t at_once = in_tiles(weight.format) ? 2 : 1, last = pairs.count * (number + 1) / team.count();
     const int64_t kept = std::max(at_once, KEPT / (words_of(weight) * 2 * 64) / at_once * at_once);
     Sums sums;
@@ -373,8 +299,6 @@ inline void linear(const Linear &weight, const Pairs &pairs, Team &team, int num
                 switch (weight.format) {
                     case FLOAT32: block_product<FLOAT32>(weight, panel, some, x, first, sums); break;
                     case BFLOAT16: block_product<BFLOAT16>(weight, panel, some, x, first, sums); break;
-                    case INT8: block_product<INT8>(weight, panel, some, x, first, sums); break;
-                    case INT4: block_product<INT4>(weight, panel, some, x, first, sums); break;
                     case Q8_0: block_product<Q8_0>(weight, panel, some, x, first, sums); break;
                     case Q4_0: block_product<Q4_0>(weight, panel, some, x, first, sums); break;
                     case Q4_1: block_product<Q4_1>(weight, panel, some, x, first, sums); break;
@@ -405,17 +329,16 @@ inline void linear(const Linear &weight, Team &team, int number, const Inputs &x
             for (int64_t n = 0, at = (first + r) * weight.outputs + column; n < some; ++n)
                 out[at + n] = sums[r][n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
     };
-    linear(weight, neighbours(weight), team, number, x,
-           [&](int64_t pair, int64_t first, int64_t rows, const Lanes *one, const Lanes *other) {
-               panel_done(2 * pair, first, rows, one);
-               panel_done(2 * pair + 1, first, rows, other);
-           });
+    const Pairs pairs = pairs_of(weight);
+    linear(weight, team, number, x, [&](int64_t pair, int64_t first, int64_t rows, const Lanes *one, const Lanes *other) {
+        panel_done(pairs.panel(pair, 0), first, rows, one);
+        panel_done(pairs.panel(pair, 1), first, rows, other);
+    });
 }
 
 // silu(gate) * up of x W^T + bias, this thread's share: both have as many outputs as `to` has inputs, whole vectors.
 inline void gated(const Linear &weight, Team &team, int number, const Inputs &x, Inputs &to) {
-    const Pairs pairs = gates(weight);
-    linear(weight, pairs, team, number, x,
+    linear(weight, team, number, x,
            [&](int64_t pair, int64_t first, int64_t rows, const Lanes *gate, const Lanes *up) {
                const float *bias = weight.bias ? weight.bias + pair * WIDTH : nullptr;
                const Lanes gate_bias = bias ? load(bias) : Lanes{}, up_bias = bias ? load(bias + weight.outputs / 2) : Lanes{};

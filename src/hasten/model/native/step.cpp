@@ -20,9 +20,12 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
-#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#ifndef WITHOUT_FUTEX
+#define HAS_FUTEX 1
+#include <linux/futex.h>
+#endif
 #endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PORTABLE)
 #define HAS_TARGETS 1
@@ -136,13 +139,16 @@ class Team {
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        // Its own hint to wait does nothing on most processors.
+        __asm__ volatile("isb" ::: "memory");
 #else
         std::this_thread::yield();
 #endif
     }
     // Where another process has a core, the thread that is waited for may not be running. One that only yields its own core
     // gets it back behind all others; one that sleeps is woken in front of them.
-#if defined(__linux__)
+#ifdef HAS_FUTEX
     void sleep(int phase) {
         sleepers_.fetch_add(1);
         while (phase_.load() == phase) syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
@@ -153,9 +159,18 @@ class Team {
     }
 #else
     void sleep(int phase) {
-        while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);
+        passed_.wait(lock, [&] { return phase_.load() != phase; });
+        sleepers_.fetch_sub(1);
     }
-    void wake() {}
+    void wake() {
+        if (sleepers_.load() == 0) return;
+        // Who counts as a sleeper, but has not yet gone to sleep, holds the lock.
+        mutex_.lock();
+        mutex_.unlock();
+        passed_.notify_all();
+    }
 #endif
     // The first thread's part of a task. What it computes outside, it spins.
     void work_first() {
@@ -208,7 +223,7 @@ class Team {
     std::atomic<int> count_{1};
     std::vector<std::thread> threads_;
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, passed_;
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0}, arrived_{0}, phase_{0}, sleepers_{0};
     const std::function<void(int)> *task_ = nullptr;
@@ -216,42 +231,36 @@ class Team {
     bool closing_ = false;
 };
 
-enum Format : int64_t { FLOAT32, BFLOAT16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
+enum Format : int64_t { FLOAT32, BFLOAT16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
 
 // Panels of 16 outputs, an even number of them, with inputs in words of 32 bits per output, a multiple of 16 of them. What
 // is missing is zero.
 //   float32 [panels][inputs][16]
 //   bf16    [panels][inputs / 2][16][2]
-//   int8    [panels][inputs / 4][16][4], codes from -127 to 127, a scale per output
-//   int4    [panels][inputs / 8][16][4], inputs 0..3 in the lower halves of the bytes, 4..7 in the upper; codes from 0 to
-//           15 for -8 to 7; a bf16 scale per 64 inputs of an output
 // The block formats of GGUF files, with the codes and scales that are stored. A weight is scale * (code - offset) + minimum:
 //   Q8_0    [panels][inputs / 4][16][4], codes from 0 to 255, offset 128; a scale per 32 inputs
-//   Q4_0    as int4, with a scale per 32 inputs
+//   Q4_0    [panels][inputs / 8][16][4], inputs 0..3 in the lower halves of the bytes, 4..7 in the upper; codes from 0 to
+//           15, offset 8; a scale per 32 inputs
 //   Q4_1    as Q4_0, with a minimum beside each scale, offset 0
 //   Q4_K    as Q4_1, scales and minima by super-blocks of 256 inputs: a byte for each, times the super-block's own
-//   Q6_K    [panels][inputs / 16][3][16][4], codes from 0 to 63, offset 32: lower halves as in int4, then the upper two bits,
+//   Q6_K    [panels][inputs / 16][3][16][4], codes from 0 to 63, offset 32: lower halves as in Q4_0, then the upper two bits,
 //           inputs 0..3 in the lowest of each byte; a scale per 16 inputs, a byte times the super-block's own
 struct Linear {
     Format format;
     const void *panels;
-    // int8: float [outputs]; int4: bf16 [panels][inputs / 64][16]
     // Q8_0, Q4_0: float16 [panels][inputs / 32][16]
     // Q4_1: float16 [panels][inputs / 32][2][16], scale and minimum
     // Q4_K: [panels][inputs / 256], each two times 16 float16, scale and minimum, and int8 [8][2][16]
     // Q6_K: [panels][inputs / 256], each 16 float16 and int8 [16][16]; else null
     const void *scales;
-    const int32_t *sums;  // int8: of each output's codes; else null
-    const float *bias;    // [outputs] or null
+    const float *bias;  // [outputs] or null
     int64_t outputs, inputs;
 };
 
-// Words come in groups of 16: those that share a scale in int4, and a tile of the processors that have such registers.
-constexpr int64_t GROUP_WORDS = 16;
-
+// Words come by 16: a tile of the processors that have such registers.
 inline int64_t words_of(const Linear &weight) {
-    const int64_t in_group = GROUP_WORDS * (weight.format == FLOAT32 ? 1 : weight.format == BFLOAT16 ? 2 : 4);
-    return (weight.inputs + in_group - 1) / in_group * GROUP_WORDS;
+    const int64_t together = 16 * (weight.format == FLOAT32 ? 1 : weight.format == BFLOAT16 ? 2 : 4);
+    return (weight.inputs + together - 1) / together * 16;
 }
 
 struct Layer {
@@ -366,6 +375,11 @@ struct Batch {
 #endif
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(PORTABLE)
+#include "arm64.h"
+#define HAS_NEON 1
+#endif
+
 namespace {
 
 struct Kernels {
@@ -383,26 +397,34 @@ bool tiles_granted() {
 }
 #endif
 
+#define KERNELS(set) Kernels{#set, set::forward, set::apply, set::likeliest}
+
+// The best that the processor has, or the one that is asked for, if it has it.
 Kernels choose() {
+    const char *wanted = std::getenv("HASTEN_NATIVE");
+    [[maybe_unused]] auto may = [&](const char *name) { return wanted == nullptr || !*wanted || !std::strcmp(wanted, name); };
 #ifdef HAS_TARGETS
     __builtin_cpu_init();
-    const char *wanted = std::getenv("HASTEN_NATIVE");
-    auto may = [&](const char *name) { return wanted == nullptr || !*wanted || !std::strcmp(wanted, name); };
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
 #ifdef HAS_TILES
     if (may("amx") && wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("gfni") && tiles_granted())
-        return {"amx", amx::forward, amx::apply, amx::likeliest};
+        return KERNELS(amx);
 #endif
-    if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16"))
-        return {"avx512bf16", avx512bf16::forward, avx512bf16::apply, avx512bf16::likeliest};
-    if (may("avx512") && wide) return {"avx512", avx512::forward, avx512::apply, avx512::likeliest};
-    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {"avx2", avx2::forward, avx2::apply, avx2::likeliest};
+    if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16")) return KERNELS(avx512bf16);
+    if (may("avx512") && wide) return KERNELS(avx512);
+    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KERNELS(avx2);
 #endif
-    return {"portable", portable::forward, portable::apply, portable::likeliest};
+#ifdef HAS_NEON
+#ifdef HAS_DOT
+    if (may("neonbf16") && has_dot() && has_bf16()) return KERNELS(neonbf16);
+    if (may("neondot") && has_dot()) return KERNELS(neondot);
+#endif
+    if (may("neon")) return KERNELS(neon);
+#endif
+    return KERNELS(portable);
 }
 
 const Kernels &kernels() {

@@ -12,7 +12,7 @@ class LinearStruct(ctypes.Structure):
 
     _fields_: ClassVar[Any] = [
         ("format", c_int64),
-        *((name, c_void_p) for name in ("panels", "scales", "sums", "bias")),
+        *((name, c_void_p) for name in ("panels", "scales", "bias")),
         ("outputs", c_int64),
         ("inputs", c_int64),
     ]
