@@ -110,4 +110,7 @@ def question(lines: str, category: str = QUESTION) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
