@@ -119,6 +119,21 @@ def test_a_row_is_the_same_bits_beside_any_others(model, threads):
         torch.set_num_threads(known)
 
 
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 128])
+def test_heads_of_any_width_attend_alike_alone_and_beside_others(head_dim, make_checkpoint):
+    folder = make_checkpoint("qwen3", head_dim=head_dim).folder
+    native, composed = (load_model(folder, "float32", "cpu", backend) for backend in ("native", "torch"))
+    text, logits = tokens(70, 6), []
+    for model in (native, composed):
+        sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
+        logits.append(model.forward(Rows.of(sequence, text, 0)))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+    sequence = Cache(native.config.layers, native.cache_dtype, native.device).sequence()
+    for start, stop in ((0, 1), (1, 2), (2, 17), (17, 18), (18, 33), (33, 36), (36, 64), (64, 70)):
+        assert torch.equal(native.forward(Rows.of(sequence, text[start:stop], start)), logits[0][start:stop])
+        sequence.commit(stop - start)
+
+
 def test_neighbours_change_no_bit(model):
     cache = Cache(model.config.layers, model.cache_dtype, model.device)
     one, other = behind(model, cache, 20), behind(model, cache, 50, seed=5)

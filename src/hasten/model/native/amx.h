@@ -36,9 +36,13 @@ inline void fetch_tile(const char *from) {
     for (int64_t i = 0; i < TILE_BYTES; i += 64) __builtin_prefetch(from + i);
 }
 
-#define TILE_DOT(sum, input, weight) _tile_dpbf16ps(sum, input, weight);
+#define TILE_DOT(sum, input, weight)        \
+    if constexpr (FORMAT == BFLOAT16)       \
+        _tile_dpbf16ps(sum, input, weight); \
+    else                                    \
+        _tile_dpbsud(sum, input, weight);
 
-// The sums of BLOCKS times 16 rows in PANELS panels, over so many tiles of inputs, which are `step` bytes apart. With
+// The sums of BLOCKS times 16 rows in PANELS panels, of bf16 or of codes without a sign, over so many tiles of inputs, which are `step` bytes apart. With
 // `fetched`, the panels' next tiles are fetched meanwhile: from further ahead, they would push each other out of the
 // nearest cache.
 template <Format FORMAT, int BLOCKS, int PANELS>

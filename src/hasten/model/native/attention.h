@@ -9,41 +9,83 @@ namespace NAME {
 constexpr int64_t TILE = 16;  // queries that are computed together
 constexpr int IN_REGISTERS = LEVEL >= 2 ? 16 : 4;  // lanes that are added to, beside what is added
 
-// Dot products of a query with `count` keys (at most 16) of d channels. Each adds channels 16 apart in order, then the
-// sixteen sums by halves.
-inline Lanes dots(const float *query, const float *keys, int64_t count, int64_t d) {
 #if LEVEL >= 2
-    if (d % WIDTH == 0) {
-        Lanes total[WIDTH] = {};
-        const float *key[WIDTH];
-        for (int64_t slot = 0; slot < WIDTH; ++slot) key[slot] = keys + std::min(slot, count - 1) * d;
-        for (int64_t i = 0; i < d; i += WIDTH) {
-            const Lanes part = load(query + i);
-#pragma GCC unroll 16
-            for (int slot = 0; slot < WIDTH; ++slot) total[slot] += part * load(key[slot] + i);
-        }
-        const Whole lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The sums of the lower and upper lanes of COUNT pairs of vectors: halves of a slot's sums come together, then quarters.
+template <int COUNT>
+inline void fold(const Lanes *one, const Lanes *other, Lanes *to, int half) {
+    const Whole lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, upper = (lane & half) != 0;
+    const Whole own = upper ? lane + (16 - half) : lane, across = upper ? lane + 16 : lane + half;
 #pragma GCC unroll 4
-        for (int half = 8; half; half /= 2) {
-            const Whole upper = (lane & half) != 0;
-            const Whole own = upper ? lane + (16 - half) : lane, other = upper ? lane + 16 : lane + half;
+    for (int i = 0; i < COUNT; ++i) to[i] = __builtin_shuffle(one[i], other[i], own) + __builtin_shuffle(one[i], other[i], across);
+}
+
+// Dot products of QUERIES queries with 16 keys of d channels, whole vectors; `D` is d where that is known. Keys are taken by
+// 8, as they meet in `fold`: so two queries share them in registers. Unrolled, all that has no name stays in registers.
+template <int QUERIES, int64_t D>
+inline void dots(const float *const *query, const float *keys, int64_t d, Lanes *result) {
+    if (D) d = D;
+    Lanes half[QUERIES][2][4];
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+        Lanes total[QUERIES][8];
+#pragma GCC unroll 2
+        for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 8
-            for (int slot = 0; slot < half; ++slot)
-                total[slot] = __builtin_shuffle(total[slot], total[slot + half], own) +
-                              __builtin_shuffle(total[slot], total[slot + half], other);
+            for (int n = 0; n < 8; ++n) total[q][n] = Lanes{};
+        for (int64_t i = 0; i < d; i += WIDTH) {
+            Lanes channels[QUERIES];
+#pragma GCC unroll 2
+            for (int q = 0; q < QUERIES; ++q) channels[q] = load(query[q] + i);
+#pragma GCC unroll 8
+            for (int n = 0; n < 8; ++n) {
+                const Lanes key = load(keys + (n / 4 * 8 + part * 4 + n % 4) * d + i);
+#pragma GCC unroll 2
+                for (int q = 0; q < QUERIES; ++q) total[q][n] += channels[q] * key;
+            }
         }
-        return total[0];
+#pragma GCC unroll 2
+        for (int q = 0; q < QUERIES; ++q) fold<4>(total[q], total[q] + 4, half[q][part], 8);
+    }
+#pragma GCC unroll 2
+    for (int q = 0; q < QUERIES; ++q) {
+        Lanes quarter[4], eighth[2];
+        fold<4>(half[q][0], half[q][1], quarter, 4);
+        fold<2>(quarter, quarter + 2, eighth, 2);
+        fold<1>(eighth, eighth + 1, result + q, 1);
+    }
+}
+
+template <int64_t D>
+inline void dots(const float *const *query, int64_t queries, const float *keys, int64_t d, Lanes *result) {
+    int64_t q = 0;
+    for (; q + 2 <= queries; q += 2) dots<2, D>(query + q, keys, d, result + q);
+    if (q < queries) dots<1, D>(query + q, keys, d, result + q);
+}
+
+#endif
+
+// Dot products of some queries with `count` keys (at most 16) of d channels. Each adds channels 16 apart in order, then the
+// sixteen sums by halves.
+inline void dots(const float *const *query, int64_t queries, const float *keys, int64_t count, int64_t d, Lanes *result) {
+#if LEVEL >= 2
+    if (d % WIDTH == 0 && count == WIDTH) {
+        if (d == 64) return dots<64>(query, queries, keys, d, result);
+        if (d == 128) return dots<128>(query, queries, keys, d, result);
+        return dots<0>(query, queries, keys, d, result);
     }
 #endif
-    float result[WIDTH] = {};
-    for (int64_t slot = 0; slot < count; ++slot) result[slot] = dot(query, keys + slot * d, d);
-    return load(result);
+    for (int64_t q = 0; q < queries; ++q) {
+        float found[WIDTH] = {};
+        for (int64_t slot = 0; slot < count; ++slot) found[slot] = dot(query[q], keys + slot * d, d);
+        result[q] = load(found);
+    }
 }
 
 // Adds `count` slots' values, weighted, to 16 CHUNKS channels of some queries, which all see all these slots.
 template <int QUERIES, int CHUNKS>
 inline void add_values(const float *values, int64_t d, int64_t count, float *const *weights, float *const *out, int64_t at) {
-    // Unrolled: the sums stay in registers.
+    // Unrolled, so that the sums stay in registers.
     Lanes total[QUERIES][CHUNKS];
 #pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)
@@ -115,14 +157,15 @@ class Attend {
             std::fill(out[q], out[q] + d, 0.0f);
         }
         each_block(model, layer, kv_head, rows, [&](const float *keys, const float *, int64_t count, const uint32_t *seen) {
+            Lanes found[TILE];
+            dots(query, queries, keys, count, d, found);
             for (int64_t q = 0; q < queries; ++q) {
                 const uint32_t bits = seen[q / tile.heads];
-                if (!bits) continue;
-                const Lanes found = dots(query[q], keys, count, d) * scale;
+                found[q] *= scale;
                 if (bits & (bits + 1)) {
-                    for (uint32_t left = bits; left; left &= left - 1) *next[q]++ = found[__builtin_ctz(left)];
+                    for (uint32_t left = bits; left; left &= left - 1) *next[q]++ = found[q][__builtin_ctz(left)];
                 } else {
-                    store(next[q], found);
+                    store(next[q], found[q]);
                     next[q] += __builtin_popcount(bits);
                 }
             }
@@ -183,6 +226,8 @@ class Attend {
     uint32_t bits_of(const View &view, int64_t row, int64_t slot, int64_t count) const {
         if (slot + count <= view.length && !window_) return (1u << count) - 1;
         const int64_t pending = span_->pending, own = pending - (span_->stop - span_->start) + row;
+        // Up to its own slot.
+        if (!span_->mask && !window_) return (1u << std::clamp<int64_t>(view.length + own + 1 - slot, 0, count)) - 1;
         uint32_t bits = 0;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t other = slot + i - view.length;

@@ -8,7 +8,7 @@ namespace NAME {
 
 // Whether products go through tile registers, and the rows of one pass over the weights: the others have a vector register
 // for each.
-constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format == BFLOAT16; }
+constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format != FLOAT32; }
 constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
 constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : IN_VECTORS; }
 
@@ -246,7 +246,7 @@ inline void by_vectors(int64_t rows, const Linear &weight, const int64_t *panel,
 
 #if LEVEL >= 4
 
-// A block of up to 16 BLOCKS rows times PANELS panels. Only the first block of rows waits for the weights.
+// A block of up to 16 BLOCKS rows times PANELS panels of bf16. Only the first block of rows waits for the weights.
 template <int BLOCKS, int PANELS>
 inline void by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*sums)[MOST]) {
     const int64_t words = words_of(weight), rows = x.size(first);
@@ -256,6 +256,47 @@ inline void by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x
                                             words / WIDTH, sums);
 }
 
+// The same for formats with groups and two panels. A group is a tile where all other words are zero, so that its sums are by
+// themselves: a tile's rows decide how long it takes. They become floats as in `add_groups`.
+template <Format FORMAT, int BLOCKS>
+inline void groups_by_tiles(const Linear &weight, const int64_t *panel, const Inputs &x, int64_t first, Lanes (*result)[MOST]) {
+    constexpr int64_t SIZE = group_words(FORMAT), UNIT = unit_words(FORMAT), PLACES = WIDTH / SIZE;
+    const int64_t words = words_of(weight), groups = words / SIZE, rows = x.size(first);
+    const char *inputs = reinterpret_cast<const char *>(x.words(first));
+    alignas(64) Words codes[PLACES][2][WIDTH] = {};
+    Sums sums[2];
+    for (int p = 0; p < 2; ++p) std::fill(result[p], result[p] + rows, Lanes{});
+    // A group is unpacked while the one before it is multiplied and the one before that becomes floats.
+    for (int64_t g = 0; g < groups + 2; ++g) {
+        for (int p = 0; p < 2 && g < groups; ++p)
+#pragma GCC unroll 8
+            for (int64_t k = 0; k < SIZE; k += UNIT) {
+                Words now[UNIT];
+                unpack<FORMAT>(weight.panels, panel[p] * words + g * SIZE + k, now);
+#pragma GCC unroll 4
+                for (int64_t u = 0; u < UNIT; ++u) codes[g % PLACES][p][g % PLACES * SIZE + k + u] = now[u];
+            }
+        if (g > 0 && g <= groups) {
+            const auto &unpacked = codes[(g - 1) % PLACES];
+            const char *panels[2] = {reinterpret_cast<const char *>(unpacked[0]), reinterpret_cast<const char *>(unpacked[1])};
+            tile_products<FORMAT, BLOCKS, 2>(panels, false, inputs + (g - 1) / PLACES * rows * 64, 0, 1, sums[~g & 1].of);
+        }
+        const int64_t done = g - 2;
+        for (int p = 0; p < 2 && done >= 0; ++p) {
+            const Worth code = worth<FORMAT>(weight.scales, panel[p], groups, done);
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t at = done * rows + r;
+                const Whole total = as<Whole>(sums[g & 1].of[p][r]) + (offset(FORMAT) ? x.starts(first)[at] : 0);
+                result[p][r] += floats(total) * (code.scale * x.scales(first)[at]);
+                if constexpr (has_minima(FORMAT)) result[p][r] += code.minimum * x.sums(first)[at];
+            }
+        }
+    }
+}
+
+// Rows of formats with groups from which tiles are faster than vectors; the results are the same bits.
+constexpr int64_t GROUPS_IN_TILES = std::min<int64_t>(9, IN_VECTORS + 1);
+
 #endif
 
 // A block of rows times one or two pairs of panels.
@@ -263,7 +304,7 @@ template <Format FORMAT>
 void block_product(const Linear &weight, const int64_t *panel, int64_t pairs, const Inputs &x, int64_t first, Sums &sums) {
     const int64_t rows = x.size(first);
 #if LEVEL >= 4
-    if constexpr (in_tiles(FORMAT)) {
+    if constexpr (FORMAT == BFLOAT16) {
         if (rows > TILE_ROWS)
             for (int64_t pair = 0; pair < pairs; ++pair)
                 by_tiles<2, 2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
@@ -273,10 +314,22 @@ void block_product(const Linear &weight, const int64_t *panel, int64_t pairs, co
             by_tiles<1, 2>(weight, panel, x, first, sums.of);
         return;
     }
+    if constexpr (grouped(FORMAT))
+        if (rows >= GROUPS_IN_TILES) {
+            for (int64_t pair = 0; pair < pairs; ++pair)
+                if (rows > TILE_ROWS)
+                    groups_by_tiles<FORMAT, 2>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+                else
+                    groups_by_tiles<FORMAT, 1>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+            return;
+        }
+    constexpr int VECTORS = grouped(FORMAT) ? GROUPS_IN_TILES - 1 : IN_VECTORS;
+#else
+    constexpr int VECTORS = IN_VECTORS;
 #endif
-    if constexpr (!in_tiles(FORMAT))
+    if constexpr (LEVEL < 4 || FORMAT != BFLOAT16)
         for (int64_t pair = 0; pair < pairs; ++pair)
-            by_vectors<FORMAT, IN_VECTORS>(rows, weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
+            by_vectors<FORMAT, VECTORS>(rows, weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
 }
 
 // Bytes of weights that stay in a core's cache while the blocks of rows pass by.

@@ -32,6 +32,9 @@
 #if defined(__linux__) && __GNUC__ >= 11
 #define HAS_TILES 1
 #endif
+#ifdef EMULATED_TILES
+#include "emulated_tiles.h"
+#endif
 #endif
 
 namespace {
@@ -312,7 +315,9 @@ struct Batch {
 #ifdef HAS_TILES
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,prefer-vector-width=512")
-#pragma GCC target("amx-tile,amx-bf16,amx-int8,gfni")
+#ifndef EMULATED_TILES
+#pragma GCC target("amx-tile,amx-bf16,amx-int8")
+#endif
 #define NAME amx
 #define LEVEL 4
 #define MOST 32
@@ -335,9 +340,13 @@ struct Kernels {
     int64_t (*likeliest)(const float *, int64_t, float *);
 };
 
-#ifdef HAS_TILES
+#ifdef EMULATED_TILES
+bool tiles_granted() { return true; }
+#elif defined(HAS_TILES)
 // Linux gives tile registers to a process that asks for them.
 bool tiles_granted() {
+    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-int8"))
+        return false;
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
@@ -355,9 +364,7 @@ Kernels choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
 #ifdef HAS_TILES
-    if (may("amx") && wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("gfni") && tiles_granted())
-        return KERNELS(amx);
+    if (may("amx") && wide && __builtin_cpu_supports("avx512bf16") && tiles_granted()) return KERNELS(amx);
 #endif
     if (may("avx512bf16") && wide && __builtin_cpu_supports("avx512bf16")) return KERNELS(avx512bf16);
     if (may("avx512") && wide) return KERNELS(avx512);
