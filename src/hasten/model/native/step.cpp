@@ -2,7 +2,8 @@
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
 // in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in structs.py; the
-// work is in lanes.h, amx.h, blocks.h, linear.h, attention.h and forward.h, compiled once per instruction set.
+// work is in lanes.h (over vectors.h, or neon.h on arm64), amx.h, blocks.h, linear.h, attention.h and forward.h, compiled
+// once per instruction set.
 
 #include <algorithm>
 #include <atomic>
