@@ -174,7 +174,10 @@ def methods(model: str, names: list[str], tokens: int, per_task: int, device: to
     if reason is not None:
         raise UserError(f"the CUDA backend cannot run {model}: {reason}")
     llm.model.backend = backends()["graph"]
-    theirs = AutoModelForCausalLM.from_pretrained(llm.folder, dtype=llm.model.dtype).to(device).eval()
+    # Of a GGUF file transformers is told the folder and the name.
+    file = {"gguf_file": llm.folder.name} if llm.folder.is_file() else {}
+    where = llm.folder.parent if file else llm.folder
+    theirs = AutoModelForCausalLM.from_pretrained(where, **file, dtype=llm.model.dtype).to(device).eval()
     prompts = [llm.encode(prompt.prompt) for prompt in load_suite("spec", per_task)]
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     outputs: dict[str, list[list[int]]] = {}

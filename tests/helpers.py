@@ -32,6 +32,7 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.medusa import MedusaWeights
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
 
@@ -183,7 +184,22 @@ def save_checkpoint(folder: Path) -> Path:
     for name, noise in (("tiny", 0.0), ("tiny-draft", 0.05)):
         make_model(noise).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
+    save_heads(folder / "tiny")
     return folder / "tiny"
+
+
+def save_heads(folder: Path) -> None:
+    """Beside a checkpoint, heads that say what the target says, more or less."""
+    weight = LlamaForCausalLM.from_pretrained(folder).lm_head.weight.detach()
+    noise = torch.Generator().manual_seed(5)
+
+    def near(tensor: Tensor) -> Tensor:
+        return tensor + 0.1 * torch.randn(tensor.shape, generator=noise)
+
+    hidden = weight.shape[1]
+    blocks = [[(near(torch.zeros(hidden, hidden)), near(torch.zeros(hidden)))] for _ in range(3)]
+    accuracy = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
+    MedusaWeights(blocks, [near(weight) for _ in range(3)], accuracy=accuracy).save(folder / "heads" / "medusa", {})
 
 
 class Scripted(Drafter):

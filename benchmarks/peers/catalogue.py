@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+STORED = "stored"
+"""The precision of a GGUF file's weights where they are computed with as the file has them."""
 HASTEN = "hasten"
 TORCH = "torch==2.13.0"
 
@@ -20,6 +22,7 @@ class Peer:
         package: what its version is read from.
         installs: arguments of `pip install`, call by call; none for the interpreter that runs the comparison.
         precisions: it can hold weights in.
+        gguf: the precisions in which it reads a GGUF file; none if it reads none.
         methods: of speculation; some need a smaller model (`needs_draft`).
         alone: whether its speculation is for one sequence only.
         apart: whether each of its ways to decode needs a process of its own.
@@ -36,6 +39,7 @@ class Peer:
     package: str
     installs: tuple[tuple[str, ...], ...]
     precisions: tuple[str, ...]
+    gguf: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     alone: bool = False
     apart: bool = False
@@ -55,7 +59,7 @@ def needs_draft(method: str) -> bool:
     return "draft-model" in method
 
 
-TRANSFORMERS = ((TORCH,), ("transformers==5.23.0",))
+TRANSFORMERS = ((TORCH,), ("transformers==5.23.0", "gguf==0.19.0"))
 
 PEERS = {
     peer.name: peer
@@ -66,7 +70,16 @@ PEERS = {
             package="hasten",
             installs=(),
             precisions=PRECISIONS,
-            methods=("auto", "ngram", "suffix", "token-recycling", "draft-model", "copyspec+draft-model"),
+            gguf=(STORED, *PRECISIONS),
+            methods=(
+                "auto",
+                "ngram",
+                "copyspec",
+                "suffix",
+                "token-recycling",
+                "draft-model",
+                "copyspec+draft-model",
+            ),
             batching="continuous",
         ),
         Peer(
@@ -75,6 +88,7 @@ PEERS = {
             package="transformers",
             installs=TRANSFORMERS,
             precisions=("float32", "bfloat16"),
+            gguf=("float32", "bfloat16"),
             methods=("prompt-lookup", "draft-model"),
             alone=True,
             lacks="no integer weights of its own; speculation for one sequence only",
@@ -85,6 +99,7 @@ PEERS = {
             package="transformers",
             installs=TRANSFORMERS,
             precisions=("float32", "bfloat16"),
+            gguf=("float32", "bfloat16"),
             home="transformers",
             lacks="no integer weights of its own; no speculation with a static cache",
         ),
@@ -113,12 +128,13 @@ PEERS = {
                 ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
             ),
             precisions=PRECISIONS,
+            gguf=(STORED,),
             methods=("prompt-lookup", "draft-model"),
             alone=True,
             converts=True,
             batching="in step",
             lacks="the package speculates for one sequence only",
-            environment={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"},
+            environment={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"},
         ),
         Peer(
             "ctranslate2",

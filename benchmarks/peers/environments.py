@@ -102,6 +102,9 @@ def digest(checkpoint: Path) -> str:
     Raises:
         UserError: no weights there.
     """
+    if checkpoint.is_file():
+        with checkpoint.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:20]
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{checkpoint} has no safetensors weights")
@@ -116,12 +119,12 @@ def digest(checkpoint: Path) -> str:
 def converted(
     peer: Peer, checkpoint: Path, precision: str, log: Path, timeout: float, say: Callable[[str], None]
 ) -> Path:
-    """The checkpoint as the peer reads it, converted now or earlier.
+    """The checkpoint as the peer reads it, converted now or earlier; a GGUF file is read as it is.
 
     Raises:
         Unavailable: the peer's converter fails, or takes longer than `timeout` seconds.
     """
-    if not peer.converts:
+    if not peer.converts or checkpoint.is_file():
         return checkpoint
     target = base() / "converted" / digest(checkpoint) / f"{peer.name}-{precision}"
     if target.exists():

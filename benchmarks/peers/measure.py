@@ -1,24 +1,30 @@
-"""The comparison: load the peers of a precision, visit them in turns, round by round."""
+"""The comparison: load the peers of a precision, then compare predictions, read prompts and decode, in turns."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from catalogue import PEERS, Peer, needs_draft
 from environments import Unavailable, converted, install, version
 from process import Process
-from results import PLAIN, Results, Visit, Way, agreement
+from prompts import beginnings, of_length
+from reference import Reference
+from results import PLAIN, Reading, Results, Visit, Way, agreement, widest_gap
 from workers.protocol import Settings
 
-from hasten.errors import UserError
+from hasten.bench.divergence import Divergence
+
+Item = TypeVar("Item")
 
 ROOM = 16
 """Tokens of context beyond what is needed: drafts reach further than answers."""
+SHORT = 512
+"""Tokens of prompts that a visit reads at least: short ones are read several times."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,10 @@ class Plan:
     """What is asked for.
 
     Attributes:
-        checkpoint, draft: Hugging Face folders.
+        checkpoint, draft: Hugging Face folders, or GGUF files.
         prompts: token ids.
+        lengths: of the prompts whose first token is waited for.
+        predictions: rows of the prompts on which predictions are compared with the reference's, at most; 0 for none.
         batch_count: batches of one size that a visit decodes at most; None takes as many as the prompts fill.
         timeout: seconds that a peer may take to convert, to load and for each batch.
         logs: folder for what workers print.
@@ -36,6 +44,8 @@ class Plan:
     checkpoint: Path
     draft: Path | None
     prompts: list[list[int]]
+    lengths: Sequence[int]
+    predictions: int
     max_tokens: int
     peers: Sequence[str]
     precisions: Sequence[str]
@@ -54,7 +64,22 @@ class Plan:
             peer = PEERS[name]
             methods = [PLAIN, *(peer.methods if self.speculation and not (peer.alone and batch > 1) else ())]
             ways += [Way(name, precision, batch, method) for method in methods if self._possible(peer, method)]
-        return [way for way in ways if precision in PEERS[way.peer].precisions]
+        return [way for way in ways if precision in self._readable(PEERS[way.peer])]
+
+    def _readable(self, peer: Peer) -> Sequence[str]:
+        """The precisions in which a peer can hold this checkpoint."""
+        return peer.gguf if self.checkpoint.is_file() else peer.precisions
+
+    def idle(self) -> dict[Way, str]:
+        """Peers that take no part, and why: they read no GGUF file, or hold it in no precision that is asked for."""
+        reasons = {}
+        for name in self.peers:
+            own = self._readable(PEERS[name])
+            if set(own) & set(self.precisions):
+                continue
+            what = f"of this checkpoint only {', '.join(own)}" if own else "it reads no GGUF files"
+            reasons[Way(name, self.precisions[0], self.batches[0], PLAIN)] = what
+        return reasons
 
     def _possible(self, peer: Peer, method: str) -> bool:
         return not needs_draft(method) or self.draft is not None
@@ -65,15 +90,20 @@ class Plan:
         return [self.prompts[start : start + batch] for start in starts]
 
     def settings(self, model: Path, draft: Path | None, precision: str) -> Settings:
-        longest = max(map(len, self.prompts)) + self.max_tokens + ROOM
+        context, alone = max(map(len, self.prompts)) + self.max_tokens, max(self.lengths, default=0) + 1
         return Settings(
             str(model),
             precision,
             self.threads,
-            context=-(-longest // 64) * 64,
+            context=_padded(context),
+            longest=_padded(max(context, alone)),
             batch=max(self.batches),
             draft=None if draft is None else str(draft),
         )
+
+
+def _padded(tokens: int) -> int:
+    return -(-(tokens + ROOM) // 64) * 64
 
 
 def measure(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
@@ -82,37 +112,39 @@ def measure(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
     Raises:
         UserError: transformers cannot give the reference.
     """
-    if not results.reference:
-        results.reference = _reference(plan, say)
-        results.save()
-    broken = _install(plan, results, say)
-    for precision in plan.precisions:
-        with ExitStack() as stack:
-            _Precision(plan, results, say, precision, broken, stack).measure()
-
-
-def _reference(plan: Plan, say: Callable[[str], None]) -> list[list[int]]:
-    """Greedy answers in float32 by transformers, prompt by prompt, in the interpreter that runs this."""
-    say("reference: transformers, float32")
-    settings, log = plan.settings(plan.checkpoint, None, "float32"), plan.logs / "reference.log"
-    try:
-        process = Process(PEERS["transformers"], settings, log, plan.timeout, Path(sys.executable))
-        with closing(process), process.awake():
-            return [process.run([prompt], plan.max_tokens, None).tokens[0] for prompt in plan.prompts]
-    except Unavailable as error:
-        raise UserError(f"transformers gives no reference: {error} ({log})") from error
+    with ExitStack() as running:
+        settings, log = plan.settings(plan.checkpoint, None, "float32"), plan.logs / "reference.log"
+        reference = Reference(settings, log, plan.timeout, say, running)
+        # What an environment lacks is known before anything is measured.
+        broken = _install(plan, results, say)
+        if not results.reference:
+            results.reference, results.gaps = reference.answers(plan.prompts, plan.max_tokens)
+            results.save()
+        for precision in plan.precisions:
+            with ExitStack() as stack:
+                _Precision(plan, results, say, precision, broken, reference, stack).measure()
 
 
 def _install(plan: Plan, results: Results, say: Callable[[str], None]) -> dict[str, str]:
-    """Make the environments; the peers that have none, and why."""
+    """Make the environments of those that take part; the peers that have none, and why."""
+    results.unavailable |= (idle := plan.idle())
     broken = {}
     for name in plan.peers:
+        if name in {way.peer for way in idle}:
+            continue
         try:
             install(PEERS[name], say)
         except Unavailable as error:
             broken[name] = str(error)
+            say(f"{name}: {error} (once it is mended, the same command goes on)")
         results.versions[name] = version(PEERS[name])
     return broken
+
+
+def _turned(items: Sequence[Item], number: int) -> list[Item]:
+    """Another one begins each round: whoever comes behind a noisy neighbour should not always be the same."""
+    turn = number % max(len(items), 1)
+    return [*items[turn:], *items[:turn]]
 
 
 class _Precision:
@@ -125,35 +157,84 @@ class _Precision:
         say: Callable[[str], None],
         precision: str,
         broken: dict[str, str],
+        reference: Reference,
         stack: ExitStack,
     ) -> None:
         self.plan, self.results, self.say, self.precision, self.stack = plan, results, say, precision, stack
-        self.broken = broken
+        self.broken, self.reference = broken, reference
         self.processes: dict[tuple[str, str], Process | str] = {}
-        self.warm: set[Way] = set()
+        self.warm: set[Way | Reading] = set()
 
     def measure(self) -> None:
         planned = {batch: self.plan.ways(self.precision, batch) for batch in self.plan.batches}
-        for way in chain.from_iterable(planned.values()):
+        peers = list(dict.fromkeys(way.peer for way in chain.from_iterable(planned.values())))
+        for way in list(self.results.unavailable):
             # What failed in an earlier run may work by now.
-            self.results.unavailable.pop(way, None)
+            if way.precision == self.precision and way.peer in peers:
+                del self.results.unavailable[way]
+        if self.plan.predictions:
+            for peer in peers:
+                if (peer, self.precision) not in self.results.divergences:
+                    self._compare(peer)
+        for length in self.plan.lengths:
+            for number in range(self.plan.rounds):
+                for reading in _turned([Reading(peer, self.precision, length) for peer in peers], number):
+                    if reading.way not in self.results.unavailable and number not in self.results.seconds(reading):
+                        self._read(reading, number)
         for ways in planned.values():
             for number in range(self.plan.rounds):
-                # Another one begins each round: whoever comes behind a noisy neighbour should not always be the same.
-                turn = number % max(len(ways), 1)
-                for way in [*ways[turn:], *ways[:turn]]:
+                for way in _turned(ways, number):
                     if way not in self.results.unavailable and not self.results.done(way, number):
                         self._visit(way, number)
 
+    def _compare(self, peer: str) -> None:
+        """A peer's predictions with the reference's."""
+        way = Way(peer, self.precision, 1, "predictions")
+        found = Divergence()
+
+        def compare(process: Process) -> None:
+            process.begin(None)
+            for prompt in beginnings(self.plan.prompts, self.plan.predictions):
+                theirs = process.logits(prompt)
+                if theirs is None:
+                    return
+                found.add(self.reference.logits(prompt), theirs)
+            self.results.divergences[peer, self.precision] = found.document()
+
+        self._attempt(way, f"predictions: {peer}", compare)
+
+    def _read(self, reading: Reading, number: int) -> None:
+        """The first token behind prompts of one length."""
+        length, times = reading.length, max(1, SHORT // reading.length)
+
+        def read(process: Process) -> None:
+            process.begin(None)
+            warming = min(self.plan.lengths) if reading in self.warm else length
+            process.run([of_length(self.plan.prompts, warming, number)[::-1]], 1, None)
+            self.warm.add(reading)
+            prompts = [of_length(self.plan.prompts, length, number * times + turn) for turn in range(times)]
+            seconds = sum(process.run([prompt], 1, None).seconds for prompt in prompts) / times
+            self.results.seconds(reading)[number] = seconds
+
+        self._attempt(reading.way, f"prompt of {length}, round {number + 1}: {reading.peer}", read)
+
     def _visit(self, way: Way, number: int) -> None:
-        """One way, once over all prompts; what fails is noted and not tried again."""
-        self.say(f"{self.precision}, batch {way.batch}, round {number + 1}: {way.peer} {way.method}")
+        """One way, once over all prompts."""
+
+        def visit(process: Process) -> None:
+            self.results.add(way, self._time(process, way, number))
+
+        self._attempt(way, f"batch {way.batch}, round {number + 1}: {way.peer} {way.method}", visit)
+
+    def _attempt(self, way: Way, what: str, task: Callable[[Process], None]) -> None:
+        """Have a peer do something; what fails is noted and not tried again."""
+        self.say(f"{self.precision}, {what}")
         try:
             process = self._process(way)
             if way in self.results.unavailable:
                 return
             with process.awake():
-                self.results.add(way, self._time(process, way, number))
+                task(process)
         except Unavailable as error:
             self.results.unavailable[way] = str(error)
             self._forget_ended()
@@ -188,6 +269,7 @@ class _Precision:
             sum(outside) / sum(seconds) if outside else None,
             prefix,
             same,
+            widest_gap(tokens, self.results.reference, self.results.gaps),
         )
 
     def _process(self, way: Way) -> Process:
@@ -197,7 +279,7 @@ class _Precision:
             Unavailable: it has no environment, its converter fails, it does not load.
         """
         peer = PEERS[way.peer]
-        key = (peer.name, way.method if peer.apart else PLAIN)
+        key = (peer.name, way.method if peer.apart and way.method in peer.methods else PLAIN)
         if key not in self.processes:
             try:
                 self.processes[key] = self._load(peer)

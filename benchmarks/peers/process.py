@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import torch
 from catalogue import Peer
 from environments import HERE, Unavailable, interpreter
 from limits import limit, send, start
@@ -74,6 +77,17 @@ class Process:
         if short:
             raise Unavailable(f"gave {short[0]} tokens where {max_tokens} were asked for")
         return answer
+
+    def logits(self, prompt: list[int]) -> torch.Tensor | None:
+        """See `Worker.logits`; a file carries them, as they are large."""
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "logits.npy"
+            if not self._ask({"do": "logits", "prompt": prompt, "file": str(file)})["told"]:
+                return None
+            array = np.load(file)
+        if len(array) != len(prompt):
+            raise Unavailable(f"gave {len(array)} predictions for {len(prompt)} tokens")
+        return torch.from_numpy(array)
 
     @property
     def ended(self) -> bool:

@@ -29,6 +29,20 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A prompt of so many tokens, read alone for its first token, by a peer in a precision."""
+
+    peer: str
+    precision: str
+    length: int
+
+    @property
+    def way(self) -> Way:
+        """As what it is listed where it cannot be done."""
+        return Way(self.peer, self.precision, 1, f"prompt of {self.length}")
+
+
+@dataclass(frozen=True)
 class Visit:
     """All prompts, once, in one way.
 
@@ -38,6 +52,8 @@ class Visit:
         overhead: share of time outside the peer, as far as its worker drives the loop.
         prefix: mean share of an answer before the first token that differs from the reference's.
         same: share of positions that have the reference's token.
+        gap: logits between the reference's two likeliest tokens where an answer first differs: the widest, None without
+            a difference. A narrow one is a tie that rounding decides.
     """
 
     round: int
@@ -48,6 +64,7 @@ class Visit:
     overhead: float | None
     prefix: float
     same: float
+    gap: float | None
 
     @property
     def speed(self) -> float:
@@ -72,6 +89,20 @@ def agreement(answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int
     return statistics.mean(prefixes), statistics.mean(same)
 
 
+def widest_gap(
+    answers: Sequence[Sequence[int]], reference: Sequence[Sequence[int]], gaps: Sequence[Sequence[float]]
+) -> float | None:
+    """See `Visit.gap`; answers are those of the reference's first prompts."""
+    found = []
+    for answer, expected, gap in zip(answers, reference, gaps, strict=False):
+        first = next(
+            (place for place, pair in enumerate(zip(answer, expected, strict=True)) if len(set(pair)) > 1), None
+        )
+        if first is not None:
+            found.append(gap[first])
+    return max(found, default=None)
+
+
 class Results:
     """The document of a comparison.
 
@@ -86,7 +117,10 @@ class Results:
     def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
         self.file, self.settings = file, settings
         self.visits: dict[Way, dict[int, Visit]] = {}
+        self.readings: dict[Reading, dict[int, float]] = {}
+        self.divergences: dict[tuple[str, str], dict[str, Any]] = {}
         self.reference: list[list[int]] = []
+        self.gaps: list[list[float]] = []
         self.unavailable: dict[Way, str] = {}
         self.versions: dict[str, str | None] = {}
         if file is not None and file.exists():
@@ -95,7 +129,9 @@ class Results:
     def _read(self, file: Path) -> None:
         try:
             document = json.loads(file.read_text())
-            settings, reference = document["settings"], document["reference"]
+            settings, reference, gaps = document["settings"], document["reference"], document["gaps"]
+            readings = [(Reading(**entry["reading"]), entry["seconds"]) for entry in document["readings"]]
+            divergences = {(entry.pop("peer"), entry.pop("precision")): entry for entry in document["divergences"]}
             visits = [(Way(**entry["way"]), Visit(**entry["visit"])) for entry in document["visits"]]
             versions, unavailable = document["versions"], document["unavailable"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -103,7 +139,8 @@ class Results:
         if settings != self.settings:
             changed = [name for name in self.settings if settings.get(name) != self.settings[name]]
             raise UserError(f"{file} was measured with another {', '.join(changed)}: choose another folder")
-        self.reference, self.versions = reference, versions
+        self.reference, self.gaps, self.versions, self.divergences = reference, gaps, versions, divergences
+        self.readings = {reading: {int(number): taken for number, taken in own.items()} for reading, own in readings}
         for entry in unavailable:
             reason = entry.pop("reason")
             self.unavailable[Way(**entry)] = reason
@@ -113,6 +150,10 @@ class Results:
     def add(self, way: Way, visit: Visit) -> None:
         """Enter a visit."""
         self.visits.setdefault(way, {})[visit.round] = visit
+
+    def seconds(self, reading: Reading) -> dict[int, float]:
+        """Until the first token, by round; what is entered there is kept."""
+        return self.readings.setdefault(reading, {})
 
     def done(self, way: Way, number: int) -> bool:
         """Whether a round of this way is there."""
@@ -135,8 +176,16 @@ class Results:
             "versions": self.versions,
             "rows": self.rows(),
             "ratios": self.ratios(),
+            "first_tokens": self.first_tokens(),
+            "divergences": [
+                {"peer": peer, "precision": precision, **found} for (peer, precision), found in self.divergences.items()
+            ],
             "unavailable": [{**asdict(way), "reason": reason} for way, reason in self.unavailable.items()],
             "reference": self.reference,
+            "gaps": self.gaps,
+            "readings": [
+                {"reading": asdict(reading), "seconds": seconds} for reading, seconds in self.readings.items()
+            ],
             "visits": [
                 {"way": asdict(way), "visit": asdict(visit)}
                 for way, visits in self.visits.items()
@@ -157,9 +206,39 @@ class Results:
                 "overhead": _median([visit.overhead for visit in visits.values()], 4),
                 "prefix_share": _median([visit.prefix for visit in visits.values()], 4),
                 "same_share": _median([visit.same for visit in visits.values()], 4),
+                "gap": max((visit.gap for visit in visits.values() if visit.gap is not None), default=None),
+                **{key: self.divergences.get((way.peer, way.precision), {}).get(key) for key in ("kl", "top1")},
             }
             for way, visits in self.visits.items()
         ]
+
+    def first_tokens(self) -> list[dict[str, Any]]:
+        """Per peer, precision and length, medians over rounds.
+
+        Of hasten's also `ratio`, the best peer's time over its own: as in `ratios`, by rounds that both have.
+        """
+        return [
+            {
+                **asdict(reading),
+                "rounds": len(seconds),
+                "ms": round(statistics.median(seconds.values()) * 1e3, 3),
+                "tokens_per_second": round(reading.length / statistics.median(seconds.values()), 2),
+                "ratio": self._reading_ratio(reading) if reading.peer == HASTEN else None,
+            }
+            for reading, seconds in self.readings.items()
+            if seconds
+        ]
+
+    def _reading_ratio(self, own: Reading) -> float | None:
+        others = [
+            seconds
+            for reading, seconds in self.readings.items()
+            if seconds and reading.peer != HASTEN and (reading.precision, reading.length) == (own.precision, own.length)
+        ]
+        if not others:
+            return None
+        best, mine = min(others, key=lambda seconds: statistics.median(seconds.values())), self.readings[own]
+        return _median([best[number] / mine[number] for number in mine if number in best], 3)
 
     def ratios(self) -> list[dict[str, Any]]:
         """hasten over the best peer, per precision and batch: both plain, and each in its best way of all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,24 +12,35 @@ from rich.table import Table
 
 COLUMNS = {
     "tokens/s": ("tokens_per_second", "{:,.0f}", 8),
+    "KL": ("kl", "{:.4f}", 6),
+    "top-1": ("top1", "{:.1%}", 6),
     "slowest": ("slowest", "{:,.0f}", 7),
     "fastest": ("fastest", "{:,.0f}", 7),
     "decoding": ("decode_tokens_per_second", "{:,.0f}", 8),
     "loop": ("overhead", "{:.0%}", 4),
     "prefix": ("prefix_share", "{:.0%}", 6),
     "same": ("same_share", "{:.0%}", 4),
+    "gap": ("gap", "{:.2f}", 4),
 }
 """Heads of the table, with the rows' keys, how they are written, and the least width."""
+WIDTH = 120
 LEGEND = (
     "tokens/s: median of the rounds, prompts included. decoding: without the prompts, where the peer tells. "
     "loop: share of time in the worker's own loop. prefix, same: agreement with transformers in float32, up to the "
-    "first difference and position by position."
+    "first difference and position by position. gap: logits between the reference's two likeliest tokens where an "
+    "answer first differs, the widest. KL, top-1: predictions on the prompts' own tokens beside the reference's, mean "
+    "KL in nats and share of the same likeliest token; - where the peer does not tell."
 )
 
 
 def results(document: dict[str, Any]) -> None:
-    """A block per precision and batch size with its ratios below, then what could not be measured."""
-    console = Console(highlight=False)
+    """First tokens per precision, a block per precision and batch size with its ratios, what could not be measured."""
+    # In a pipe or a file there is room for all columns.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    for precision in dict.fromkeys(entry["precision"] for entry in document["first_tokens"]):
+        console.print(f"[bold]{precision}, until the first token of a prompt read alone")
+        console.print(_first_tokens([entry for entry in document["first_tokens"] if entry["precision"] == precision]))
+        console.print()
     for precision, batch in dict.fromkeys((row["precision"], row["batch"]) for row in document["rows"]):
         console.print(f"[bold]{precision}, batch {batch}")
         console.print(
@@ -43,6 +55,24 @@ def results(document: dict[str, Any]) -> None:
     for line in _unavailable(document["unavailable"]):
         console.print(line, markup=False, style="yellow", soft_wrap=True)
     console.print(LEGEND, style="dim")
+
+
+def _first_tokens(entries: Sequence[dict[str, Any]]) -> Table:
+    """Per length the milliseconds, the prompt's tokens per second, and the best peer's time over hasten's."""
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("peer", min_width=12, no_wrap=True)
+    lengths = sorted({entry["length"] for entry in entries})
+    for length in lengths:
+        for head in (f"{length:,}: ms", "tokens/s", "ratio"):
+            table.add_column(head, justify="right", no_wrap=True)
+    for peer in dict.fromkeys(entry["peer"] for entry in entries):
+        cells = []
+        for length in lengths:
+            own = [entry for entry in entries if (entry["peer"], entry["length"]) == (peer, length)]
+            for key, pattern in (("ms", "{:,.1f}"), ("tokens_per_second", "{:,.0f}"), ("ratio", "{:.2f}")):
+                cells.append(pattern.format(own[0][key]) if own and own[0][key] is not None else "-")
+        table.add_row(peer, *cells, style="bold" if peer == HASTEN else "")
+    return table
 
 
 def _block(rows: Sequence[dict[str, Any]]) -> Table:
@@ -73,7 +103,7 @@ def _unavailable(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 def listing(version: Callable[[Peer], str | None]) -> list[dict[str, Any]]:
     """The catalogue; `version` tells a peer's, if it is installed."""
-    keys = ("precisions", "methods", "batching", "lacks")
+    keys = ("precisions", "gguf", "methods", "batching", "lacks")
     return [
         {"peer": peer.name, "version": version(peer), **{key: getattr(peer, key) for key in keys}}
         for peer in PEERS.values()
@@ -86,6 +116,7 @@ def peers(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         console.print(f"[bold]{row['peer']}[/bold] {row['version'] or '(not installed)'}")
         console.print(f"  {', '.join(row['precisions'])}; batches: {row['batching']}")
+        console.print(f"  GGUF files: {', '.join(row['gguf']) or 'none'}")
         if row["methods"]:
             console.print(f"  speculation: {', '.join(row['methods'])}")
         if row["lacks"]:

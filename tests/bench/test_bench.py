@@ -324,8 +324,8 @@ def test_agreement_is_the_share_of_equal_positions(diffusion_llm: Callable[..., 
 def test_there_is_no_curve_of_a_whole_canvas(diffusion_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hasten.bench.compare.measure", lambda model: CURVE)
     few = SamplingParams(max_tokens=4)
-    assert bench(diffusion_llm("full"), ["threshold"], prompts(PROMPT), few)["verify_cost"] is None
-    assert bench(diffusion_llm("block-causal"), ["threshold"], prompts(PROMPT), few)["verify_cost"]["1"] == 1
+    assert bench(diffusion_llm("full"), ["threshold"], prompts(PROMPT), [few])["verify_cost"] is None
+    assert bench(diffusion_llm("block-causal"), ["threshold"], prompts(PROMPT), [few])["verify_cost"]["1"] == 1
 
 
 def test_a_prompts_own_budget_holds_if_nothing_else_is_asked_for(diffusion_llm: Callable[..., LLM]):

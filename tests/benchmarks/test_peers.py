@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,19 +20,25 @@ import catalogue
 import environments
 import limits
 import measure
+import numpy as np
 import process
 import prompts
 import pytest
+import reference
 import show
-from catalogue import HASTEN, PEERS, PRECISIONS, Peer
+import torch
+from catalogue import HASTEN, PEERS, PRECISIONS, STORED, Peer
 from environments import Unavailable
+from gguf_files import byte_level, write_model
 from measure import Plan
 from process import Process
-from results import PLAIN, Results, Visit, Way, agreement
+from results import PLAIN, Reading, Results, Visit, Way, agreement, widest_gap
 from workers.protocol import Settings
 
+from hasten import LLM
 from hasten.engine import registry
 from hasten.errors import UserError
+from helpers import make_model, make_tokenizer
 
 PEERS_FOLDER = environments.HERE
 FAKE = '''
@@ -39,6 +46,8 @@ FAKE = '''
 
 import os
 import time
+
+import numpy as np
 
 from workers.protocol import Answer
 
@@ -71,6 +80,15 @@ class Fake:
         wrong = speculation == "wrong"
         return Answer([[prompt[0] + wrong] * length for prompt in prompts], 0.5 * len(prompts), 0.1, 0.25)
 
+    def logits(self, prompt):
+        if 100 in prompt:
+            return None
+        if 101 in prompt:
+            return np.array(prompt) % 16
+        if 102 in prompt:
+            return np.zeros((1, 16))
+        return 2.0 * np.eye(16)[np.array(prompt) % 16]
+
 
 def load(settings):
     return Fake(settings)
@@ -101,14 +119,14 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
 
 
 def settings(precision: str = "float32") -> Settings:
-    return Settings("model", precision, threads=1, context=64, batch=2)
+    return Settings("model", precision, threads=1, context=64, longest=128, batch=2)
 
 
 def visit(number: int, speed: float, **changes: Any) -> Visit:
     return Visit(**{"round": number, "prompts": 2, "tokens": 20, "seconds": 20 / speed} | FURTHER | changes)
 
 
-FURTHER = {"prefill_seconds": None, "overhead": None, "prefix": 1.0, "same": 1.0}
+FURTHER = {"prefill_seconds": None, "overhead": None, "prefix": 1.0, "same": 1.0, "gap": None}
 
 
 # The catalogue
@@ -324,6 +342,8 @@ def plan(tmp_path: Path, **changes: Any) -> Plan:
         "checkpoint": tmp_path,
         "draft": None,
         "prompts": [[5, 6], [7], [8, 9, 10]],
+        "lengths": [],
+        "predictions": 0,
         "max_tokens": 4,
         "peers": [HASTEN, "fake"],
         "precisions": ["float32"],
@@ -344,12 +364,14 @@ def comparison(fake: Peer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Peer]:
     own = Peer(HASTEN, worker="fake", package="pytest", installs=(), precisions=PRECISIONS)
     peers = {HASTEN: own, "fake": fake}
     monkeypatch.setattr(measure, "PEERS", peers)
+    monkeypatch.setattr(reference, "PEERS", peers)
     return peers
 
 
 def results(file: Path | None = None, **changes: Any) -> Results:
     made = Results(file, {"checkpoint": "x", "threads": 1} | changes)
     made.reference = made.reference or [[5] * 4, [7] * 4, [8] * 4]
+    made.gaps = made.gaps or [[2.0] * 4, [0.5] * 4, [1.0] * 4]
     return made
 
 
@@ -368,7 +390,8 @@ def test_what_fails_is_a_row_with_its_reason_and_the_others_go_on(comparison: di
     right, wrong = (found.visits[Way("fake", "float32", 1, method)][0] for method in ("right", "wrong"))
     assert (right.prompts, right.tokens, right.seconds, right.prefix, right.same) == (3, 12, 1.5, 1.0, 1.0)
     assert right.prefill_seconds == pytest.approx(0.3) and right.overhead == 0.25
-    assert (wrong.prefix, wrong.same) == (0.0, 0.0)
+    assert (wrong.prefix, wrong.same, wrong.gap) == (0.0, 0.0, 2.0)
+    assert right.gap is None
     # Of three prompts, one full batch of two.
     assert found.visits[Way("fake", "float32", 2, "right")][0].prompts == 2
 
@@ -471,6 +494,7 @@ def test_the_reference_that_fails_ends_the_run_with_a_sentence(comparison: dict[
     empty = Results(None, {})
     measure.measure(plan(tmp_path, speculation=False, rounds=1, batches=[1]), empty, lambda text: None)
     assert empty.reference == [[5] * 4, [7] * 4, [8] * 4]
+    assert empty.gaps == [[2.0] * 4] * 3
     comparison["transformers"] = Peer("transformers", worker="nothing", package="", installs=(), precisions=())
     with pytest.raises(UserError, match="transformers gives no reference: ModuleNotFoundError"):
         measure.measure(plan(tmp_path), Results(None, {}), lambda text: None)
@@ -483,7 +507,107 @@ def test_another_peer_begins_each_round(comparison: dict[str, Peer], tmp_path: P
     assert turns == [HASTEN, "fake", "fake", HASTEN]
 
 
+def test_predictions_are_compared_once_per_peer_and_precision(comparison: dict[str, Peer], tmp_path: Path):
+    comparison["transformers"] = comparison[HASTEN]
+    asked = plan(tmp_path, batches=[1], rounds=1, speculation=False, predictions=4)
+    found = results(tmp_path / "results.json")
+    measure.measure(asked, found, lambda text: None)
+    # All three prompts have six tokens: the first of each fits.
+    assert found.divergences == {(peer, "float32"): {"rows": 3, "kl": 0.0, "top1": 1.0} for peer in (HASTEN, "fake")}
+    assert [(row["kl"], row["top1"]) for row in found.rows()] == [(0.0, 1.0)] * 2
+    said: list[str] = []
+    measure.measure(asked, results(tmp_path / "results.json"), said.append)
+    assert not any("predictions" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"), [(100, None), (101, {"rows": 2, "kl": None, "top1": 1.0}), (102, "gave 1 predictions for 2")]
+)
+def test_peers_tell_as_much_of_their_predictions_as_they_can(
+    comparison: dict[str, Peer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: int, expected: Any
+):
+    monkeypatch.setattr(measure.Reference, "logits", lambda self, prompt: torch.eye(16)[torch.tensor(prompt) % 16])
+    asked = plan(
+        tmp_path, peers=["fake"], prompts=[[5, token]], batches=[1], rounds=1, speculation=False, predictions=9
+    )
+    found = results()
+    measure.measure(asked, found, lambda text: None)
+    if isinstance(expected, str):
+        assert expected in found.unavailable[Way("fake", "float32", 1, "predictions")]
+    else:
+        assert found.divergences.get(("fake", "float32")) == expected and not found.unavailable
+
+
+def test_first_tokens_are_waited_for_in_rounds(comparison: dict[str, Peer], tmp_path: Path):
+    file = tmp_path / "results.json"
+    asked = plan(tmp_path, batches=[1], speculation=False, lengths=[300, 600])
+    found, said = results(file), []
+    measure.measure(asked, found, said.append)
+    entries = found.first_tokens()
+    assert [(entry["peer"], entry["length"], entry["rounds"]) for entry in entries] == [
+        (HASTEN, 300, 2), ("fake", 300, 2), (HASTEN, 600, 2), ("fake", 600, 2),
+    ]  # fmt: skip
+    assert all(entry["ms"] == 500 for entry in entries)
+    assert [entry["tokens_per_second"] for entry in entries] == [600, 600, 1200, 1200]
+    assert [entry["ratio"] for entry in entries] == [1.0, None, 1.0, None]
+    turns = [text.rpartition(": ")[2] for text in said if "prompt of 300" in text]
+    assert turns == [HASTEN, "fake", "fake", HASTEN]
+    assert results(file).readings == found.readings
+    said = []
+    measure.measure(asked, results(file), said.append)
+    assert not any("prompt of" in text for text in said)
+
+
+def test_prompts_of_a_length_and_beginnings_of_many():
+    given = [[1, 2], [3], [4, 5, 6]]
+    assert prompts.of_length(given, 4, 0) == [1, 2, 3, 4]
+    assert prompts.of_length(given, 8, 4) == [3, 4, 5, 6, 1, 2, 3, 4]
+    assert prompts.beginnings(given, 7) == prompts.beginnings(given, 6) == given
+    assert prompts.beginnings(given, 5) == [[1, 2], [3], [4, 5]]
+    assert prompts.beginnings(given, 4) == [[1], [3], [4]]
+    assert prompts.beginnings(given, 1) == [[1]]
+
+
+def test_a_gguf_file_is_for_those_that_read_it(tmp_path: Path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    asked = plan(tmp_path, checkpoint=file, peers=list(PEERS), precisions=[STORED], speculation=False)
+    assert [way.peer for way in asked.ways(STORED, 1)] == [HASTEN, "llama.cpp"]
+    reasons = {way.peer: reason for way, reason in asked.idle().items()}
+    assert set(reasons) == set(PEERS) - {HASTEN, "llama.cpp"}
+    assert reasons["vllm"] == "it reads no GGUF files"
+    assert reasons["transformers"] == "of this checkpoint only float32, bfloat16"
+    # A folder has no weights that are stored in few bits.
+    assert plan(tmp_path, peers=list(PEERS), precisions=[STORED]).ways(STORED, 1) == []
+    digest = environments.digest(file)
+    assert environments.converted(PEERS["llama.cpp"], file, STORED, tmp_path / "log", 1, print) == file
+    file.write_bytes(b"GGUF2")
+    assert environments.digest(file) != digest
+
+
+def test_the_idle_are_listed_and_not_installed(
+    comparison: dict[str, Peer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    installed: list[str] = []
+    monkeypatch.setattr(measure, "install", lambda peer, say: installed.append(peer.name))
+    file = tmp_path / "model.gguf"
+    file.touch()
+    comparison[HASTEN] = replace(comparison[HASTEN], gguf=("float32",))
+    found = results()
+    measure.measure(plan(tmp_path, checkpoint=file, batches=[1], rounds=1), found, lambda text: None)
+    assert installed == [HASTEN] and list(found.visits) == [Way(HASTEN, "float32", 1, PLAIN)]
+    assert found.unavailable == {Way("fake", "float32", 1, PLAIN): "it reads no GGUF files"}
+
+
 # Results
+
+
+def test_the_widest_gap_where_answers_first_differ():
+    gaps = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    reference = [[1, 2, 3], [1, 2, 3]]
+    assert widest_gap([[1, 9, 9], [1, 2, 3]], reference, gaps) == 2.0
+    assert widest_gap([[1, 2, 9], [9, 2, 3]], reference, gaps) == 4.0
+    assert widest_gap([[1, 2, 3]], reference, gaps) is None
 
 
 def test_agreement_by_hand():
@@ -555,10 +679,13 @@ def test_results_of_other_settings_or_no_results_are_refused(tmp_path: Path):
 def document() -> dict[str, Any]:
     found = results()
     for number in range(2):
-        found.add(Way(HASTEN, "int8", 1, PLAIN), visit(number, 2000 + number, prefix=0.5))
+        found.add(Way(HASTEN, "int8", 1, PLAIN), visit(number, 2000 + number, prefix=0.5, gap=0.25))
         found.add(Way(HASTEN, "int8", 1, "ngram"), visit(number, 4000))
         found.add(Way("openvino", "int8", 1, PLAIN), visit(number, 1000, prefill_seconds=0.001))
         found.add(Way("openvino", "bfloat16", 16, PLAIN), visit(number, 500))
+    found.divergences[HASTEN, "int8"] = {"rows": 100, "kl": 0.0017, "top1": 0.975}
+    for peer, length, taken in ((HASTEN, 50, 0.01), ("openvino", 50, 0.02), ("openvino", 4000, 1.0)):
+        found.seconds(Reading(peer, "int8", length)).update({0: taken, 1: taken})
     for batch in (1, 16):
         found.unavailable[Way("vllm", "int8", batch, PLAIN)] = "its process ended with status -9"
     return found.document()
@@ -569,10 +696,16 @@ def test_the_table(document: dict[str, Any], capsys: pytest.CaptureFixture[str],
     show.results(document)
     lines = [re.sub(" +", " ", line.strip()) for line in capsys.readouterr().out.splitlines()]
     block = lines[lines.index("int8, batch 1") :]
-    assert block[1].startswith("peer method tokens/s slowest fastest")
+    assert block[1].startswith("peer method tokens/s KL top-1 slowest fastest")
     # The fastest first.
-    assert block[2].startswith("hasten ngram 4,000 4,000 4,000 - - 100% 100%")
-    assert block[3].startswith("hasten plain 2,000 2,000 2,001 - - 50% 100%")
+    assert block[2] == "hasten ngram 4,000 0.0017 97.5% 4,000 4,000 - - 100% 100% -"
+    assert block[3] == "hasten plain 2,000 0.0017 97.5% 2,000 2,001 - - 50% 100% 0.25"
+    first = lines[lines.index("int8, until the first token of a prompt read alone") :]
+    assert first[1:4] == [
+        "peer 50: ms tokens/s ratio 4,000: ms tokens/s ratio",
+        "hasten 10.0 5,000 2.00 - - -",
+        "openvino 20.0 2,500 - 1,000.0 4,000 -",
+    ]
     assert block[4].startswith("openvino plain 1,000")
     assert "both plain: hasten plain / openvino plain: 2.00" in block
     assert "best of all: hasten ngram / openvino plain: 4.00" in block
@@ -623,6 +756,11 @@ def run(command: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
         (["--timeout", "0"], "timeout must be above 0"),
         (["--prompt-count", "2"], "prompt-count must be at least the largest batch, 16"),
         (["--prompts", ","], "at least one suite or file"),
+        (["--batches", ","], "at least one batch size"),
+        (["--first-token", "0"], "must be at least 1"),
+        (["--first-token", "many"], "first-token must be numbers"),
+        (["--predictions", "-1"], "predictions must not be below 0"),
+        (["--threads", "4096"], "4096 threads need as many processors"),
         (["--checkpoint", "nowhere"], "nowhere"),
     ],
 )
@@ -659,10 +797,12 @@ def test_the_whole_command(
     monkeypatch.setattr(command, "PEERS", comparison)
     arguments = ["--peers", "hasten,fake", "--precisions", "float32", "--batches", "1,2", "--prompt-count", "4"]
     arguments += ["--max-tokens", "4", "--threads", "1", "--rounds", "1", "--out", str(tmp_path / "out"), "--json"]
+    arguments += ["--first-token", "30", "--predictions", "50"]
     assert run(command, monkeypatch, *arguments) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "out" / command.RESULTS).read_text())
     assert len(document["rows"]) == 4 and len(document["ratios"]) == 4
+    assert len(document["first_tokens"]) == len(document["divergences"]) == 2
     assert all(row["same_share"] == 1.0 for row in document["rows"])
     assert (tmp_path / "out" / command.PLOT).exists()
     assert {file.name for file in (tmp_path / "out/logs").iterdir()} >= {"reference.log", "fake-float32.log"}
@@ -674,11 +814,71 @@ def test_prompts_are_taken_in_turns_and_evenly():
     from hasten.model.tokenizer import load_tokenizer
 
     checkpoint = resolve("tiny")
-    taken = prompts.encode(checkpoint, "agent,tasks", 5, 16)
+    taken = prompts.encode(checkpoint, 2048, "agent,tasks", 5, 16, chat=False)
     tokenizer = load_tokenizer(checkpoint)
     suites = [{tuple(tokenizer(item.prompt)["input_ids"]) for item in load_suite(name)} for name in ("agent", "tasks")]
     assert [[tuple(ids) in suite for suite in suites].index(True) for ids in taken] == [0, 1, 0, 1, 0]
     assert len(set(map(tuple, taken))) == 5
+
+
+def test_of_conversations_the_first_turns_are_taken_through_the_template(tiny: Path, llm: LLM, tmp_path: Path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"turns": ["the cat", "and the moon"]}\n{"prompt": "the moon"}\n')
+
+    def said(text: str) -> list[int]:
+        return llm.apply_chat_template([{"role": "user", "content": text}])
+
+    assert prompts.encode(tiny, 128, str(file), 2, 16, chat=False) == [said("the cat"), llm.encode("the moon")]
+    assert prompts.encode(tiny, 128, str(file), 2, 16, chat=True) == [said("the cat"), said("the moon")]
+    with pytest.raises(UserError, match="0 prompts that fit the context; 2 are needed"):
+        prompts.encode(tiny, 17, str(file), 2, 16, chat=True)
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_before_anything_is_measured(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr(command, "measure", lambda *given: pytest.fail("it measured"))
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert run(command, monkeypatch, "--threads", "1", "--out", str(tmp_path / "out")) == 2
+    assert "needs matplotlib: pip install 'hasten[plots]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "measure", lambda *given: pytest.fail("it measured"))
+    (tmp_path / "file").touch()
+    assert run(command, monkeypatch, "--threads", "1", "--out", str(tmp_path / "file")) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_a_draft_is_of_the_checkpoints_kind(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "draft.gguf").write_bytes(b"GGUF")
+    assert run(command, monkeypatch, "--threads", "1", "--draft", str(tmp_path / "draft.gguf")) == 2
+    assert "both be folders, or both GGUF files" in capsys.readouterr().err
+
+
+def test_prompts_longer_than_the_context_are_left_out_aloud(command: ModuleType, capsys: pytest.CaptureFixture[str]):
+    assert command._fitting([50, 4000], 2048) == [50]
+    assert capsys.readouterr().err == "prompts of 4000 tokens do not fit the context of 2048: left out\n"
+
+
+def test_a_gguf_file_is_measured_as_it_is_stored(command: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    keys = byte_level(make_tokenizer(), "gpt-2")
+    file = write_model(tmp_path / "tiny.gguf", make_model(), tokenizer=keys)
+    (tmp_path / "prompts.txt").write_text("the cat\nthe moon\n")
+    planned: list[Plan] = []
+    monkeypatch.setattr(command, "measure", lambda plan, results, say: planned.append(plan))
+    arguments = ["--checkpoint", str(file), "--prompts", str(tmp_path / "prompts.txt"), "--prompt-count", "2"]
+    assert run(command, monkeypatch, *arguments, "--batches", "1", "--threads", "1", "--max-tokens", "4") == 0
+    [asked] = planned
+    assert asked.precisions == [STORED] and asked.lengths == [50]
+    from workers import hasten, transformers
+
+    worker = hasten.load(asked.settings(asked.checkpoint, None, STORED))
+    worker.begin(None)
+    reference = transformers.load(asked.settings(asked.checkpoint, None, "float32"))
+    assert np.allclose(worker.logits(asked.prompts[0]), reference.logits(asked.prompts[0]), atol=1e-3)
+    [tokens] = worker.run(asked.prompts[:1], 4, None).tokens
+    assert worker.logits([*asked.prompts[0], *tokens])[-5:-1].argmax(1).tolist() == tokens
 
 
 def test_the_command_explains_itself(

@@ -54,6 +54,10 @@ def test_bench_of_a_conversation(hasten, tmp_path: Path):
     rows = hasten("bench", "--suite", str(talk), "--max-tokens", "4", "--json").json()["rows"]
     assert {(row["category"], row["prompts"]) for row in rows} == {("talk", 2), ("overall", 2)}
     assert hasten("verify", "--prompts", str(talk), "--max-tokens", "4", "--json").json()["prompts"] == 2
+    talk.write_text(f"{talk.read_text()}\n" * 3)
+    limited = ("verify", "--prompts", str(talk), "--max-tokens", "4", "--json", "--limit")
+    assert hasten(*limited, "2").json()["prompts"] == 4
+    assert "limit must be at least 1" in hasten(*limited, "0").err
 
 
 def test_spec_bench(hasten, tmp_path: Path):
@@ -74,6 +78,28 @@ def test_spec_bench(hasten, tmp_path: Path):
     assert above.split() == ["multi-turn", "QA", "RAG", "overall"] and head.split()[0] == "method"
     assert [line.split()[0] for line in lines] == ["plain", "ngram", "suffix"]
     assert {len(line.split()) for line in lines} == {1 + 2 * 4 + 1}
+
+
+def test_bench_at_several_temperatures(hasten, prompts: str, tmp_path: Path):
+    command = ("bench", "--prompts", prompts, "--limit", "1", "--max-tokens", "4", "--methods", "ngram")
+    document = hasten(*command, "--temperature", "1,0", "--json").json()
+    assert document["temperature"] is None
+    rows = [(row["temperature"], row["method"], row["category"]) for row in document["rows"]]
+    alone = hasten(*command, "--temperature", "1", "--json").json()
+    assert alone["temperature"] == 1 and {row["temperature"] for row in alone["rows"]} == {1}
+    names = [(row["method"], row["category"]) for row in alone["rows"]]
+    assert rows == [(temperature, *name) for temperature in (0, 1) for name in names]
+    lines = hasten(*command, "--temperature", "0,1").out.splitlines()
+    assert [line for line in lines if line.startswith("temperature")] == ["temperature 0", "temperature 1"]
+    page = str(tmp_path / "page.html")
+    for wrong, reason in (
+        (("warm",), "must be a number, or several"),
+        (("0,-1",), "must be between 0 and 100"),
+        (("1,0", "--samples", "2"), "need a temperature above 0"),
+        (("0,1", "--report", page), "a report is of one temperature"),
+    ):
+        refused = hasten(*command, "--temperature", *wrong)
+        assert refused.status == 2 and reason in refused.err
 
 
 def test_a_file_of_prompts_is_a_suite(hasten, prompts: str):

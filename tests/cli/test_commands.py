@@ -200,6 +200,20 @@ def test_doctor(hasten):
     assert document["verify_cost"]["1"] == 1 and "32" in document["verify_cost"]
     assert document.get("invariance_price", 1.0) == 1.0
     assert document["token_cost"] == pytest.approx((document["verify_cost"]["8"] - 1) / 7, abs=1e-3)
+    assert document["divergence"] is None
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")
+def test_doctor_says_what_rounding_costs(hasten, tmp_path: Path):
+    found = hasten("doctor", "--weights", "int8", "--json").json()["divergence"]
+    assert found["prompts"] == 10 and found["rows"] > 500
+    assert found["kl"] > 0 and 0.5 < found["top1"] < 1
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Copy the list: red cat\nCopy the list: moon salt\n")
+    exact = hasten("doctor", "--prompts", str(prompts), "--dtype", "float32")
+    assert "rounding  KL 0.00000 from float32, the same likeliest token in 100.0% of" in exact.out
+    ran = hasten("doctor", "--model", "tiny-diffusion", "--prompts", str(prompts))
+    assert ran.status == 2 and "fill masked positions" in ran.err
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built: no C++ compiler")

@@ -18,7 +18,7 @@ from hasten import LLM
 from hasten.cache import Cache, GroupCache, SlotCache
 from hasten.engine import ContextPolicy, Engine, Limits, Request
 from hasten.errors import UserError
-from hasten.model.layout import Group, Layout, one_by_one
+from hasten.model.layout import Group, Layout
 from hasten.model.native.library import LIBRARY
 
 NUMBERS = list(range(3, len(PROMPTS), 8))
@@ -69,7 +69,8 @@ class SecondLayer(ContextPolicy):
 
     def __init__(self, llm: LLM, kind: type[SlotCache]) -> None:
         layers = llm.model.config.layers
-        self.layout, self.kind = Layout(layers, one_by_one(layers)), kind
+        groups = [Group((number,), layer.slots) for number, layer in enumerate(layers)]
+        self.layout, self.kind = Layout(layers, groups), kind
 
     def group_cache(self, cache: Cache, group: Group) -> GroupCache:
         return self.kind(cache, group) if group.layers == (1,) else SlotCache(cache, group)

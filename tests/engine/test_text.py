@@ -47,6 +47,26 @@ def test_broken_bytes_do_not_stop_the_stream():
     assert "".join(pieces) == detokenizer.text == "a�b�c"
 
 
+@pytest.mark.parametrize("ids", [[0xFF], [0xE2, 0x82], [0xF0, 0x9F, 0x98, 0x41], [0x80, 0xC3]])
+def test_a_long_run_of_broken_bytes_is_read_in_a_time_that_grows_with_it(ids):
+    class Counted(Bytes):
+        read = 0
+
+        def decode(self, ids: list[int], **options: bool) -> str:
+            self.read += len(ids)
+            return super().decode(ids)
+
+    counted = Counted()
+    pieces, detokenizer = stream(counted, ids * 500)
+    assert counted.read < 50 * len(ids * 500)
+    assert "".join(pieces) + detokenizer.flush() == bytes(ids * 500).decode(errors="replace")
+
+
+def test_special_tokens_that_are_not_shown_are_not_read():
+    _, detokenizer = stream(TOKENIZER, [END] * 100)
+    assert detokenizer._ids == []
+
+
 @given(st.lists(st.sampled_from([*b"ab \n", *"é€😀�".encode(), 0xFF, 0xC3, 0x80]), max_size=24))
 def test_any_bytes_add_up(ids):
     pieces, detokenizer = stream(Bytes(), ids)
@@ -98,11 +118,13 @@ def fallback(text: bytes) -> list[int]:
 @pytest.mark.parametrize(
     ("ids", "text"),
     [
+        (fallback(b"\xff" * 20 + "€".encode()), "�" * 20 + "€"),
         (fallback("é€😀".encode()), "é€😀"),
         (fallback("€€".encode()[:-1]), "€�"),
         ([*fallback("€€".encode()[:-1]), THE], "€� the"),
         ([THE, *fallback(b"\xff\xff\xe2\x82"), *CATS], "the��� cats"),
         ([THE, *fallback(b"\xe2"), FALLBACK.eos_token_id, *fallback(b"\x82\xac")], "the€"),
+        ([*fallback(b"\xe2"), *[FALLBACK.eos_token_id] * 9, *fallback(b"\x82\xac")], "€"),
         ([THE, *fallback(b" ."), *CATS], "the . cats"),
     ],
 )

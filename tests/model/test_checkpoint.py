@@ -24,6 +24,7 @@ from hasten.errors import UserError
 from hasten.model import load_model
 from hasten.model.checkpoint import INDEX, SINGLE, Tensors, resolve
 from hasten.model.loading import choose_device
+from hasten.model.native.library import LIBRARY
 from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
 Make = Callable[..., Any]
@@ -342,6 +343,26 @@ def test_tensors_are_read_one_by_one(folder: Path) -> None:
     assert torch.equal(tensors.stacked(names, [(48,), (48,)]), stacked)
     with pytest.raises(UserError, match="no tensor nothing"):
         tensors.maybe_stacked([names[0], "nothing"])
+
+
+def test_one_tensor_alone_is_not_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of tokens expanded from a GGUF file would be there twice for a while."""
+    tensors, name = Tensors(folder, torch.float32, torch.device("cpu")), "model.norm.weight"
+    known = tensors.get(name)
+    monkeypatch.setattr(tensors, "get", lambda name, *shape: known)
+    assert tensors.stacked([name]) is known
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_table_of_tokens_stays_in_the_mapped_file(folder: Path, backend: str) -> None:
+    if backend == "native" and not LIBRARY.exists():
+        pytest.skip("the native step was not built: no C++ compiler")
+    model = load_model(folder, dtype="float32", backend=backend)
+    place = model.embedding.data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    assert any(start <= place < stop for start, stop in spans)
 
 
 # NaN and infinity

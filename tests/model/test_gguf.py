@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -387,6 +389,38 @@ def test_a_file_decodes_as_its_folder_does(tiny_file: Path, tiny: Path) -> None:
     assert ours == theirs[: len(ours)]
     messages = [{"role": "user", "content": "the cat"}]
     assert file.apply_chat_template(messages) == folder.apply_chat_template(messages)
+
+
+def test_what_decoding_asks_of_a_tokenizer_is_what_transformers_says(tiny_file: Path) -> None:
+    """A file whose ends are no control tokens has them made special, as transformers would."""
+    keys = byte_level(make_tokenizer(), "gpt-2")
+    keys["tokenizer.ggml.token_type"] = [1] * len(keys["tokenizer.ggml.tokens"])
+    bare = write_model(tiny_file.with_name("bare.gguf"), make_model(), tokenizer=keys)
+    for file in (tiny_file, bare):
+        light = read_tokenizer(open_gguf(file))
+        ids = light.encode("the moon <|end|> é <s></s>")
+        assert ids == light.complete.encode("the moon <|end|> é <s></s>")
+        for skip in (False, True):
+            assert light.decode([*ids, 0, 1, 2], skip) == light.complete.decode([*ids, 0, 1, 2], skip)
+        assert light.get_vocab() == light.complete.get_vocab() and len(light) == len(light.complete)
+        assert light.all_special_ids == sorted(light.complete.all_special_ids)
+        assert light.eos_token == light.complete.eos_token and light.bos_token_id == light.complete.bos_token_id
+        assert light.get_added_vocab() == light.complete.get_added_vocab()
+        assert light.chat_template == light.complete.chat_template
+
+
+def test_generating_from_a_file_does_not_wait_for_transformers(tiny_file: Path) -> None:
+    code = """
+import sys
+from hasten import LLM, SamplingParams
+llm = LLM(sys.argv[1])
+llm.generate(["the moon"], SamplingParams(max_tokens=2))
+llm.apply_chat_template([{"role": "user", "content": "the cat"}])
+print("transformers" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(tiny_file)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.strip() == "False"
 
 
 def test_drafters_and_auto_find_the_small_model_beside_a_file(tiny_file: Path, tmp_path: Path) -> None:

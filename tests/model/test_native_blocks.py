@@ -19,7 +19,7 @@ from torch import Tensor
 from hasten.cache import Cache
 from hasten.errors import UserError
 from hasten.model import Rows, load_model
-from hasten.model.native import NativeBackend
+from hasten.model.native import NativeBackend, blocks
 from hasten.model.native.blocks import KINDS, BlockLinear
 from hasten.model.native.library import LIBRARY
 from hasten.model.native.linear import BLOCK_FORMATS, BlockFormat, PanelLinear
@@ -69,6 +69,19 @@ def test_panels_give_the_weights_of_the_file_back(format: BlockFormat, shape: tu
     outputs, blocks = shape
     stored = random_blocks(format, outputs, blocks * KINDS[format].inputs)
     assert torch.equal(layer(format, stored).dequant(), expanded(format, stored))
+
+
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_large_weights_become_panels_in_pieces(format: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a weight on the way to panels is never as large as the weight is."""
+    stored = random_blocks(format, 170, 512)
+    monkeypatch.setattr(blocks, "AT_ONCE", 32 * stored.shape[1])
+    pieces: list[int] = []
+    read = KINDS[format].read
+    counted = replace(KINDS[format], read=lambda block: (pieces.append(len(block)), read(block))[1])
+    monkeypatch.setitem(KINDS, format, counted)
+    assert torch.equal(layer(format, stored).dequant(), expanded(format, stored))
+    assert pieces == [32] * 6
 
 
 @pytest.mark.parametrize(("format", "bits"), zip(BLOCK_FORMATS, (8.5, 4.5, 5, 4.625, 6.5625), strict=True))

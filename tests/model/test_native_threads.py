@@ -1,4 +1,4 @@
-"""Threads that take native steps at the same time, under the sanitizers: no race, no stray access, the same bits."""
+"""Threads that take native steps, under the sanitizers: no race, no stray access, the same bits; how many take part."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from hasten.model.native.library import LIBRARY
 
 COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++17", "-g", "-pthread", "-Wno-psabi", "-DPORTABLE")
-PROGRAM = Path(__file__).with_name("native_threads.cpp")
+PROGRAMS = ("native_threads", "native_attendance")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     "sanitizers, others",
     # Where there is no futex, as on macOS, threads sleep on a condition variable.
     [("thread", ["-O1"]), ("thread", ["-O1", "-DWITHOUT_FUTEX"]), ("address,undefined", ["-O0"])],
 )
-def test_threads_with_teams_of_their_own(tmp_path: Path, sanitizers: str, others: list[str]) -> None:
+def test_teams_of_threads(tmp_path: Path, sanitizers: str, others: list[str], program: str) -> None:
     assert COMPILER is not None
-    target, step = tmp_path / "threads", LIBRARY.with_name("step.cpp")
+    source, target, step = Path(__file__).with_name(f"{program}.cpp"), tmp_path / program, LIBRARY.with_name("step.cpp")
     options = (f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", *others, f'-DSTEP="{step}"')
     built = subprocess.run(
-        [COMPILER, *FLAGS, *options, str(PROGRAM), "-ldl", "-o", str(target)], capture_output=True, text=True
+        [COMPILER, *FLAGS, *options, str(source), "-ldl", "-o", str(target)], capture_output=True, text=True
     )
     if built.returncode and "cannot find" in built.stderr:
         pytest.skip(f"the compiler has no sanitizer for {sanitizers}")

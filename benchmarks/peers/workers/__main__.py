@@ -47,7 +47,20 @@ def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "begin":
         worker.begin(request["speculation"])
         return {"ready": True}
+    if request["do"] == "logits":
+        return {"told": _save(worker.logits(request["prompt"]), request["file"])}
     return asdict(worker.run(request["prompts"], request["max_tokens"], request["speculation"]))
+
+
+def _save(logits: Any, file: str) -> bool:
+    """Write logits as float32 and tokens as int64, for NumPy; whether there are any."""
+    if logits is None:
+        return False
+    import numpy as np
+
+    array = np.asarray(logits)
+    np.save(file, array.astype(np.int64 if array.dtype.kind in "iu" else np.float32))
+    return True
 
 
 def _failure(error: Exception) -> dict[str, str]:

@@ -11,20 +11,21 @@ from workers.transformers import Transformers
 
 
 class Compiled(Transformers):
-    """One cache per batch size, so that a size is compiled once; prompts are read eagerly."""
+    """A cache per batch size and length, so that each is compiled once; prompts are read eagerly."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.context = settings.context
-        self.caches: dict[int, StaticCache] = {}
+        self.settings = settings
+        self.caches: dict[tuple[int, int], StaticCache] = {}
         self.compile = CompileConfig(fullgraph=False, mode="default", dynamic=False)
         # generate compiles by itself on accelerators only, unless it is told so.
         self.compile._compile_all_devices = True
 
     def options(self, prompts: list[list[int]], speculation: str | None) -> dict[str, Any]:
-        size = len(prompts)
+        # The tokens that are to come fit behind any prompt that leaves the context room.
+        size = len(prompts), self.settings.room(prompts, 1)
         if size not in self.caches:
-            self.caches[size] = StaticCache(self.model.config, max_cache_len=self.context)
+            self.caches[size] = StaticCache(self.model.config, max_cache_len=size[1])
         self.caches[size].reset()
         return {"past_key_values": self.caches[size], "compile_config": self.compile}
 

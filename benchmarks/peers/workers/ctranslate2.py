@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import ctranslate2
+import numpy as np
 from ctranslate2.converters import TransformersConverter
 
 from workers.protocol import Answer, Clock, Settings, Worker
@@ -33,6 +34,10 @@ class CTranslate2(Worker):
         )
         tokens = [result.sequences_ids[0] for result in results]
         return Answer(tokens, clock())
+
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        found = self.generator.forward_batch([[self.vocabulary[token] for token in prompt]])
+        return np.array(found.to(ctranslate2.DataType.float32))[0]
 
 
 def convert(source: Path, target: Path, precision: str) -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hasten import LLM, SamplingParams
 from hasten.bench.lane import engine_for
+from hasten.model import Rows
 from workers.protocol import Answer, Clock, Settings, Worker
+
+OPTIONS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "weights": "int8"},
+    "int4": {"dtype": "bfloat16", "weights": "int4"},
+    "stored": {},
+}
+"""How a model of each precision is loaded."""
 
 
 class Hasten(Worker):
@@ -14,9 +26,7 @@ class Hasten(Worker):
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
-        quantised = {"weights": settings.precision} if settings.precision.startswith("int") else {}
-        dtype = "float32" if settings.precision == "float32" else "bfloat16"
-        self.llm = LLM(settings.model, dtype=dtype, **quantised)
+        self.llm = LLM(settings.model, **OPTIONS[settings.precision])
         self.draft = settings.draft
 
     def _method(self, speculation: str | None) -> str:
@@ -40,6 +50,13 @@ class Hasten(Worker):
                 raise request.error
         tokens = [request.output for request in requests]
         return Answer(tokens, clock(), prefill)
+
+    def logits(self, prompt: list[int]) -> Any:
+        sequence = self.llm.engine.cache.sequence()
+        try:
+            return self.llm.model.forward(Rows.of(sequence, prompt, 0)).numpy()
+        finally:
+            sequence.release()
 
 
 def load(settings: Settings) -> Worker:

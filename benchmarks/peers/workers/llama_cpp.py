@@ -23,15 +23,15 @@ __all__ = ["convert", "load"]
 
 
 class Context:
-    """A model with the cache of some sequences.
+    """A model with the cache of some sequences of some length.
 
     Attributes:
         seconds: spent inside llama.cpp so far.
     """
 
-    def __init__(self, model: Any, settings: Settings, sequences: int) -> None:
+    def __init__(self, model: Any, settings: Settings, sequences: int, length: int) -> None:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = settings.context * sequences
+        params.n_ctx = params.n_batch = length * sequences
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = settings.threads
         cache = llama_cpp.GGML_TYPE_F32 if settings.precision in ("float32", "bfloat16") else llama_cpp.GGML_TYPE_F16
@@ -50,7 +50,7 @@ class Context:
         self.seconds = 0.0
 
     def decode(self, tokens: Any, positions: Any, sequences: Any, wanted: Any) -> np.ndarray:
-        """The likeliest next token behind each row that is wanted."""
+        """Logits [wanted rows, vocabulary] of what comes behind them; they hold until the next call."""
         count = len(tokens)
         self.batch.n_tokens = count
         self.tokens[:count], self.positions[:count], self.wanted[:count] = tokens, positions, wanted
@@ -63,21 +63,21 @@ class Context:
         logits = llama_cpp.llama_get_logits(self.handle)
         self.seconds += time.perf_counter() - started
         rows = int(np.count_nonzero(self.wanted[:count]))
-        return np.ctypeslib.as_array(logits, (rows, self.vocabulary)).argmax(1)
+        return np.ctypeslib.as_array(logits, (rows, self.vocabulary))
 
-    def read(self, prompts: list[list[int]]) -> np.ndarray:
-        """Forget everything, read the prompts, and give the first token of each."""
+    def read(self, prompts: list[list[int]], every: bool = False) -> np.ndarray:
+        """Forget everything, read the prompts, and give the logits behind each, or behind every token."""
         llama_cpp.llama_memory_clear(self.memory, True)
         tokens = np.concatenate([np.array(prompt) for prompt in prompts])
         positions = np.concatenate([np.arange(len(prompt)) for prompt in prompts])
         sequences = [number for number, prompt in enumerate(prompts) for _ in prompt]
-        wanted = np.concatenate([np.arange(len(prompt)) == len(prompt) - 1 for prompt in prompts])
+        wanted = np.concatenate([(np.arange(len(prompt)) == len(prompt) - 1) | every for prompt in prompts])
         return self.decode(tokens, positions, sequences, wanted)
 
     def extend(self, tokens: list[int], position: int) -> list[int]:
         """What follows each of some further tokens of sequence 0."""
         positions = np.arange(position, position + len(tokens))
-        return self.decode(tokens, positions, [0] * len(tokens), 1).tolist()
+        return self.decode(tokens, positions, [0] * len(tokens), 1).argmax(1).tolist()
 
     def crop(self, length: int) -> None:
         """Forget what sequence 0 holds behind a length."""
@@ -105,30 +105,27 @@ class SmallModel(LlamaDraftModel):
 
 
 class LlamaCpp(Worker):
-    """A model with a context per batch size."""
+    """A model with a context per batch size and length."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         llama_cpp.llama_backend_init()
         self.model = _load(settings.model)
         self.draft = _load(settings.draft) if settings.draft else None
-        self.contexts: dict[int, Context] = {}
+        self.contexts: dict[tuple[int, int], Context] = {}
 
     def begin(self, speculation: str | None) -> None:
         self.drafter: LlamaDraftModel | None = None
         if speculation == "prompt-lookup":
             self.drafter = LlamaPromptLookupDecoding(max_ngram_size=3, num_pred_tokens=DRAFTED)
         if speculation == "draft-model":
-            self.drafter = SmallModel(Context(self.draft, self.settings, 1))
+            self.drafter = SmallModel(Context(self.draft, self.settings, 1, self.settings.context))
 
     def run(self, prompts: list[list[int]], max_tokens: int, speculation: str | None) -> Answer:
-        size = len(prompts)
-        if size not in self.contexts:
-            self.contexts[size] = Context(self.model, self.settings, size)
-        context = self.contexts[size]
+        context = self._context(len(prompts), self.settings.room(prompts, max_tokens))
         context.seconds = 0.0
         clock = Clock()
-        first = context.read(prompts)
+        first = context.read(prompts).argmax(1)
         prefill = clock()
         if self.drafter is None:
             tokens = _together(context, first, [len(prompt) for prompt in prompts], max_tokens)
@@ -137,12 +134,20 @@ class LlamaCpp(Worker):
         seconds = clock()
         return Answer(tokens, seconds, prefill, (seconds - context.seconds) / seconds)
 
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        return self._context(1, self.settings.room([prompt], 0)).read([prompt], every=True)
+
+    def _context(self, *size: int) -> Context:
+        if size not in self.contexts:
+            self.contexts[size] = Context(self.model, self.settings, *size)
+        return self.contexts[size]
+
 
 def _together(context: Context, first: np.ndarray, lengths: list[int], max_tokens: int) -> list[list[int]]:
     """All sequences, a token each per step."""
     steps, positions = [first], np.array(lengths)
     for _ in range(max_tokens - 1):
-        steps.append(context.decode(steps[-1], positions, range(len(lengths)), 1))
+        steps.append(context.decode(steps[-1], positions, range(len(lengths)), 1).argmax(1))
         positions += 1
     return np.stack(steps, 1).tolist()
 
@@ -162,12 +167,12 @@ def _speculate(context: Context, drafter: LlamaDraftModel, prompt: list[int], fi
     return text[len(prompt) :]
 
 
-def _load(folder: str) -> Any:
-    model = llama_cpp.llama_model_load_from_file(
-        str(Path(folder) / FILE).encode(), llama_cpp.llama_model_default_params()
-    )
+def _load(checkpoint: str) -> Any:
+    """A GGUF file, or the one that the conversion left in a folder."""
+    file = Path(checkpoint) if Path(checkpoint).is_file() else Path(checkpoint) / FILE
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     if not model:
-        raise RuntimeError(f"llama.cpp cannot read {folder}")
+        raise RuntimeError(f"llama.cpp cannot read {checkpoint}")
     return model
 
 

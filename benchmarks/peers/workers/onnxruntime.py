@@ -44,6 +44,13 @@ class OnnxRuntime(Worker):
         tokens = [generator.get_sequence(row)[width:].tolist() for row in range(len(prompts))]
         return Answer(tokens, clock(), prefill)
 
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        params = genai.GeneratorParams(self.model)
+        params.set_search_options(batch_size=1, max_length=len(prompt) + 1, do_sample=False)
+        generator = genai.Generator(self.model, params)
+        generator.append_tokens(np.array([prompt], dtype=np.int32))
+        return generator.get_output("logits")[0]
+
 
 def convert(source: Path, target: Path, precision: str) -> None:
     """Build the model; without its end of text, so that generation goes on beyond it."""

@@ -25,6 +25,7 @@ class OpenVINO(Worker):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.pipelines: dict[str | None, Any] = {}
+        self.request: Any = None
 
     def begin(self, speculation: str | None) -> None:
         if speculation in self.pipelines:
@@ -50,6 +51,18 @@ class OpenVINO(Worker):
         results = self.pipelines[speculation].generate(ids, [config] * len(ids))
         tokens = [list(result.m_generation_ids[0]) for result in results]
         return Answer(tokens, clock())
+
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        """By the model alone: the pipeline tells what it chose, not what it thought."""
+        if self.request is None:
+            model = openvino.Core().compile_model(
+                str(Path(self.settings.model) / "openvino_model.xml"), "CPU", _properties(self.settings)
+            )
+            self.request = model.create_infer_request()
+        self.request.reset_state()
+        ids, ones = np.array([prompt], dtype=np.int64), np.ones((1, len(prompt)), dtype=np.int64)
+        inputs = {"input_ids": ids, "attention_mask": ones, "position_ids": ones.cumsum(1) - 1}
+        return self.request.infer(inputs | {"beam_idx": np.zeros(1, dtype=np.int32)})["logits"][0]
 
 
 def _properties(settings: Settings) -> dict[str, Any]:

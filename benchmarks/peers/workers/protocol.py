@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -12,20 +12,26 @@ class Settings:
     """How a worker loads its model.
 
     Attributes:
-        model: folder of the checkpoint, converted where the peer needs that.
-        precision: `float32`, `bfloat16`, `int8` or `int4`.
+        model: folder of the checkpoint, converted where the peer needs that; or a GGUF file.
+        precision: `float32`, `bfloat16`, `int8`, `int4`, or `stored`: as the GGUF file has its weights.
         threads: to compute with; the process is pinned to as many processors.
-        context: tokens that a sequence reaches at most.
+        context: tokens that a sequence reaches at most, as long as several may decode together.
+        longest: tokens that one alone may reach, at least as many.
         batch: sequences that decode together at most.
-        draft: folder of a smaller model of the same vocabulary, converted alike.
+        draft: a smaller model of the same vocabulary, converted alike.
     """
 
     model: str
     precision: str
     threads: int
     context: int
+    longest: int
     batch: int
     draft: str | None = None
+
+    def room(self, prompts: list[list[int]], max_tokens: int) -> int:
+        """Tokens to make room for in each sequence: one of two sizes, for whoever makes something of that size."""
+        return self.context if max(map(len, prompts)) + max_tokens <= self.context else self.longest
 
 
 @dataclass
@@ -53,6 +59,15 @@ class Worker(Protocol):
 
     def run(self, prompts: list[list[int]], max_tokens: int, speculation: str | None) -> Answer:
         """Continue the prompts as one batch by exactly `max_tokens` greedy tokens, beyond end of text."""
+
+    def logits(self, prompt: list[int]) -> Any:
+        """What is predicted behind every token of a prompt. Not timed.
+
+        Returns:
+            An array: logits (or log-probabilities) [tokens, vocabulary] as floats, or the likeliest tokens [tokens] as
+            integers. None where the peer tells neither.
+        """
+        return None
 
 
 class Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ class Transformers(Worker):
         self.draft = self._load(settings.draft, settings.precision) if settings.draft else None
 
     def _load(self, folder: str, precision: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision)).eval()
+        # Of a GGUF file, whose weights it expands, transformers is told the folder and the name.
+        file = {"gguf_file": Path(folder).name} if Path(folder).is_file() else {}
+        where = Path(folder).parent if file else folder
+        model = AutoModelForCausalLM.from_pretrained(where, **file, dtype=getattr(torch, precision)).eval()
         # Empty, so that nothing of the checkpoint's own (above all its end of text) comes into play.
         model.generation_config = GenerationConfig(pad_token_id=0)
         return model
@@ -46,6 +50,10 @@ class Transformers(Worker):
         output = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, **options)
         tokens = output[:, width:].tolist()
         return Answer(tokens, clock())
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int]) -> Any:
+        return self.model(torch.tensor([prompt])).logits[0].float().numpy()
 
 
 def load(settings: Settings) -> Worker:

@@ -11,6 +11,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 from typing import Any
 
+import numpy as np
 from vllm import LLM, SamplingParams
 
 from workers.protocol import Answer, Clock, Settings, Worker
@@ -29,7 +30,7 @@ class Vllm(Worker):
             settings.model,
             dtype=settings.precision,
             skip_tokenizer_init=True,
-            max_model_len=settings.context,
+            max_model_len=settings.longest,
             max_num_seqs=settings.batch,
             enable_prefix_caching=False,
             speculative_config=_speculative(speculation, settings.draft),
@@ -43,6 +44,14 @@ class Vllm(Worker):
         results = self.model.generate(asked, params, use_tqdm=False)
         tokens = [list(result.outputs[0].token_ids) for result in results]
         return Answer(tokens, clock())
+
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        """The likeliest tokens: a whole row of probabilities comes as one Python object per word."""
+        assert self.model
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        [result] = self.model.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        rows = [max(row, key=lambda token: row[token].logprob) for row in result.prompt_logprobs[1:]]
+        return np.array([*rows, result.outputs[0].token_ids[0]])
 
 
 def _speculative(speculation: str | None, draft: str | None) -> dict[str, Any] | None:

@@ -65,12 +65,15 @@ def bench(
     llm: LLM,
     methods: Sequence[str],
     prompts: Sequence[BenchPrompt],
-    params: SamplingParams,
+    params: Sequence[SamplingParams],
     rounds: int = 1,
     report: Callable[[int], None] = lambda done: None,
     samples: int = 1,
 ) -> dict[str, Any]:
     """The JSON document of `hasten bench`, but for what the command line adds.
+
+    Args:
+        params: the suite is decoded with each of these, one after the other; they differ in temperature.
 
     Raises:
         UserError: unknown method, a prompt that is too long.
@@ -81,7 +84,11 @@ def bench(
         # A pass over a whole canvas has no rows behind a cached context to count the cost of.
         curve = measure(llm.model)
         cost = {str(count): round(curve.ratio(count), 4) for count in curve.rows}
-    rows = compare(llm, methods, prompts, params, rounds, report, curve, samples)
+    rows = [
+        row | {"temperature": each.temperature}
+        for each in params
+        for row in compare(llm, methods, prompts, each, rounds, report, curve, samples)
+    ]
     return {"machine": machine(llm), "verify_cost": cost, "rows": rows}
 
 

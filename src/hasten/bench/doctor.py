@@ -6,10 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from operator import truediv
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hasten.bench.divergence import examine, rounded
 from hasten.bench.processor import processor_name
 from hasten.engine.drafting.cost import step_times
 from hasten.llm import LLM
@@ -94,6 +96,8 @@ def doctor(
     llm: LLM,
     precisions: Mapping[str, Callable[[], LLM]] | None = None,
     invariant: Callable[[], LLM] | None = None,
+    expanded: Callable[[], LLM] | None = None,
+    prompts: Path | None = None,
     report: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """The JSON document of `hasten doctor`: the machine, `row_invariant`, and `step_costs`.
@@ -103,6 +107,9 @@ def doctor(
         precisions: the same model in other precisions, to compare steps: the document's `precisions`.
         invariant: the same model with `numerics="invariant"`, where that costs anything: the document's
             `invariance_price`, the cost of a step of one row over what it costs now. Native rows have it for nothing.
+        expanded: the same model in float32, to compare predictions with, where its weights are `rounded` or prompts are
+            given: the document's `divergence` (`hasten.bench.divergence.examine`), else null.
+        prompts: a file of what to compare them on; by default a few short ones.
         report: is told of each stage.
     """
     report("timing steps of 1 to 32 rows, and reads of memory")
@@ -115,6 +122,9 @@ def doctor(
     elif invariant is not None:
         report("timing steps with invariant numerics")
         document["invariance_price"] = step_costs(invariant())["step_ms"] / document["step_ms"]
+    document["divergence"] = None
+    if expanded is not None and (prompts is not None or rounded(llm.model)):
+        document["divergence"] = examine(llm, expanded, prompts, report)
     if precisions is not None:
         document["precisions"] = {}
         for name, load in precisions.items():

@@ -41,7 +41,9 @@ def bench(
     max_tokens: Annotated[
         int | None, typer.Option(help="New tokens at most (default: 256, or what the suite's answers need).")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        str, typer.Option(help="0 is greedy; 0,1 decodes the suite at both, one after the other.")
+    ] = "0",
     seed: Annotated[int, typer.Option(help="When sampling.")] = 1,
     chat: options.Chat = False,
     loading: ForDecoding = ForDecoding(),
@@ -51,12 +53,15 @@ def bench(
     """Compare methods with plain decoding on a suite, in turns within one run."""
     if min(count for count in (rounds, samples, per_task, limit) if count is not None) < 1:
         raise UserError("per-task, limit, rounds and samples must be at least 1")
+    temperatures = _temperatures(temperature)
     if suite is None:
         suite, prompts = str(prompts or "tasks"), None
     if report is not None:
         from hasten.bench import plots
         from hasten.bench.report import write_report
 
+        if len(temperatures) > 1:
+            raise UserError("a report is of one temperature")
         plots.check_target(report)
     llm = loading.load(model)
 
@@ -76,24 +81,42 @@ def bench(
         asked = limited(asked, limit)
     if chat:
         asked = as_chat(llm, asked)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with options.progress("decoding", len(asked) * rounds, quiet=json) as advance:
+    params = [SamplingParams(max_tokens=max_tokens, temperature=each, seed=seed) for each in temperatures]
+    with options.progress("decoding", len(asked) * rounds * len(params), quiet=json) as advance:
         measured = measure(llm, names, asked, params, rounds, advance, samples)
     command = shlex.join(["hasten", *sys.argv[1:]])
     document: dict[str, Any] = {
         "model": model,
         "suite": suite,
-        "temperature": temperature,
+        "temperature": params[0].temperature if len(params) == 1 else None,
         "command": command,
     } | measured
     if report is not None:
         write_report(document, report)
     if json:
         options.emit(document)
-    elif suite == SPEC_BENCH:
-        print(table(document["rows"]))
-    else:
-        _print(document["rows"], CANVAS_COLUMNS if llm.model.config.fills_canvas else COLUMNS)
+        return
+    columns = CANVAS_COLUMNS if llm.model.config.fills_canvas else COLUMNS
+    for each in params:
+        rows = [row for row in document["rows"] if row["temperature"] == each.temperature]
+        if len(params) > 1:
+            print(f"temperature {each.temperature:g}")
+        if suite == SPEC_BENCH:
+            print(table(rows))
+        else:
+            _print(rows, columns)
+
+
+def _temperatures(text: str) -> list[float]:
+    """One or more, the lowest first.
+
+    Raises:
+        UserError: no numbers.
+    """
+    try:
+        return sorted({float(each) for each in text.split(",")})
+    except ValueError:
+        raise UserError(f"temperature must be a number, or several with commas between them, not {text!r}") from None
 
 
 COLUMNS = {

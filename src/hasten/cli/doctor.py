@@ -31,9 +31,16 @@ def doctor(
     picture: Annotated[
         Path | None, typer.Option(help="Compare steps in all precisions, and draw them into this SVG file.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare predictions with those in float32 on these prompts: JSONL (key `prompt` or `turns`) or text, "
+            "one per line (default: a few that ship, where weights are rounded or stored in few bits)."
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
-    """Measure read bandwidth, the cost of a step against it, and what each further row of a step costs."""
+    """Measure read bandwidth, a step's cost against it, what further rows of a step cost, and what rounding costs."""
     from rich.console import Console
 
     from hasten.bench import plots
@@ -53,9 +60,16 @@ def doctor(
     invariant = None
     if llm.model.device.type == "cuda":
         invariant = partial(replace(loading, numerics="invariant").load, model)
+    plain = replace(loading, dtype="float32", backend="torch", weights="dense", numerics="default")
+    # A model that fills masked positions predicts what depends on how a canvas is filled.
+    expanded = partial(plain.load, model) if llm.model.config.diffusion is None else None
+    if prompts is not None and expanded is None:
+        raise UserError("predictions of models that fill masked positions are not compared: leave --prompts out")
     console = Console(stderr=True)
     with console.status("starting") as status:
-        document = examine(llm, precisions, invariant, status.update if not json else (lambda stage: None))
+        document = examine(
+            llm, precisions, invariant, expanded, prompts, status.update if not json else (lambda stage: None)
+        )
     if picture is not None:
         write_text(picture, plots.step_costs(document))
     if json:
@@ -86,6 +100,12 @@ def _print(document: dict[str, Any]) -> None:
     if "invariance_price" in document:
         price = document["invariance_price"]
         console.print(f"{'its price':>14}  {price:.2f} times the step: what --numerics invariant costs here")
+    if document["divergence"] is not None:
+        found = document["divergence"]
+        console.print(
+            f"{'rounding':>14}  KL {found['kl']:.5f} from float32, the same likeliest token in {found['top1']:.1%} of "
+            f"{found['rows']:,} rows"
+        )
     console.print(f"\n{'rows':>14}  cost of a step, relative to one row: v(n)")
     bar = "█" if streams.takes_all_characters() else "#"
     longest = max(document["verify_cost"].values())

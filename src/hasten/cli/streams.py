@@ -53,6 +53,9 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        if text == "":
+            # So libraries ask what kind of stream this is, and swallow the answer.
+            return 0
         if self._stream is None:
             raise UserError(f"{UNWRITTEN}: it is closed")
         with _told(self._stream):

@@ -10,6 +10,7 @@ import typer
 from hasten.cli import options
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
+from hasten.errors import UserError
 
 
 @grouped
@@ -21,6 +22,9 @@ def verify(
     ] = None,
     chat: options.Chat = False,
     per_task: Annotated[int, typer.Option(help="Prompts of each shipped task.")] = 6,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each category of a file at most, with all their turns.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt at most.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the sampling modes.")] = 1,
     loading: ForDecoding = ForDecoding(dtype="float32"),
@@ -30,11 +34,13 @@ def verify(
 
     Exits with status 1 if any prompt differs.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, not {limit}")
     llm = loading.load(model)
 
     from hasten.bench import verify as check
     from hasten.bench.conversation import as_chat, encode
-    from hasten.bench.prompts import load_prompts
+    from hasten.bench.prompts import limited, load_prompts
     from hasten.bench.race import default_method
     from hasten.bench.suite import load_suite
     from hasten.engine import SamplingParams
@@ -42,6 +48,8 @@ def verify(
     method = default_method(llm.model.config, lossless=True) if method is None else method
     llm.engine.drafter(method)
     suite = load_prompts(prompts) if prompts is not None else load_suite("tasks", per_task)
+    if limit is not None:
+        suite = limited(suite, limit)
     if chat:
         suite = as_chat(llm, suite)
     ids = encode(llm, suite, SamplingParams(max_tokens=max_tokens))

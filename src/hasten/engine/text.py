@@ -7,6 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 INCOMPLETE = "�"
+CHARACTER = 4
+"""Bytes of one, at most; a token that is shown adds one at least."""
 
 
 class Detokenizer:
@@ -20,17 +22,27 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, skip_special: bool = True) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special
+        self._hidden = set(special_tokens(tokenizer).values()) if skip_special else set()
         self._ids: list[int] = []
         self._window = self._read = 0
         self.text = ""
 
     def push(self, token: int) -> str:
         """Append one token and return the text it completes (empty while a character is incomplete)."""
+        if token in self._hidden:
+            return ""
         self._ids.append(token)
         before, after = self._decode(self._window, self._read), self._decode(self._window)
-        if len(after) <= len(before) or after.endswith(INCOMPLETE):
+        read = len(self._ids)
+        if after.endswith(INCOMPLETE):
+            # Of more than a character, only the end can still become one.
+            read -= CHARACTER
+            if read <= self._read or not after.startswith(settled := self._decode(self._window, read)):
+                return ""
+            after = settled
+        if len(after) <= len(before):
             return ""
-        self._window, self._read = self._read, len(self._ids)
+        self._window, self._read = self._read, read
         fresh = after[len(before) :]
         self.text += fresh
         return fresh

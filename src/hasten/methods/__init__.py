@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from hasten.engine import registry
-from hasten.methods import diffusion, drafters, skipping, systems
+from hasten.methods import diffusion, drafters, heads, skipping, systems
 
-__all__ = ["diffusion", "drafters", "skipping", "systems"]
+__all__ = ["diffusion", "drafters", "heads", "skipping", "systems"]
 
 
 class _Methods(ModuleType):

@@ -251,9 +251,9 @@ class Tensors:
 
     def stacked(self, names: list[str], shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
         """Several tensors joined along their first axis; where their shapes are given, they must be those."""
-        return torch.cat(
-            [self.get(name, *shape) for name, shape in zip(names, shapes or [()] * len(names), strict=True)]
-        )
+        parts = [self.get(name, *shape) for name, shape in zip(names, shapes or [()] * len(names), strict=True)]
+        # One alone is not copied.
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def maybe_stacked(self, names: list[str], shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor | None:
         """As `stacked`, or None where all are absent."""

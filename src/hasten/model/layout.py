@@ -58,8 +58,3 @@ def by_shape(layers: Sequence[LayerConfig]) -> list[Group]:
         if isinstance(layer.keeps, Slots):
             found.setdefault(layer.keeps, []).append(number)
     return [Group(tuple(members), slots) for slots, members in found.items()]
-
-
-def one_by_one(layers: Sequence[LayerConfig]) -> list[Group]:
-    """Each layer by itself, for caches that keep other slots in each."""
-    return [Group((number,), layer.keeps) for number, layer in enumerate(layers) if isinstance(layer.keeps, Slots)]

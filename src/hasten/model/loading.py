@@ -12,6 +12,7 @@ import torch
 from hasten.errors import Notice, UserError, one_line
 from hasten.model import cuda, native
 from hasten.model.architectures import ARCHITECTURES
+from hasten.model.architectures.base import TENSORS
 from hasten.model.assembly import assemble
 from hasten.model.checkpoint import Tensors, read_json, resolve, tensor_shapes, weight_bytes
 from hasten.model.config import ModelConfig
@@ -156,7 +157,7 @@ def load_model(
     loaded = assemble(config, pieces, runner, cache_dtype, transforms)
     if tensors.expanded:
         kinds = ", ".join(sorted(set(tensors.expanded.values())))
-        table = len(tensors.expanded) == 1 and "embed" in next(iter(tensors.expanded))
+        table = [*tensors.expanded] == [f"{TENSORS['embedding']}.weight"]
         which = f"its table of tokens, {kinds}, is" if table else f"weights of {kinds} are"
         what = f"{folder.name}: {which} expanded to {str(chosen).removeprefix('torch.')}"
         warnings.warn(what, Notice, stacklevel=2)

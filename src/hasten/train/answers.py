@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hasten.engine import SamplingParams
-from hasten.errors import UserError
 from hasten.files import write_text, writing
 from hasten.llm import LLM, Generation
 from hasten.tasks import TASKS, Example
 from hasten.train.card import budget
 from hasten.train.data import Document
-from hasten.train.trainer import differences, make_folder
+from hasten.train.lines import lines_of, read_lines
+from hasten.train.trainer import make_folder
 
 FILE = "answers.jsonl"
 NEEDED = {"right": bool, "prompt_token_ids": list, "token_ids": list}
@@ -57,13 +56,13 @@ def gather(
     while (batch := list(islice(waiting, TOGETHER))) and kept + len(batch) <= len(answered):
         kept += len(batch)
     if batch:
-        write_text(file, _lines([origin, *answered[:kept]]))
+        write_text(file, lines_of([origin, *answered[:kept]]))
     report(kept)
     while batch:
         params = [SamplingParams(max_tokens=budget(llm, question)) for question in batch]
         answers = llm.generate([question.prompt for question in batch], params, method)
         with writing(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(_lines(_graded(*pair) for pair in zip(batch, answers, strict=True)))
+            stream.write(lines_of(_graded(*pair) for pair in zip(batch, answers, strict=True)))
         report(len(batch))
         batch = list(islice(waiting, TOGETHER))
 
@@ -80,28 +79,13 @@ def _graded(question: Example, answer: Generation) -> dict[str, Any]:
     }
 
 
-def _lines(documents: Iterable[Mapping[str, Any]]) -> str:
-    """JSON lines."""
-    return "".join(json.dumps(document) + "\n" for document in documents)
-
-
 def read_answers(file: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All answers of a file, none where there is no file; one whose line was cut off by a kill does not count.
+    """All answers of a file: see `read_lines`.
 
     Raises:
         UserError: the file has another origin, or is damaged.
     """
-    try:
-        content = file.read_bytes() if file.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        given, *answers = [dict(json.loads(line)) for line in whole.splitlines()] or [dict(origin)]
-        if not all(isinstance(answer.get(name), kind) for answer in answers for name, kind in NEEDED.items()):
-            raise ValueError("something is missing")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: it is damaged, or no file of answers") from error
-    if changed := differences(given, origin):
-        raise UserError(f"the answers in {file} were given with another {changed}")
-    return answers
+    return read_lines(file, origin, NEEDED)
 
 
 def right_answers(answers: Iterable[Mapping[str, Any]]) -> list[Document]:

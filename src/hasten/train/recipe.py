@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hasten.errors import UserError, require_finite
 from hasten.train.data import DEFAULT_WEIGHTS, Batch, Mixture, Stream
+from hasten.train.tokenizer import load_tokenizer
 
 LEAST_CONTEXT = 64
 """Below, the shortest examples of the tasks would not fit."""
@@ -21,14 +22,81 @@ SHORT = 0.1
 """Difficulty in the opening."""
 
 
+class Trained(Protocol):
+    """What the trainer asks of a batch: `ids` are the tokens that it is made of."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+
+Network = TypeVar("Network", bound=torch.nn.Module)
+Pools = TypeVar("Pools")
+Given = TypeVar("Given", bound=Trained)
+
+
 @dataclass(frozen=True)
-class Recipe(ABC):
+class Schedule(ABC, Generic[Network, Pools, Given]):
     """Everything that defines a run; a resumed run must have the same.
 
-    `tokens` counts padding and prompts. `opening` is the share of the run that has short
-    copying tasks only; `curriculum` the share after which tasks have full length.
-    `warmup` and `final_lr` are shares of the run and of `lr`. `answers` is the longest answer in
-    tokens, 0 for any.
+    `tokens` counts padding and prompts. `warmup` and `final_lr` are shares of the run and of `lr`.
+    """
+
+    tokens: int = 1_000_000
+    batch_tokens: int = 2048
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.02
+    final_lr: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        if self.lr <= 0:
+            raise UserError(f"lr must be positive, not {self.lr}")
+        if min(self.tokens, self.batch_tokens) < 1:
+            raise UserError("tokens and batch-tokens must be positive")
+
+    @abstractmethod
+    def prepare(self, folder: Path) -> None:
+        """Write what the run needs, and a resumed one finds there, into its folder."""
+
+    @abstractmethod
+    def begin(self, folder: Path) -> tuple[Network, Pools]:
+        """The network as a run begins, and what it is trained on."""
+
+    @abstractmethod
+    def optimizers(self, model: Network) -> list[torch.optim.Optimizer]:
+        """What updates the network."""
+
+    @abstractmethod
+    def pool(self, pools: Pools, number: int, progress: float) -> list[Given]:
+        """The batches of a pool: a function of the arguments."""
+
+    @abstractmethod
+    def loss(self, model: Network, batch: Given, progress: float, generator: torch.Generator) -> Tensor:
+        """The loss of one batch (nats); `progress` runs from 0 to 1, `generator` is the step's own."""
+
+    @abstractmethod
+    def export(self, model: Network, folder: Path) -> None:
+        """Write what was trained."""
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then a cosine to `final_lr`."""
+        if progress < self.warmup:
+            return self.lr * max(progress, 1e-4) / self.warmup
+        phase = min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
+
+
+AnyRecipe = Schedule[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Recipe(Schedule[LlamaForCausalLM, Stream, Batch]):
+    """Training of a whole model, on tasks and prose: Muon on the matrices inside the layers, AdamW on the rest.
+
+    `opening` is the share of the run that has short copying tasks only; `curriculum` the share after which tasks have
+    full length. `answers` is the longest answer in tokens, 0 for any.
     """
 
     context: int = 1024
@@ -47,17 +115,15 @@ class Recipe(ABC):
     weights: ClassVar[dict[str, float]] = DEFAULT_WEIGHTS
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        super().__post_init__()
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}")
         if self.context < LEAST_CONTEXT:
             raise UserError(f"context must be at least {LEAST_CONTEXT}, not {self.context}")
         if not (0 <= self.opening <= 1 and 0 <= self.curriculum <= 1):
             raise UserError("opening and curriculum must be between 0 and 1: they are shares of the run")
-        if self.lr <= 0:
-            raise UserError(f"lr must be positive, not {self.lr}")
-        if min(self.tokens, self.batch_tokens) < 1 or self.answers < 0:
-            raise UserError("tokens and batch-tokens must be positive, answers 0 (any length) or more")
+        if self.answers < 0:
+            raise UserError("answers must be 0 (any length) or more")
         if self.batch_tokens < self.context:
             raise UserError(f"batch-tokens ({self.batch_tokens}) must be at least the context ({self.context})")
 
@@ -74,9 +140,23 @@ class Recipe(ABC):
     def build(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         """The model as the run begins."""
 
-    @abstractmethod
-    def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
-        """The loss of one batch (nats); `progress` runs from 0 to 1, `generator` is the step's own."""
+    def prepare(self, folder: Path) -> None:
+        self.tokenizer().save_pretrained(folder)
+
+    def begin(self, folder: Path) -> tuple[LlamaForCausalLM, Stream]:
+        tokenizer = load_tokenizer(folder)
+        return self.build(tokenizer), self.stream(tokenizer, folder)
+
+    def optimizers(self, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+        others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+        return [
+            torch.optim.Muon(matrices, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    def pool(self, pools: Stream, number: int, progress: float) -> list[Batch]:
+        return pools.pool(number, self.difficulty(progress), opening=progress < self.opening)
 
     def export(self, model: LlamaForCausalLM, folder: Path) -> None:
         """Write configuration and weights in bf16, as a Hugging Face folder."""
@@ -93,13 +173,6 @@ class Recipe(ABC):
             answers=self.answers,
             weights=self.weights,
         )
-
-    def learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then a cosine to `final_lr`."""
-        if progress < self.warmup:
-            return self.lr * max(progress, 1e-4) / self.warmup
-        phase = min(1.0, (progress - self.warmup) / (1 - self.warmup))
-        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
 
     def difficulty(self, progress: float) -> float:
         """Length cap of the tasks: short in the opening, then growing linearly to full length."""

@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if folder.is_file():
         from hasten.model import gguf
 
-        tokenizer: PreTrainedTokenizerFast = gguf.read_tokenizer(gguf.open_gguf(folder))
+        tokenizer: PreTrainedTokenizerFast = gguf.read_tokenizer(gguf.open_gguf(folder)).complete
         return tokenizer
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A training run: Muon on the matrices inside the layers, AdamW on embeddings and norms, resumable to the same end."""
+"""A training run of whatever a recipe says, resumable to the same end."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerFast
 
 from hasten.documents import dumps
 from hasten.errors import Interrupted, UserError
 from hasten.files import replacing, write_text, writing
 from hasten.model.checkpoint import read_json
-from hasten.train.data import Batch
-from hasten.train.recipe import Recipe
-from hasten.train.tokenizer import load_tokenizer
+from hasten.train.recipe import AnyRecipe, Trained
 
 CHECKPOINT, SUMMARY = "training.pt", "training.json"
 LOG_SECONDS = 20
@@ -36,16 +33,10 @@ LOG_SECONDS = 20
 class Trainer:
     """One run: model, optimisers, stream and counters, resumable from `folder/training.pt`."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-        self.recipe, self.tokenizer, self.folder = recipe, tokenizer, folder
-        self.model = recipe.build(tokenizer)
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and ".layers." in n]
-        others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        self.stream = recipe.stream(tokenizer, folder)
+    def __init__(self, recipe: AnyRecipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.model, self.stream = recipe.begin(folder)
+        self.optimizers = recipe.optimizers(self.model)
         self.tokens = self.pool = self.index = 0
         self.pool_progress = 0.0
         self.loss = math.nan
@@ -53,22 +44,18 @@ class Trainer:
         self.history: list[tuple[int, float]] = []
         self.data_hash = ""
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Trained]:
         """The rest of the stream, from the batch that `pool` and `index` point at; `step` moves them on."""
         while True:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
                 self.pool_progress = self.tokens / self.recipe.tokens
-            pool = self.stream.pool(
-                self.pool,
-                self.recipe.difficulty(self.pool_progress),
-                opening=self.pool_progress < self.recipe.opening,
-            )
+            pool = self.recipe.pool(self.stream, self.pool, self.pool_progress)
             while self.index < len(pool):
                 yield pool[self.index]
             self.pool, self.index = self.pool + 1, 0
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Trained) -> None:
         """One optimiser step, after which all counters are those of the batch to come."""
         started = time.perf_counter()
         progress = self.tokens / self.recipe.tokens
@@ -147,7 +134,7 @@ class Trainer:
                     raise ValueError("the optimiser is another model's")
 
     def export(self) -> None:
-        """Write weights, configuration and generation config beside the tokenizer: a Hugging Face folder.
+        """Write what was trained into the folder.
 
         Raises:
             UserError: they cannot be written.
@@ -168,7 +155,7 @@ def differences(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def train(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     folder: Path,
     resume: bool = True,
     save_every: float = 60,
@@ -195,20 +182,19 @@ def train(
         if file.exists() and not resume:
             raise UserError(f"{file} exists: resume it, or remove it to start again")
     if checkpoint.exists():
-        trainer = Trainer(recipe, load_tokenizer(folder), folder)
+        trainer = Trainer(recipe, folder)
         trainer.resume()
     elif summary_file.exists():
         return _finished(recipe, summary_file)
     else:
-        tokenizer = recipe.tokenizer()
-        # Only here: a checkpoint that is there needs the one it was made with, which no kill may tear.
+        # Only here: a checkpoint that is there needs what it was made with, which no kill may tear.
         with writing(folder):
-            tokenizer.save_pretrained(folder)
-        trainer = Trainer(recipe, tokenizer, folder)
+            recipe.prepare(folder)
+        trainer = Trainer(recipe, folder)
     _loop(trainer, save_every)
     trainer.export()
     summary = {
-        "parameters": trainer.model.num_parameters(),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "tokens": trainer.tokens,
         "seconds": round(trainer.seconds, 1),
         "loss": round(trainer.loss, 4),
@@ -221,7 +207,7 @@ def train(
     return summary
 
 
-def _finished(recipe: Recipe, file: Path) -> dict[str, Any]:
+def _finished(recipe: AnyRecipe, file: Path) -> dict[str, Any]:
     """The summary of a run that is complete.
 
     Raises:

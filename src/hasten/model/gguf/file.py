@@ -126,7 +126,7 @@ class GGUF:
             if count > STRINGS:
                 self._fail(f"{key} has {count} strings")
             self._require_room(8 * count, key)
-            return [self._text(key) for _ in range(count)]
+            return self._texts(count, key)
         if kind not in SCALARS:
             self._fail(f"{key} is a list of lists")
         item = np.dtype(SCALARS[kind]).newbyteorder("<")
@@ -199,6 +199,21 @@ class GGUF:
             return str(self._bytes[start : self._place], "utf-8")
         except UnicodeDecodeError:
             self._fail(f"{what} is no UTF-8 text")
+
+    def _texts(self, count: int, what: str) -> list[str]:
+        """As many times `_text`, for the hundred thousand of a vocabulary."""
+        found, data, end, place = [], self._bytes, self._data.size, self._place
+        length = struct.Struct("<Q")
+        for _ in range(count):
+            start = place + length.size
+            if start > end or (place := start + length.unpack_from(data, place)[0]) > end:
+                self._fail(f"the file ends within {what}")
+            try:
+                found.append(str(data[start:place], "utf-8"))
+            except UnicodeDecodeError:
+                self._fail(f"{what} is no UTF-8 text")
+        self._place = place
+        return found
 
     def _advance(self, size: int, what: str) -> int:
         """Step over so many bytes, and say where they begin."""

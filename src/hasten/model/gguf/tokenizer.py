@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hasten.errors import UserError, one_line
 from hasten.model.gguf.file import GGUF
+from hasten.model.light_tokenizer import LightTokenizer
 
 LONGEST = 1024
 """Characters of a token; longer ones would take hours to take apart."""
@@ -52,42 +53,48 @@ NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_to
 """Tokens with a role, by transformers' names and GGUF's."""
 
 
-def read_tokenizer(file: GGUF) -> Any:
-    """The tokenizer, as transformers has it.
+def read_tokenizer(file: GGUF) -> LightTokenizer:
+    """The tokenizer; transformers' own is made of it once somebody asks for more than decoding needs.
 
     Raises:
         UserError: none in the file, of a kind or with a pre-tokenizer that is not known, or damaged.
     """
-    from transformers import PreTrainedTokenizerFast
-
     kind = file.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"tokenizer {kind!r} in {file.path} is not supported; supported are gpt2, llama")
     tokens = file.texts("tokenizer.ggml.tokens")
     _require_vocabulary(file, tokens)
     types = file.numbers("tokenizer.ggml.token_type") if "tokenizer.ggml.token_type" in file.metadata else []
-    roles = _roles(file, tokens, kind)
+    named = _named(file, tokens, kind)
     try:
-        made = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens, types, roles["unk_token"])
-        made.add_tokens(
-            [
-                AddedToken(token, normalized=False, special=type_ == CONTROL)
-                for token, type_ in zip(tokens, types, strict=False)
-                if type_ in (CONTROL, USER_DEFINED) and token
-            ]
+        made = (
+            _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens, types, named.get("unk_token"))
         )
-        made.post_processor = _around(file, tokens, roles)
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=made,
-            chat_template=file.text("tokenizer.chat_template", "") or None,
-            clean_up_tokenization_spaces=False,
-            **{name: token for name, token in roles.items() if token is not None},
-        )
+        listed = {
+            token: type_ == CONTROL
+            for token, type_ in zip(tokens, types, strict=False)
+            if type_ in (CONTROL, USER_DEFINED) and token
+        }
+        # A token with a role is special, unless the file says what it is.
+        added = {**listed, **{token: True for token in named.values() if token not in listed}}
+        made.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in added.items()])
+        made.post_processor = _around(file, tokens, named)
     except UserError:
         raise
     except Exception as error:
         # The tokenizers library raises bare exceptions.
         raise UserError(f"{file.path} has no usable tokenizer: {one_line(error)}") from error
+    template = file.text("tokenizer.chat_template", "") or None
+    return LightTokenizer(made, named, template, lambda: _complete(made, named, template))
+
+
+def _complete(made: Tokenizer, named: Mapping[str, str], template: str | None) -> Any:
+    """transformers' tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=made, chat_template=template, clean_up_tokenization_spaces=False, **named
+    )
 
 
 def _require_vocabulary(file: GGUF, tokens: Sequence[str]) -> None:
@@ -107,22 +114,23 @@ def _require_vocabulary(file: GGUF, tokens: Sequence[str]) -> None:
         raise UserError(f"{file.path} has a token of {longest} characters; {LONGEST} is the most that is supported")
 
 
-def _roles(file: GGUF, tokens: Sequence[str], kind: str) -> dict[str, str | None]:
-    """The tokens with a role, by transformers' names for it; None where there is none.
+def _named(file: GGUF, tokens: Sequence[str], kind: str) -> dict[str, str]:
+    """The tokens with a role, by transformers' names for it.
 
     Raises:
         UserError: an id that the vocabulary does not have.
     """
     # SentencePiece numbers these so, where the file does not say.
     usual = {"unknown": 0, "bos": 1, "eos": 2} if kind == "llama" else {}
-    roles: dict[str, str | None] = {}
+    named: dict[str, str] = {}
     for name, theirs in NAMED.items():
         key = f"tokenizer.ggml.{theirs}_token_id"
         number = file.whole(key, usual.get(theirs)) if key in file.metadata or theirs in usual else None
         if number is not None and number >= len(tokens):
             raise UserError(f"{file.path} has {key} {number}, but {len(tokens)} tokens")
-        roles[name] = None if number is None else tokens[number]
-    return roles
+        if number is not None:
+            named[name] = tokens[number]
+    return named
 
 
 def _byte_level(file: GGUF, tokens: Sequence[str]) -> Tokenizer:
@@ -193,13 +201,13 @@ def _numbered(tokens: Sequence[str]) -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
 
 
-def _around(file: GGUF, tokens: Sequence[str], roles: dict[str, str | None]) -> Any:
+def _around(file: GGUF, tokens: Sequence[str], named: Mapping[str, str]) -> Any:
     """What adds the tokens that a text begins and ends with."""
     kind, pre = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre", "default")
     first = file.flag("tokenizer.ggml.add_bos_token", kind == "llama" or pre in WHOLE)
     last = file.flag("tokenizer.ggml.add_eos_token", False)
-    begin = roles["bos_token"] if first else None
-    end = roles["eos_token"] if last else None
+    begin = named.get("bos_token") if first else None
+    end = named.get("eos_token") if last else None
     template = [*([] if begin is None else [begin]), "$A", *([] if end is None else [end])]
     used = {token for token in (begin, end) if token is not None}
     return processors.TemplateProcessing(

@@ -76,9 +76,9 @@ inline void dots(const float *const *query, int64_t queries, const float *keys, 
     }
 #endif
     for (int64_t q = 0; q < queries; ++q) {
-        float found[WIDTH] = {};
-        for (int64_t slot = 0; slot < count; ++slot) found[slot] = dot(query[q], keys + slot * d, d);
-        result[q] = load(found);
+        float sums[WIDTH] = {};
+        for (int64_t slot = 0; slot < count; ++slot) sums[slot] = dot(query[q], keys + slot * d, d);
+        result[q] = load(sums);
     }
 }
 
@@ -161,7 +161,7 @@ class Attend {
             dots(query, queries, keys, count, d, found);
             for (int64_t q = 0; q < queries; ++q) {
                 const uint32_t bits = seen[q / tile.heads];
-                found[q] *= scale;
+                found[q] = found[q] * scale;
                 if (bits & (bits + 1)) {
                     for (uint32_t left = bits; left; left &= left - 1) *next[q]++ = found[q][__builtin_ctz(left)];
                 } else {

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.errors import UserError
-from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, interleave, nibbles
+from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, filled, interleave, nibbles
 from hasten.model.native.rounding import Rounded, round_to_blocks
+from hasten.model.threads import on_one_thread
 from hasten.model.weights import Blocks
 
+AT_ONCE = 2**17
+"""Bytes that become panels together: what is made of them on the way stays in the processor's cache."""
 LEAST_INPUTS = 64
 """Inputs come in whole multiples of it: 16 words of codes."""
 
@@ -123,12 +125,11 @@ class BlockLinear(Panels):
         blocks = -(-inputs // kind.inputs)
         if size != blocks * kind.bytes:
             raise UserError(f"{size} bytes are no row of {inputs} weights in {format}")
-        # Blocks of zeros have scales of zero.
-        short = -blocks % max(1, LEAST_INPUTS // kind.inputs) * kind.bytes
-        padded = F.pad(stored, (0, short, 0, -outputs % (2 * LANES)))
-        codes, scales = kind.read(torch.unflatten(padded, 1, (-1, kind.bytes)))
-        panels = _pack(format, codes.flatten(1))
-        worth = torch.cat([_by_panels(part) for part in scales], 2)
+        step = max(1, AT_ONCE // size // (2 * LANES)) * 2 * LANES
+        # As many small operations: a team of threads would wait for all its cores before each.
+        with on_one_thread():
+            parts = (_panels(format, part) for part in torch.split(stored, step))
+            panels, worth = _joined(parts, -(-outputs // (2 * LANES)) * 2)
         self._kind = kind
         super().__init__(format, (outputs, inputs), dtype, panels, worth, bias)
 
@@ -145,6 +146,29 @@ class BlockLinear(Panels):
         if self._kind.halfs == 2:
             weight += scales[..., 1:]
         return weight.flatten(1)[: self.out_features, : self.in_features].to(self.dtype).contiguous()
+
+
+def _panels(format: BlockFormat, stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [outputs, bytes per row] as panels, an even number of them, and what scales these."""
+    kind = KINDS[format]
+    # Blocks of zeros have scales of zero.
+    padded = filled(stored, rows=2 * LANES, columns=max(1, LEAST_INPUTS // kind.inputs) * kind.bytes)
+    codes, scales = kind.read(torch.unflatten(padded, 1, (-1, kind.bytes)))
+    return _pack(format, codes.flatten(1)), torch.cat([_by_panels(part) for part in scales], 2)
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Pairs joined along their first axis, `count` in all; each is put into its place as it comes."""
+    whole: tuple[Tensor, Tensor] | None = None
+    place = 0
+    for part in parts:
+        if whole is None:
+            whole = part[0].new_empty(count, *part[0].shape[1:]), part[1].new_empty(count, *part[1].shape[1:])
+        for all_, some in zip(whole, part, strict=True):
+            all_[place : place + len(some)] = some
+        place += len(part[0])
+    assert whole is not None and place == count
+    return whole
 
 
 def _pack(format: str, codes: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class PanelLinear(Panels):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, format: Format) -> None:
         stored = format == "bfloat16" and weight.dtype == torch.bfloat16
-        padded = _filled(weight.detach() if stored else weight.detach().float(), rows=2 * LANES)
+        padded = filled(weight.detach() if stored else weight.detach().float(), rows=2 * LANES)
         panels = interleave(padded, 1) if format == "float32" else interleave(padded.bfloat16(), 2)
         outputs, inputs = weight.shape
         super().__init__(format, (outputs, inputs), weight.dtype, panels, None, bias)
@@ -118,11 +118,11 @@ def interleave(matrix: Tensor, inputs: int) -> Tensor:
 
     Zeros fill the last 16 words of inputs.
     """
-    matrix = _filled(matrix, columns=LANES * inputs)
+    matrix = filled(matrix, columns=LANES * inputs)
     return matrix.view(-1, LANES, matrix.shape[1] // inputs, inputs).transpose(1, 2).contiguous()
 
 
-def _filled(matrix: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
+def filled(matrix: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
     """A matrix with zeros up to multiples of these; itself where it needs none, as large ones are slow to copy."""
     missing = (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows)
     return F.pad(matrix, missing) if any(missing) else matrix

@@ -47,7 +47,6 @@ inline Lanes operator-(Lanes a) { return each<Lanes>([](float32x4_t x) { return 
 inline Words operator<<(Words a, int by) { return each<Words>([=](uint32x4_t x) { return x << by; }, a); }
 inline Words operator>>(Words a, int by) { return each<Words>([=](uint32x4_t x) { return x >> by; }, a); }
 inline Lanes &operator+=(Lanes &a, Lanes b) { return a = a + b; }
-inline Lanes &operator*=(Lanes &a, Lanes b) { return a = a * b; }
 inline Whole &operator+=(Whole &a, Whole b) { return a = a + b; }
 
 template <class To, class Quad, class Number>

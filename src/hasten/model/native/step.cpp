@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <limits>
 #include <mutex>
@@ -49,11 +50,47 @@ struct OpenMP {
     int (*count)() = nullptr;
 } openmp;
 
+// Nanoseconds on a clock.
+inline int64_t now(clockid_t clock = CLOCK_MONOTONIC) {
+    timespec time;
+    clock_gettime(clock, &time);
+    return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
+}
+
+// How many threads of a team take part. Where another process has a core, all would wait for the thread that is there: for
+// as long as a scheduler's turn takes, a hundred stages of a small model's step. Where steps wait for longer than they
+// compute, the next ones do with a thread less; after a multiple of what was lost one more is tried.
+class Attendance {
+  public:
+    explicit Attendance(int most) : most_(most), count_(most) {}
+    // Of the step that begins.
+    int count(int64_t began) {
+        if (count_ < most_ && began >= until_) ++count_;
+        return count_;
+    }
+    // A step of several threads is over. Its first one computed for so long, and waited for the rest of the time.
+    void judge(int64_t computed, int64_t began, int64_t ended) {
+        const int64_t waited = ended - began - computed;
+        balance_ = std::min(balance_ + computed - waited, CREDIT);
+        if (balance_ >= 0) return;
+        --count_;
+        balance_ = 0;
+        until_ = ended + std::min(PATIENCE * waited, LONGEST);
+    }
+
+  private:
+    // What happens now and then is waited for: steps that go well are a credit. In nanoseconds.
+    static constexpr int64_t CREDIT = 20000000, PATIENCE = 16, LONGEST = 200000000;
+    const int most_;
+    int count_;
+    int64_t balance_ = CREDIT, until_ = 0;
+};
+
 // Threads that run the same task side by side. They spin between the stages of a step; those of our own sleep between
 // steps. A team works for one thread at a time.
 class Team {
   public:
-    explicit Team(int count) : most_(count), borrowed_(openmp.parallel != nullptr) {
+    explicit Team(int count) : most_(count), borrowed_(openmp.parallel != nullptr), attendance_(count) {
         if (borrowed_) return;
         for (int number = 1; number < count; ++number) threads_.emplace_back([this, number] { work(number); });
     }
@@ -70,26 +107,18 @@ class Team {
     // Inside a task: of the threads that run it. OpenMP may give fewer than were asked for.
     int count() const { return count_.load(std::memory_order_relaxed); }
 
-    // Every thread calls `task(number)`; returns when all are done.
+    // Every thread that takes part calls `task(number)`; returns when all are done.
     void run(const std::function<void(int)> &task) {
+        const int64_t began = now();
+        const int count = attendance_.count(began);
         task_ = &task;
-        if (most_ == 1) {
+        if (count == 1) {
             count_ = 1;
             return task(0);
         }
-        if (borrowed_) return openmp.parallel(&Team::enter, this, most_, 0);
-        count_ = most_;
-        left_.store(most_ - 1, std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            ++round_;
-        }
-        wake_.notify_all();
-        task(0);
-        for (int spins = 0; left_.load(std::memory_order_acquire); ++spins) {
-            if (spins < SPINS) pause();
-            else std::this_thread::yield();
-        }
+        if (borrowed_) openmp.parallel(&Team::enter, this, count, 0);
+        else run_own(count);
+        attendance_.judge(computed_, began, now());
     }
 
     // Inside a task: wait until every thread has come so far.
@@ -147,11 +176,33 @@ class Team {
         passed_.notify_all();
     }
 #endif
+    // The first thread's part of a task. What it computes outside, it spins.
+    void work_first() {
+        const int64_t before = now(CLOCK_THREAD_CPUTIME_ID);
+        (*task_)(0);
+        computed_ = now(CLOCK_THREAD_CPUTIME_ID) - before;
+    }
+    void run_own(int count) {
+        left_.store(count - 1, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            count_ = count;
+            ++round_;
+        }
+        wake_.notify_all();
+        work_first();
+        for (int spins = 0; left_.load(std::memory_order_acquire); ++spins) {
+            if (spins < SPINS) pause();
+            else std::this_thread::yield();
+        }
+    }
     static void enter(void *self) {
         Team &team = *static_cast<Team *>(self);
         // All write the same.
         team.count_.store(openmp.count(), std::memory_order_relaxed);
-        (*team.task_)(openmp.number());
+        const int number = openmp.number();
+        if (number == 0) team.work_first();
+        else (*team.task_)(number);
         // OpenMP spins for milliseconds where it waits.
         team.barrier();
     }
@@ -164,6 +215,7 @@ class Team {
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
                 seen = round_.load(std::memory_order_relaxed);
                 if (closing_) return;
+                if (number >= count()) continue;
             }
             (*task_)(number);
             left_.fetch_sub(1, std::memory_order_release);
@@ -171,6 +223,7 @@ class Team {
     }
     const int most_;
     const bool borrowed_;
+    Attendance attendance_;
     std::atomic<int> count_{1};
     std::vector<std::thread> threads_;
     std::mutex mutex_;
@@ -178,6 +231,7 @@ class Team {
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0}, arrived_{0}, phase_{0}, sleepers_{0};
     const std::function<void(int)> *task_ = nullptr;
+    int64_t computed_ = 0;
     bool closing_ = false;
 };
 

@@ -1,0 +1,123 @@
+"""`hasten train medusa` and its like: drafters that read the target's hidden states."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.files import cache_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hasten.llm import LLM
+    from hasten.train.heads.states import Tap
+
+app = typer.Typer()
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the heads (default: beside the model, found there).")
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What heads are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
+
+    dialogues: Annotated[int, typer.Option(help="How many the model makes, or answers.")] = 4000
+    prompts: Annotated[
+        Path | None, typer.Option("--data", help="A file of prompts to answer, in place of invented ones.")
+    ] = None
+    answer: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256
+    folder: Annotated[
+        Path | None, typer.Option("--dialogues-folder", help="Where they are kept (default: the user's cache).")
+    ] = None
+    states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
+
+    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> Path:
+        """Make dialogues and read hidden states, or take those that are there.
+
+        Returns:
+            Their folder.
+
+        Raises:
+            UserError: unreadable prompts, or what is there was made in another way.
+        """
+        from hasten.engine.memory import parse_bytes
+        from hasten.train.heads.dialogues import Writing, write_dialogues
+        from hasten.train.heads.recipe import DIALOGUES
+        from hasten.train.heads.states import read_states
+
+        folder = self.folder or cache_folder("dialogues") / llm.folder.name
+        how = Writing(self.dialogues, answer=self.answer)
+        prompts = None if self.prompts is None else _prompts(self.prompts)
+        with options.progress("asking", how.count, quiet=quiet) as advance:
+            dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
+        with options.progress("reading", len(dialogues), quiet=quiet) as advance:
+            read_states(llm, dialogues, taps, folder / states, parse_bytes(self.states_bytes, "states-bytes"), advance)
+        return folder
+
+
+def _prompts(file: Path) -> list[str]:
+    """The prompts of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from hasten.bench.prompts import load_prompts
+
+    return [prompt.prompt for prompt in load_prompts(file)]
+
+
+@app.command()
+@grouped
+def medusa(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    heads: Annotated[int, typer.Option(help="Heads: how many tokens ahead.")] = 4,
+    layers: Annotated[int, typer.Option(help="Residual blocks of each.")] = 1,
+    words: Annotated[int, typer.Option(help="Tokens that heads may say, the most frequent ones; 0 for all.")] = 8192,
+    epochs: Annotated[float, typer.Option(help="Times that every dialogue is seen.")] = 2.0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+    data: Data = Data(),
+    resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True,
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+    json: options.Json = False,
+) -> None:
+    """Train Medusa's heads for a model, on what it says itself (2401.10774).
+
+    Everything is kept: after Ctrl-C the same command goes on.
+    """
+    llm = options.Loading(backend=backend, threads=threads).load(model)
+
+    from hasten.methods.heads.head import FINAL, beside
+    from hasten.train.heads.medusa import MedusaRecipe
+    from hasten.train.heads.recipe import Dialogues
+    from hasten.train.trainer import train
+
+    folder = data.make(llm, (FINAL,), MedusaRecipe.states, json)
+    rows = len(Dialogues(folder, MedusaRecipe.states).states.tokens)
+    recipe = MedusaRecipe(
+        tokens=max(1, int(epochs * rows)), batch_tokens=batch_tokens, lr=lr, seed=seed, parent=str(llm.folder),
+        data=str(folder), words=words, heads=heads, layers=layers,
+    )  # fmt: skip
+    destination = output or beside(llm.folder, "medusa")
+    summary = train(recipe, destination, resume)
+    _report(destination, {**summary, "command": shlex.join(["hasten", *sys.argv[1:]])}, json)
+
+
+def _report(folder: Path, summary: dict[str, Any], json: bool) -> None:
+    if json:
+        options.emit({"output": str(folder), **summary})
+    else:
+        print(f"{folder}: {summary['parameters']:,} parameters, loss {summary['loss']}")

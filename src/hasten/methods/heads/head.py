@@ -1,0 +1,109 @@
+"""What all heads have in common: the target's hidden state behind the last token that it has read, per request."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.engine import Draft, Drafter, Observation, Request, Target
+from hasten.errors import UserError
+from hasten.model import Decoder, Taps
+from hasten.model.taps import Site
+
+FINAL: tuple[Site, int] = ("final_norm", 0)
+"""What the target's own head reads."""
+FOLDER = "heads"
+"""Beside a checkpoint, where its heads are: `heads/medusa`; for a GGUF file `NAME.gguf.heads/medusa`."""
+
+
+def require_decoder(target: Target, slug: str) -> Decoder:
+    """The target's network.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(target.model, Decoder):
+        raise UserError(f"{slug} reads hidden states, and this model has none")
+    return target.model
+
+
+def own_head(slug: str) -> Any:
+    """Where a target's own head is: `Method.defaults` of a method whose parameter `head` names a folder."""
+
+    def defaults(target: Target) -> dict[str, Any]:
+        folder = None if target.folder is None else beside(Path(target.folder), slug)
+        return {} if folder is None or not folder.is_dir() else {"head": str(folder)}
+
+    return defaults
+
+
+def beside(checkpoint: Path, slug: str) -> Path:
+    """The folder of a checkpoint's head."""
+    if checkpoint.suffix == ".gguf":
+        return checkpoint.with_name(f"{checkpoint.name}.{FOLDER}") / slug
+    return checkpoint / FOLDER / slug
+
+
+class StateDrafter(Drafter):
+    """Drafts from the final state of the last row that the target has read of each request.
+
+    State per request: that row, [hidden], in the target's dtype.
+    """
+
+    taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
+
+    def __init__(self) -> None:
+        self._states: dict[int, Tensor] = {}
+
+    @abstractmethod
+    def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+        """A draft per request.
+
+        Args:
+            requests: whose prompts were read.
+            states: [requests, hidden]: the root of each is what the target said to its state.
+            budgets: nodes of each draft at most.
+        """
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states.values())
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        each = max((state.nbytes for state in self._states.values()), default=0)
+        return each * sum(request.id not in self._states for request in requests)
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        return self.propose_all([request], [budget])[0]
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        drafts = {request.id: Draft() for request in requests}
+        read = [
+            (request, budget) for request, budget in zip(requests, budgets, strict=True) if self._can(request, budget)
+        ]
+        if read:
+            known, allowed = zip(*read, strict=True)
+            states = torch.stack([self._states[request.id] for request in known])
+            with torch.inference_mode():
+                made = self.draft(known, states, allowed)
+            drafts |= {request.id: draft for request, draft in zip(known, made, strict=True)}
+        return [drafts[request.id] for request in requests]
+
+    def _can(self, request: Request, budget: int) -> bool:
+        return budget > 0 and request.id in self._states
+
+    def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
+        assert taps is not None
+        self._states[request.id] = taps[FINAL][-1].clone()
+
+    def observe(self, request: Request, seen: Observation) -> None:
+        row = seen.path[-1] + 1 if seen.path else 0
+        self._states[request.id] = seen.taps[FINAL][row].clone()
+
+    def end(self, request: Request) -> None:
+        self._states.pop(request.id, None)

@@ -1,0 +1,58 @@
+"""Trees of ranks: which combinations of each level's likeliest tokens are worth verifying.
+
+A node is a path of ranks, (0, 2) being the third token of the second level below the first of the first. With levels
+that know nothing of each other a path's probability is the product of its tokens', so the best tree of n nodes is the n
+largest products (Medusa, 2401.10774, section 2.3.3). Ranks come in falling order, so that every path comes after its
+beginnings and its better siblings: the tree is closed, and each of its beginnings is the best tree of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+from hasten.engine import ROOT, Draft
+
+
+def best_paths(probabilities: Sequence[Sequence[float]], nodes: int) -> list[tuple[float, tuple[int, ...]]]:
+    """The most probable paths and their probabilities, best first.
+
+    Args:
+        probabilities: per level, of its ranks, falling.
+        nodes: how many; fewer where there are no more, or the rest is impossible.
+    """
+    paths: list[tuple[float, tuple[int, ...]]] = []
+    # What stands in the heap: minus a path's probability, that of its parent, and the path.
+    heap: list[tuple[float, float, tuple[int, ...]]] = []
+
+    def consider(parent: float, path: tuple[int, ...]) -> None:
+        level = len(path) - 1
+        if level < len(probabilities) and path[-1] < len(probabilities[level]):
+            probability = parent * probabilities[level][path[-1]]
+            if probability > 0:
+                heappush(heap, (-probability, parent, path))
+
+    consider(1.0, (0,))
+    while heap and len(paths) < nodes:
+        negative, parent, path = heappop(heap)
+        paths.append((-negative, path))
+        consider(parent, (*path[:-1], path[-1] + 1))
+        consider(-negative, (*path, 0))
+    return paths
+
+
+def drawn_up(paths: Sequence[tuple[float, tuple[int, ...]]], tokens: Sequence[Sequence[int]]) -> Draft:
+    """The draft of some paths, each after its beginning.
+
+    Args:
+        paths: as `best_paths` gives them.
+        tokens: per level, of its ranks; no token twice.
+    """
+    draft = Draft()
+    number: dict[tuple[int, ...], int] = {(): ROOT}
+    for probability, path in paths:
+        number[path] = len(draft)
+        draft.tokens.append(tokens[len(path) - 1][path[-1]])
+        draft.parents.append(number[path[:-1]])
+        draft.estimates.append(probability)
+    return draft

@@ -1,0 +1,1 @@
+"""Training of heads: drafters that read the target's own hidden states."""

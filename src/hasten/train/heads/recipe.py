@@ -1,0 +1,141 @@
+"""What training runs of all heads have in common: whole dialogues in random order, AdamW, some held out."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.errors import UserError
+from hasten.methods.drafters.vocabtrim import most_frequent
+from hasten.model import Decoder, load_model
+from hasten.model.checkpoint import resolve
+from hasten.train.heads.dialogues import Dialogue, read_dialogues
+from hasten.train.heads.states import States, open_states
+from hasten.train.recipe import Network, Schedule
+
+DIALOGUES = "dialogues.jsonl"
+HELD_OUT = 16
+"""One dialogue of so many is held out, by what its prompt says."""
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """Rows of whole dialogues, one behind the other.
+
+    Attributes:
+        ids: int64 [rows].
+        answers: bool [rows]: tokens of answers.
+        dialogue: int64 [rows], the number of the dialogue.
+        states: float32 [rows, taps, hidden].
+    """
+
+    ids: Tensor
+    answers: Tensor
+    dialogue: Tensor
+    states: Tensor
+
+    def ahead(self, distance: int) -> Tensor:
+        """int64 [n]: rows from which a head drafts what comes so many tokens later, and which is the model's own.
+
+        Those are the rows from the last one of the prompt on.
+        """
+        rows = torch.arange(len(self.ids) - distance)
+        later = rows + distance
+        same = self.dialogue[rows] == self.dialogue[later]
+        return rows[same & self.answers[rows + 1] & self.answers[later]]
+
+
+def is_held_out(dialogue: Dialogue) -> bool:
+    """Whether a dialogue is for measuring only; one of the same prompt always is, too."""
+    return hashlib.sha256(repr(dialogue.prompt).encode()).digest()[0] % HELD_OUT == 0
+
+
+class Dialogues:
+    """Dialogues with their hidden states, and which of them are held out."""
+
+    def __init__(self, folder: Path, states: str) -> None:
+        dialogues = read_dialogues(folder / DIALOGUES)
+        self.states: States = open_states(folder / states, dialogues)
+        kept = range(len(self.states))
+        self.held_out = [number for number in kept if is_held_out(dialogues[number])]
+        self.trained = [number for number in kept if not is_held_out(dialogues[number])]
+        if not self.held_out or not self.trained:
+            raise UserError(f"{folder} has too few dialogues to train on some and measure on others")
+
+    def batches(self, numbers: Sequence[int], rows: int) -> Iterator[HeadBatch]:
+        """Dialogues in this order, so many rows at a time, but at least one dialogue."""
+        some: list[int] = []
+        count = 0
+        for number in numbers:
+            length = self.states.bounds[number + 1] - self.states.bounds[number]
+            if some and count + length > rows:
+                yield self._batch(some)
+                some, count = [], 0
+            some.append(number)
+            count += length
+        if some:
+            yield self._batch(some)
+
+    def _batch(self, numbers: Sequence[int]) -> HeadBatch:
+        spans = [slice(self.states.bounds[number], self.states.bounds[number + 1]) for number in numbers]
+        return HeadBatch(
+            torch.cat([self.states.tokens[span] for span in spans]),
+            torch.cat([self.states.answers[span] for span in spans]),
+            torch.cat([torch.full((span.stop - span.start,), place) for place, span in enumerate(spans)]),
+            torch.cat([self.states.states[span] for span in spans]).float(),
+        )
+
+    def words(self, count: int, vocabulary: int) -> Tensor | None:
+        """int64, ascending: the tokens that answers say most often; None where that is all of them, or 0."""
+        if not 0 < count < vocabulary:
+            return None
+        said = Counter(self.states.tokens[self.states.answers].tolist())
+        return torch.tensor(sorted(most_frequent(said, count, vocabulary)))
+
+
+@dataclass(frozen=True)
+class HeadRecipe(Schedule[Network, Dialogues, HeadBatch]):
+    """A run on a folder of dialogues and hidden states.
+
+    Attributes:
+        parent: the target.
+        data: the folder.
+        words: tokens that the heads may say, the most frequent of answers; 0 for all.
+    """
+
+    parent: str = ""
+    data: str = ""
+    words: int = 0
+
+    states: ClassVar[str]
+    """The file of hidden states in the folder."""
+
+    @abstractmethod
+    def build(self, target: Decoder, dialogues: Dialogues) -> Network:
+        """The network as a run begins."""
+
+    def prepare(self, folder: Path) -> None:
+        """Nothing: the folder of dialogues is there."""
+
+    def begin(self, folder: Path) -> tuple[Network, Dialogues]:
+        torch.manual_seed(self.seed)
+        dialogues = Dialogues(Path(self.data), self.states)
+        return self.build(load_model(resolve(self.parent), "float32", backend="torch"), dialogues), dialogues
+
+    def optimizers(self, model: Network) -> list[torch.optim.Optimizer]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=self.weight_decay)]
+
+    def pool(self, pools: Dialogues, number: int, progress: float) -> list[HeadBatch]:
+        order = list(pools.trained)
+        random.Random((self.seed << 40) + number).shuffle(order)
+        return list(pools.batches(order, self.batch_tokens))

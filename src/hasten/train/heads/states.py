@@ -1,0 +1,174 @@
+"""Hidden states of a target along its dialogues, read once and kept in a file: heads then train without the target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.documents import dumps
+from hasten.errors import UserError
+from hasten.files import megabytes, write_text, writing
+from hasten.llm import LLM
+from hasten.model import Rows, Taps
+from hasten.model.checkpoint import read_json
+from hasten.model.rows import Span
+from hasten.model.taps import Site
+from hasten.train.heads.dialogues import Dialogue
+from hasten.train.trainer import differences
+
+Tap = tuple[Site, int]
+ROWS_OF_PASS = 2048
+"""Dialogues share passes of so many rows."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What training reads, one dialogue's rows behind the other's.
+
+    Attributes:
+        tokens: int64 [rows].
+        answers: bool [rows], whether a token is the model's own: part of an answer.
+        bounds: [dialogues + 1], where each dialogue begins, and where the last one ends.
+        states: bfloat16 [rows, taps, hidden], mapped from the file.
+    """
+
+    tokens: Tensor
+    answers: Tensor
+    bounds: list[int]
+    states: Tensor
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+
+def read_states(
+    llm: LLM,
+    dialogues: Sequence[Dialogue],
+    taps: Sequence[Tap],
+    file: Path,
+    most: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> States:
+    """Read as many of the dialogues as fit, or the rest of those that an interrupted run left unread.
+
+    Args:
+        llm: the target.
+        taps: hidden states to keep of every row.
+        file: of bfloat16 numbers; beside it stands what it was made of, with `.json` behind its name.
+        most: bytes that it may have.
+        report: told how many dialogues were read, those of an earlier run included.
+
+    Raises:
+        UserError: not even two dialogues fit; the file was made of something else, or cannot be written.
+    """
+    hidden = llm.model.config.hidden_size
+    size = 2 * len(taps) * hidden
+    ends = [end for end in accumulate(len(dialogue.ids) for dialogue in dialogues) if end * size <= most]
+    if len(ends) < 2:
+        raise UserError(f"{megabytes(most)} are too few for the hidden states of two dialogues")
+    kept, bounds = dialogues[: len(ends)], [0, *ends]
+    _claim(file, _origin(llm, kept, taps))
+    present = file.stat().st_size // size if file.exists() else 0
+    done = sum(end <= present for end in ends)
+    report(done)
+    with writing(file), file.open("r+b" if file.exists() else "wb") as stream:
+        # What a kill left of a pass is read again.
+        stream.truncate(bounds[done] * size)
+        stream.seek(bounds[done] * size)
+        while done < len(kept):
+            some = _of_one_pass(kept[done:])
+            stream.write(_pass(llm, some, taps).view(torch.int16).numpy().tobytes())
+            done += len(some)
+            report(len(some))
+    return open_states(file, kept)
+
+
+def open_states(file: Path, dialogues: Sequence[Dialogue]) -> States:
+    """The states of a file that is complete.
+
+    Args:
+        dialogues: that they are of; further ones are left out.
+
+    Raises:
+        UserError: there is no such file, or it is cut off.
+    """
+    told = read_json(file.with_name(f"{file.name}.json"))
+    kept = dialogues[: told["count"]]
+    bounds = [0, *accumulate(len(dialogue.ids) for dialogue in kept)]
+    shape = bounds[-1], len(told["taps"]), told["hidden"]
+    try:
+        # Written to by nobody, but PyTorch takes no memory that is read-only.
+        mapped = np.memmap(file, np.int16, "c", shape=shape)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the hidden states in {file} cannot be read") from error
+    own = [[False] * len(each.prompt) + [True] * len(each.answer) for each in kept]
+    return States(
+        torch.tensor([token for each in kept for token in each.ids]),
+        torch.tensor([flag for flags in own for flag in flags]),
+        bounds,
+        torch.from_numpy(mapped).view(torch.bfloat16),
+    )
+
+
+def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dict[str, Any]:
+    """What states depend on."""
+    digest = hashlib.sha256()
+    for dialogue in dialogues:
+        digest.update(np.array([*dialogue.prompt, -1, *dialogue.answer, -2], dtype=np.int64).tobytes())
+    return {
+        "model": llm.folder.name,
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "backend": llm.model.backend.name,
+        "taps": [list(tap) for tap in taps],
+        "hidden": llm.model.config.hidden_size,
+        "count": len(dialogues),
+        "dialogues": digest.hexdigest(),
+    }
+
+
+def _claim(file: Path, origin: dict[str, Any]) -> None:
+    """Say what a file is made of, before anything is written.
+
+    Raises:
+        UserError: one that is there was made of something else.
+    """
+    told = file.with_name(f"{file.name}.json")
+    if file.exists() and told.exists():
+        if changed := differences(read_json(told), origin):
+            raise UserError(f"the hidden states in {file} are of another {changed}: remove it to read them again")
+        return
+    file.unlink(missing_ok=True)
+    write_text(told, dumps(origin, indent=2) + "\n")
+
+
+def _of_one_pass(dialogues: Sequence[Dialogue]) -> Sequence[Dialogue]:
+    """As many of the first as share a pass."""
+    ends = accumulate(len(dialogue.ids) for dialogue in dialogues)
+    return dialogues[: max(1, sum(1 for end in ends if end <= ROWS_OF_PASS))]
+
+
+@torch.inference_mode()
+def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tensor:
+    """bfloat16 [rows, taps, hidden] of some dialogues."""
+    sequences = [llm.engine.cache.sequence() for _ in dialogues]
+    bounds = [0, *accumulate(len(dialogue.ids) for dialogue in dialogues)]
+    rows = Rows(
+        torch.tensor([token for dialogue in dialogues for token in dialogue.ids], device=llm.model.device),
+        torch.cat([torch.arange(len(dialogue.ids), device=llm.model.device) for dialogue in dialogues]),
+        [Span(*each) for each in zip(sequences, bounds, bounds[1:], strict=False)],
+    )
+    states = Taps(taps)
+    try:
+        llm.model.forward(rows, [], states)
+    finally:
+        for sequence in sequences:
+            sequence.release()
+    return torch.stack([states[tap] for tap in taps], 1).bfloat16().cpu().contiguous()
