@@ -75,6 +75,25 @@ inline Lanes bytes(const char *from) {
 #endif
 }
 
+// A group's 32 inputs times Hadamard's matrix, whose rows have length 1: an outlier is shared out among all of them, so that
+// the codes of the others do not suffer. Sums of two keep the same order in every instruction set.
+inline void turn(Lanes (&group)[2]) {
+    const Lanes one = group[0] * 0.17677669529663687f, other = group[1] * 0.17677669529663687f;
+    group[0] = one + other;
+    group[1] = one - other;
+    const Whole lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (Lanes &part : group)
+        for (int half = 8; half; half /= 2) {
+            Lanes across;
+#ifdef __clang__
+            for (int i = 0; i < WIDTH; ++i) across[i] = part[i ^ half];
+#else
+            across = __builtin_shuffle(part, lane ^ half);
+#endif
+            part = (lane & half) != 0 ? across - part : across + part;
+        }
+}
+
 // Of sixteen outputs in a group: what a code of theirs is worth, and the minimum where there is one.
 struct Worth {
     Lanes scale, minimum;
