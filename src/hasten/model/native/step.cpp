@@ -259,6 +259,7 @@ struct Linear {
     const void *scales;
     const float *bias;  // [outputs] or null
     int64_t outputs, inputs;
+    int64_t turned;  // whether weights are those of groups of 32 inputs that were turned, as `turn` does
 };
 
 // Words come by 16: a tile of the processors that have such registers.
