@@ -99,6 +99,8 @@ class Written:
         for kind in BLOCK_FORMATS:
             blocks = random_blocks(kind, 70, 512)
             self.layer(f"{name} in {kind}", BlockLinear(kind, blocks, 512, torch.randn(70), torch.float32), x)
+        turned = BlockLinear.rounded("Q8_0", torch.randn(70, 512), None, torch.float32)
+        self.layer(f"{name} in turned blocks", turned, x)
 
     def weight(self, linear: Panels) -> int:
         for part in (linear.panels, linear.scales, linear.bias):
@@ -215,7 +217,7 @@ def as_array(numbers: Numbers) -> NDArray[Any]:
 
 def test_products_and_draws_are_the_same_bits(written: Written, emulated: dict[str, NDArray[Any]]) -> None:
     products = [what for what in emulated if " rows in " in what or what.startswith("largest codes")]
-    assert len(products) == (len(ROWS) + 1) * (len(FORMATS) + len(BLOCK_FORMATS)) + 2
+    assert len(products) == (len(ROWS) + 1) * (len(FORMATS) + len(BLOCK_FORMATS) + 1) + 2
     for what in products:
         here, there = as_array(written.results[what]), emulated[what]
         # What is no number has a sign that nobody asks for.

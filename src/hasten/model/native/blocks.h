@@ -44,6 +44,15 @@ inline void unpack(const void *panels, int64_t word, Words (&codes)[unit_words(F
     }
 }
 
+// A group's 32 inputs times Hadamard's matrix, whose rows have length 1: an outlier is shared out among all of them, so that
+// the codes of the others do not suffer. Sums of two keep the same order in every instruction set.
+inline void turn(Lanes (&group)[2]) {
+    const Lanes one = group[0] * 0.17677669529663687f, other = group[1] * 0.17677669529663687f;
+    group[0] = one + other;
+    group[1] = one - other;
+    for (Lanes &part : group) part = crossed<1>(crossed<2>(crossed<4>(crossed<8>(part))));
+}
+
 // Of sixteen outputs in a group: what a code of theirs is worth, and the minimum where there is one.
 struct Worth {
     Lanes scale, minimum;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, filled, interleave, nibbles
-from hasten.model.native.rounding import Rounded, round_to_blocks
+from hasten.model.native.rounding import BLOCK, Rounded, round_to_blocks, turn
 from hasten.model.threads import on_one_thread
 from hasten.model.weights import Blocks
 
@@ -112,13 +112,20 @@ class BlockLinear(Panels):
         inputs: weights per row; the last block may have more.
         bias: [outputs] or None.
         dtype: of the model, which `dequant` gives.
+        turned: whether they are the blocks of `turn`ed weights. Inputs are turned, too, then.
 
     Raises:
         UserError: blocks that do not fill the rows.
     """
 
     def __init__(
-        self, format: BlockFormat, stored: Tensor, inputs: int, bias: Tensor | None, dtype: torch.dtype
+        self,
+        format: BlockFormat,
+        stored: Tensor,
+        inputs: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        turned: bool = False,
     ) -> None:
         kind = KINDS[format]
         outputs, size = stored.shape
@@ -131,12 +138,17 @@ class BlockLinear(Panels):
             parts = (_panels(format, part) for part in torch.split(stored, step))
             panels, worth = _joined(parts, -(-outputs // (2 * LANES)) * 2)
         self._kind = kind
-        super().__init__(format, (outputs, inputs), dtype, panels, worth, bias)
+        super().__init__(format, (outputs, inputs), dtype, panels, worth, bias, turned)
 
     @classmethod
     def rounded(cls, format: Rounded, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BlockLinear:
-        """Of a dense weight [outputs, inputs]. See `round_to_blocks`."""
-        return cls(format, round_to_blocks(format, weight), weight.shape[1], bias, dtype)
+        """Of a dense weight [outputs, inputs]. See `round_to_blocks`.
+
+        Q8_0 is turned: the codes of inputs lose more than those of weights there. Q4_1 is not, so that weights that
+        came from it are found again.
+        """
+        turned = format == "Q8_0"
+        return cls(format, round_to_blocks(format, weight, turned), weight.shape[1], bias, dtype, turned)
 
     def dequant(self) -> Tensor:
         assert self.scales is not None
@@ -145,7 +157,10 @@ class BlockLinear(Panels):
         weight = torch.unflatten(codes, 1, (scales.shape[1], -1)) * scales[..., :1]
         if self._kind.halfs == 2:
             weight += scales[..., 1:]
-        return weight.flatten(1)[: self.out_features, : self.in_features].to(self.dtype).contiguous()
+        weight = weight.flatten(1)
+        if self.turned:
+            weight = turn(torch.unflatten(weight, 1, (-1, BLOCK))).flatten(1)
+        return weight[: self.out_features, : self.in_features].to(self.dtype).contiguous()
 
 
 def _panels(format: BlockFormat, stored: Tensor) -> tuple[Tensor, Tensor]:

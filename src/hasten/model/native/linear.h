@@ -22,6 +22,7 @@ class Inputs {
     // Producers write floats to `row(r)`, then call `put` for what they wrote.
     void shape(const Linear &weight, int64_t rows) {
         format_ = weight.format;
+        turned_ = weight.turned;
         rows_ = rows;
         width_ = weight.inputs;
         chunks_ = words_of(weight) / WIDTH;
@@ -84,14 +85,16 @@ class Inputs {
     // A whole row becomes int8 codes with a scale per group. One that holds infinity or NaN makes all that is computed from
     // it NaN.
     void quantise(int64_t row) {
-        const int64_t vectors = chunks_ * 4 / groups_, apart = WIDTH * size(row);
+        const int64_t vectors = chunks_ * 4 / groups_, apart = WIDTH * size(row);  // one or two
         for (int64_t g = 0; g < groups_; ++g) {
             // The row ends in zeros.
             const float *from = this->row(row) + g * vectors * WIDTH;
+            Lanes group[2] = {load(from), load(from + (vectors - 1) * WIDTH)};
+            if (turned_) turn(group);
             // Without their signs, floats are ordered as their bits are: infinity and NaN are above all numbers.
             Whole largest = {};
             for (int64_t i = 0; i < vectors; ++i) {
-                const Whole size = as<Whole>(load(from + i * WIDTH)) & 0x7fffffff;
+                const Whole size = as<Whole>(group[i]) & 0x7fffffff;
                 largest = larger(largest, size);
             }
             int32_t bits_of_most = 0;
@@ -103,7 +106,7 @@ class Inputs {
             Whole total = {};
             for (int64_t i = 0, place = g * vectors; i < vectors; ++i, ++place) {
                 Whole codes = {};
-                if (coded) codes = whole((load(from + i * WIDTH) * inverse + ROUND) - ROUND);
+                if (coded) codes = whole((group[i] * inverse + ROUND) - ROUND);
                 total += codes;
                 uint32_t bits[4];
                 const Codes bytes = bytes_of(codes);
@@ -140,6 +143,7 @@ class Inputs {
         return words_.data() + (first * chunks_ + row - first) * WIDTH;
     }
     Format format_ = FLOAT32;
+    bool turned_ = false;
     int64_t rows_ = 0, width_ = 0, stride_ = 0, chunks_ = 0, per_word_ = 1, groups_ = 1, blocks_ = 0, size_ = 0;
     std::vector<float> plain_, scales_, sums_;
     std::vector<uint32_t> words_;

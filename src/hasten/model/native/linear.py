@@ -35,6 +35,7 @@ class Panels(ABC):
         dtype: of the weights that the panels stand for.
         panels, scales: what `struct Linear` says of the format; panels in their first dimension.
         bias: [outputs] or None.
+        turned: whether the weights are those of turned inputs (`struct Linear`).
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Panels(ABC):
         panels: Tensor,
         scales: Tensor | None,
         bias: Tensor | None,
+        turned: bool = False,
     ) -> None:
-        self.format, self.dtype = format, dtype
+        self.format, self.dtype, self.turned = format, dtype, turned
         self.out_features, self.in_features = shape
         self.panels, self.scales = panels, scales
         self.bias = None if bias is None else bias.detach().float().contiguous()
@@ -57,6 +59,7 @@ class Panels(ABC):
             bias=_address(self.bias),
             outputs=self.out_features,
             inputs=self.in_features,
+            turned=turned,
         )
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -111,6 +111,20 @@ inline float sum(Lanes value) {
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+// See vectors.h.
+template <int HALF>
+inline Lanes crossed(Lanes value) {
+    const auto &x = value.of;
+    if constexpr (HALF == 8) return {x[2] + x[0], x[3] + x[1], x[0] - x[2], x[1] - x[3]};
+    if constexpr (HALF == 4) return {x[1] + x[0], x[0] - x[1], x[3] + x[2], x[2] - x[3]};
+    constexpr uint32_t SIGN = 0x80000000u;
+    const uint32x4_t signs = HALF == 2 ? uint32x4_t{0, 0, SIGN, SIGN} : uint32x4_t{0, SIGN, 0, SIGN};
+    const auto cross = [=](float32x4_t y) {
+        return (HALF == 2 ? vextq_f32(y, y, 2) : vrev64q_f32(y)) + (float32x4_t)((uint32x4_t)y ^ signs);
+    };
+    return each<Lanes>(cross, value);
+}
+
 inline Halves narrow(Lanes value) {
 #if NEON >= 2
     const auto pair = [](float32x4_t a, float32x4_t b) {

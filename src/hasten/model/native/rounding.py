@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -22,12 +24,14 @@ ENDS = (15.0, 14.0, 16.0)
 """Q4_1: how many steps may lie between a block's least weight and its largest. Beyond 15 the outermost are cut."""
 
 
-def round_to_blocks(format: Rounded, weight: Tensor) -> Tensor:
+def round_to_blocks(format: Rounded, weight: Tensor, turned: bool = False) -> Tensor:
     """The blocks of a weight, uint8 [outputs, bytes per row].
 
     Args:
         format: of the blocks.
-        weight: [outputs, inputs], any floating-point dtype. The last block of a row is filled with its last weight.
+        weight: [outputs, inputs], any floating-point dtype. The last block of a row is filled with its last weight, or
+            with zeros if turned.
+        turned: whether to `turn` the blocks first.
 
     Raises:
         UserError: a weight that float16 cannot hold.
@@ -35,11 +39,29 @@ def round_to_blocks(format: Rounded, weight: Tensor) -> Tensor:
     most = weight.abs().amax().item()
     if most > LARGEST:
         raise UserError(f"a weight of {most:.3g} is too large to be rounded: its block has a float16 scale")
-    filled = torch.unflatten(F.pad(weight, (0, -weight.shape[1] % BLOCK), mode="replicate"), 1, (-1, BLOCK))
+    filled = F.pad(weight, (0, -weight.shape[1] % BLOCK), mode="constant" if turned else "replicate")
+    filled = torch.unflatten(filled, 1, (-1, BLOCK))
     parts = torch.split(filled, max(1, AT_ONCE // weight.shape[1]))
     # As many small operations: a team of threads would wait for all its cores before each.
     with on_one_thread():
-        return torch.cat([_ROUND[format](part.float()).flatten(1) for part in parts])
+        floats = (turn(part.float()) if turned else part.float() for part in parts)
+        return torch.cat([_ROUND[format](part).flatten(1) for part in floats])
+
+
+def turn(blocks: Tensor) -> Tensor:
+    """Blocks [..., 32] times Hadamard's matrix, whose rows have length 1; twice, and they are as they were.
+
+    A block's products with inputs that are turned, too, are the same. Outliers among the inputs are shared out.
+    """
+    return torch.matmul(blocks, _hadamard().to(blocks.dtype))
+
+
+@cache
+def _hadamard() -> Tensor:
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < BLOCK:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / sqrt(BLOCK)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
 // in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in structs.py; the
-// work is in lanes.h, amx.h, blocks.h, linear.h, attention.h and forward.h, compiled once per instruction set.
+// work is in lanes.h (over vectors.h, or neon.h on arm64), amx.h, blocks.h, linear.h, attention.h and forward.h, compiled
+// once per instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -258,6 +259,7 @@ struct Linear {
     const void *scales;
     const float *bias;  // [outputs] or null
     int64_t outputs, inputs;
+    int64_t turned;  // whether weights are those of groups of 32 inputs that were turned, as `turn` does
 };
 
 // Words come by 16: a tile of the processors that have such registers.

@@ -13,8 +13,7 @@ class LinearStruct(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         ("format", c_int64),
         *((name, c_void_p) for name in ("panels", "scales", "bias")),
-        ("outputs", c_int64),
-        ("inputs", c_int64),
+        *((name, c_int64) for name in ("outputs", "inputs", "turned")),
     ]
 
 

@@ -67,6 +67,19 @@ inline float sum(Lanes value) {
     return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
 }
 
+// Lanes that are HALF apart: their sum in the first of the two, in the second what the first is more.
+template <int HALF>
+inline Lanes crossed(Lanes value) {
+    const Whole lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Lanes across;
+#ifdef __clang__
+    for (int i = 0; i < WIDTH; ++i) across[i] = value[i ^ HALF];
+#else
+    across = __builtin_shuffle(value, lane ^ HALF);
+#endif
+    return (lane & HALF) != 0 ? across - value : across + value;
+}
+
 inline Halves narrow(Lanes value) {
 #if LEVEL >= 3
     return (Halves)_mm512_cvtneps_pbh((__m512)value);
