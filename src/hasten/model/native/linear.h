@@ -10,7 +10,10 @@ namespace NAME {
 // for each.
 constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format != FLOAT32; }
 constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
-constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : IN_VECTORS; }
+// Groups take two registers for each row and panel: one for the sums of the group, one for those of all.
+constexpr int64_t GROUPED_ROWS = IN_VECTORS * 2 / 3;
+constexpr int64_t vector_rows(Format format) { return grouped(format) ? GROUPED_ROWS : IN_VECTORS; }
+constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : vector_rows(format); }
 
 // The largest float, and the largest that is 0 beside its own scale: 127 over it would be infinite.
 constexpr float MOST_FLOAT = std::numeric_limits<float>::max(), LEAST_CODED = 127.0f / MOST_FLOAT;
@@ -240,7 +243,7 @@ inline void by_vectors(int64_t rows, const Linear &weight, const int64_t *panel,
                        Lanes (*sums)[MOST]) {
     if (rows < ROWS) {
         if constexpr (ROWS > 1) by_vectors<FORMAT, ROWS - 1>(rows, weight, panel, x, first, sums);
-    } else if constexpr (ROWS * 2 <= IN_VECTORS) {
+    } else if constexpr (ROWS * (grouped(FORMAT) ? 4 : 2) <= IN_VECTORS) {
         product<FORMAT, ROWS, 2>(weight, panel, x, first, sums);
     } else {
         product<FORMAT, ROWS, 1>(weight, panel, x, first, sums);
@@ -299,7 +302,7 @@ inline void groups_by_tiles(const Linear &weight, const int64_t *panel, const In
 }
 
 // Rows of formats with groups from which tiles are faster than vectors; the results are the same bits.
-constexpr int64_t GROUPS_IN_TILES = std::min<int64_t>(9, IN_VECTORS + 1);
+constexpr int64_t GROUPS_IN_TILES = std::min<int64_t>(9, GROUPED_ROWS + 1);
 
 #endif
 
@@ -327,9 +330,9 @@ void block_product(const Linear &weight, const int64_t *panel, int64_t pairs, co
                     groups_by_tiles<FORMAT, 1>(weight, panel + 2 * pair, x, first, sums.of + 2 * pair);
             return;
         }
-    constexpr int VECTORS = grouped(FORMAT) ? GROUPS_IN_TILES - 1 : IN_VECTORS;
+    constexpr int VECTORS = grouped(FORMAT) ? GROUPS_IN_TILES - 1 : vector_rows(FORMAT);
 #else
-    constexpr int VECTORS = IN_VECTORS;
+    constexpr int VECTORS = vector_rows(FORMAT);
 #endif
     if constexpr (LEVEL < 4 || FORMAT != BFLOAT16)
         for (int64_t pair = 0; pair < pairs; ++pair)
