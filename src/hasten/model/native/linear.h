@@ -10,8 +10,9 @@ namespace NAME {
 // for each.
 constexpr bool in_tiles(Format format) { return LEVEL >= 4 && format != FLOAT32; }
 constexpr int64_t IN_VECTORS = LEVEL >= 4 ? VECTOR_ROWS : MOST;
-// Groups take two registers for each row and panel: one for the sums of the group, one for those of all.
-constexpr int64_t GROUPED_ROWS = IN_VECTORS * 2 / 3;
+// Groups take two registers for each row and panel: one for the sums of the group, one for those of all. So few rows as four
+// have them anyhow.
+constexpr int64_t GROUPED_ROWS = IN_VECTORS > 4 ? IN_VECTORS * 2 / 3 : IN_VECTORS;
 constexpr int64_t vector_rows(Format format) { return grouped(format) ? GROUPED_ROWS : IN_VECTORS; }
 constexpr int64_t most_rows(Format format) { return in_tiles(format) ? MOST : vector_rows(format); }
 
