@@ -55,4 +55,6 @@ def library() -> ctypes.CDLL | None:
     require_sizes(LIBRARY, loaded, "hasten_sampling_sizes", [ctypes.sizeof(RuleStruct), WALK.itemsize])
     loaded.hasten_sample.restype = None
     loaded.hasten_sample.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
+    loaded.hasten_leaders.restype = None
+    loaded.hasten_leaders.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p]
     return loaded
