@@ -189,9 +189,7 @@ class _Tree:
         tokens: of the request.
     """
 
-    def __init__(
-        self, own: SuffixIndex, responses: SuffixIndex | None, memory: _Memory, tokens: Sequence[int]
-    ) -> None:
+    def __init__(self, own: SuffixIndex, responses: SuffixIndex | None, memory: _Memory, tokens: Sequence[int]) -> None:
         self.start = len(tokens)
         self.draft = Draft()
         self._own, self._responses, self._memory = own, responses, memory
@@ -208,7 +206,8 @@ class _Tree:
             if matched[1] < LEAST_RESPONSE:
                 self._responses = None
         place = (last[-2] if len(last) > 1 else NOWHERE, last[-1]), self._own.longest(last), matched
-        draft, queue, reached, node = self.draft, [], 1.0, ROOT
+        draft, reached, node = self.draft, 1.0, ROOT
+        queue: list[tuple[float, int, int, int, _Place]] = []
         while True:
             said = self._said[node] = self._ask(place)
             odds = [case.right / case.tried for case in said.values()]

@@ -28,11 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.prompt import EMBEDDED
