@@ -88,7 +88,7 @@ class BlendParameters:
     """
 
     nodes: int = 16
-    least: float = 0.08
+    least: float = 0.12
     max_requests: int = 1_000
     max_tokens: int = 200_000
 

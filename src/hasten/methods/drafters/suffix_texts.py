@@ -1,4 +1,4 @@
-"""The texts of running requests as they grow: an index of each one's own, and its response among those of its tenant."""
+"""The texts of running requests as they grow: an index of each one, and its response among those of its tenant."""
 
 from __future__ import annotations
 
