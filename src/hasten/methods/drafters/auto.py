@@ -2,7 +2,7 @@
 
 At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
 hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
-gain in the request; drafters that come to nothing rest. A draft's estimates are turned into measured probabilities
+gain in the request; a drafter rests that costs more than it saves, by all that it takes. A draft's estimates are turned into measured probabilities
 (`Calibration`, per drafter over a tenant's requests, and a factor of trust per request), and the planner cuts it to the
 nodes that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain
 decoding, on the same path.
@@ -22,7 +22,7 @@ from hasten.engine import Draft, Observation, Request, Target, register
 from hasten.engine.creation import create, is_lossless, refuse_alone
 from hasten.engine.drafting.composition import Several
 from hasten.engine.drafting.cost import VerifyCost, verify_cost
-from hasten.engine.drafting.planner import Planner
+from hasten.engine.drafting.planner import SUREST, Planner
 from hasten.engine.registry import split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Asked, Candidate, Record, Typical
@@ -219,7 +219,9 @@ class Auto(Several):
     ) -> None:
         """Make a new draft the choice if it is better, at its best size, than the draft at hand."""
         whole, lessons, nodes = draft, candidate.learned(request.params.tenant), list(range(len(draft)))
-        probabilities = lessons.calibration.probabilities(draft, candidate.records[request.id].trust)
+        promised = lessons.calibration.probabilities(draft)
+        trust = candidate.records[request.id].trust
+        probabilities = [min(promise * trust, SUREST) for promise in promised]
         better = True
         # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
         if not draft.drawn:
@@ -229,7 +231,7 @@ class Auto(Several):
             probabilities = [probabilities[node] for node in nodes]
             if len(nodes) < len(draft):
                 draft = draft.subset(nodes)
-        best.asked.append((candidate, Asked(whole, nodes, sum(probabilities))))
+        best.asked.append((candidate, Asked(whole, promised, nodes, sum(probabilities))))
         lessons.verified(len(draft))
         if not better:
             return

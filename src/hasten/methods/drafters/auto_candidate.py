@@ -117,7 +117,9 @@ class Typical:
     def add(self, value: float) -> None:
         self.count += 1
         self._latest.append(value)
-        self.value = statistics.median(self._latest)
+        # As `statistics.median`, which takes several times as long: this is done a few times per step.
+        ordered, middle = sorted(self._latest), len(self._latest) // 2
+        self.value = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 @dataclass
@@ -142,11 +144,13 @@ class Asked(NamedTuple):
 
     Attributes:
         draft: whole.
+        promised: probabilities of its nodes, without the request's own record.
         nodes: of it, that pay.
         expected: tokens of these.
     """
 
     draft: Draft
+    promised: Sequence[float]
     nodes: Sequence[int]
     expected: float
 
@@ -230,14 +234,12 @@ class Candidate:
             cost: of the draft and its rows, in plain steps.
         """
         record, draft, verdicts = self.records[request.id], asked.draft, asked.draft.judged(came)
-        calibration = self.learned(request.params.tenant).calibration
-        promised = calibration.probabilities(draft)
         right = sum(verdict is True for verdict in verdicts)
         record.promised = FADE * record.promised + sum(
-            promise for promise, verdict in zip(promised, verdicts, strict=True) if verdict is not None
+            promise for promise, verdict in zip(asked.promised, verdicts, strict=True) if verdict is not None
         )
         record.accepted = FADE * record.accepted + right
         # Where all that is known was right, more was to come.
         record.note(max(float(right), asked.expected) if right and None in verdicts else float(right))
-        calibration.observe(draft, verdicts)
+        self.learned(request.params.tenant).calibration.observe(draft, verdicts)
         record.settle(sum(verdicts[node] is True for node in asked.nodes) - cost - OVERHEAD)
