@@ -75,7 +75,7 @@ def test_responses_of_the_tenant_are_gone_on_with_where_enough_agrees():
 def test_runners_up_are_drafted_behind_the_last_two_tokens_or_the_last():
     drafter = make(least=0.05)
     asked = request(0, [1, 2])
-    verify(drafter, asked, drafter.propose(asked, 64), [], 50, {50: 9.0, 60: 8.5, 61: 8.0})
+    verify(drafter, asked, drafter.propose(asked, 64), [], 50, {50: 9.0, 60: 8.9, 61: 8.8})
     behind_both, behind_one, behind_none = (drafter.propose(request(9, tokens), 64) for tokens in ([1, 2], [5, 2], [5]))
     assert {50, 60, 61} <= {path[0] for path in paths(behind_both)}
     assert {50, 60} <= {path[0] for path in paths(behind_one)} and not behind_none
@@ -102,7 +102,7 @@ def test_cases_start_with_what_sources_say():
     likeliest, sure = ROWS * 8, ROWS * (8 + 4)
     assert start_of(likeliest) < start_of(sure) < start_of(sure + ROWS * PAIR)
     assert start_of(sure + text[3]) > max(start_of(sure), start_of(text[3]))
-    assert start_of(RESPONSES * text[3]) == start_of(RESPONSES * text[3] + ROWS * UNNAMED) < start_of(text[3])
+    assert start_of(RESPONSES * text[3] + ROWS * UNNAMED) < start_of(RESPONSES * text[3]) < start_of(text[3])
 
 
 def test_a_case_learns_and_forgets():
@@ -116,15 +116,16 @@ def test_a_case_learns_and_forgets():
 
 
 def test_what_is_wrong_time_and_again_is_no_longer_drafted():
-    """The text repeats each pair but never what follows it: matches of two tokens are worth nothing here."""
-    rng = random.Random(0)
-    drafter, asked = make(least=0.15), request(0, [1, 2, 3])
-    first = drafter.propose(request(9, [5, 6, 7, 5, 6]), 64)
-    for _ in range(150):
-        draft = drafter.propose(asked, 64)
-        wrong = {path[0] for path in paths(draft)}
-        verify(drafter, asked, draft, [], rng.choice([token for token in range(8) if token not in wrong]))
-    assert len(first) > 0 and len(draft) <= 1
+    """Two tokens come again and again, and behind them always another one: such matches are worth nothing here."""
+    drafter, asked, drafts = make(least=0.15), request(0, [5, 6, 7]), []
+    for fresh in range(10, 90):
+        for token in (5, 6, fresh):
+            drafts.append(drafter.propose(asked, 64))
+            verify(drafter, asked, Draft(), [], token)
+    behind = drafts[2::3]
+    assert behind[0] and not behind[-1]
+    # Behind the first of the two, the second is sure.
+    assert drafts[-2].tokens[0] == 6 and drafts[-2].estimates[0] > 0.8
 
 
 def test_all_that_was_said_on_the_way_is_judged_though_it_was_not_verified():

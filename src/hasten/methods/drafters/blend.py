@@ -51,12 +51,17 @@ RESPONSES, ROWS = 1 << 8, 1 << 16
 """What a response's and a row's part of a case counts."""
 PAIR, UNNAMED = 1 << 6, 1 << 7
 """In a row's part: it is of the last two tokens; it does not name this token."""
-MATCHED = (0.0, 0.15, 0.35, 0.5, 0.6, 0.7, 0.85, 0.9), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-"""Where cases start: of a token that always followed, by the class of the match, in the own text and in responses."""
-LIKELIEST = 0.3, 0.4, 0.55, 0.75, 0.95
-"""The same of a row's likeliest token, by the class of its lead over the next."""
-RUNNING_UP = 0.3, 0.2, 0.12, 0.05, 0.02
+MATCHED = (0.0, 0.12, 0.4, 0.6, 0.65, 0.8, 0.9, 0.97), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""Where cases start: of a token that always followed, by the class of the match, in the own text and in responses. These
+and the next are about what was measured on prose and tasks."""
+LIKELIEST = 0.25, 0.25, 0.35, 0.4, 0.4
+"""The same of a row's likeliest token behind a pair, by the class of its lead over the next."""
+RUNNING_UP = 0.18, 0.11, 0.04, 0.02, 0.02
 """The same of another one, by the class of the likeliest one's lead over it."""
+BEHIND_ONE = 0.6
+"""Of these, where the row is of the last token only."""
+DOUBTED = 0.5
+"""Of what a text says, where the row does not name the token."""
 PRIOR = 4.0
 """Observations that the start is worth."""
 MEMORY = 200.0
@@ -105,11 +110,12 @@ class BlendParameters:
 def start_of(case: int) -> float:
     """Where a case starts: at least one of the sources is right, if they know nothing of each other."""
     wrong, row = 1.0, case // ROWS
+    trust = DOUBTED if row & UNNAMED else 1.0
     for matched, said in zip(MATCHED, (case % RESPONSES, case // RESPONSES % RESPONSES), strict=True):
-        wrong *= 1 - matched[said >> 4] * (1 + (said >> 2 & 3)) / 4
+        wrong *= 1 - trust * matched[said >> 4] * (1 + (said >> 2 & 3)) / 4
     if row and not row & UNNAMED:
         start = LIKELIEST if row >> 3 & 7 == 1 else RUNNING_UP
-        wrong *= 1 - start[row & 7] * (0.8 if row & PAIR else 0.5)
+        wrong *= 1 - start[row & 7] * (1.0 if row & PAIR else BEHIND_ONE)
     return min(max(1 - wrong, 0.01), 0.97)
 
 
