@@ -3,9 +3,9 @@
 At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
 hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
 gain in the request; a drafter rests that costs more than it saves, by all that it takes. A draft's estimates are turned
-into measured probabilities (`Calibration`, per drafter over a tenant's requests, and a factor of trust per request), and
-the planner cuts it to the nodes that pay by the verify-cost curve v(n), which is measured once per model and machine. No
-nodes at all is plain decoding, on the same path.
+into measured probabilities (`Calibration`, per drafter over a tenant's requests, and a factor of trust per request).
+The planner cuts it to the nodes that pay by the verify-cost curve v(n), which is measured once per model and machine.
+No nodes at all is plain decoding, on the same path.
 
 Exactness: lossless, as its candidates are. Under `acceptance="max"` a sampled draft is verified whole, and is never
 set against another one: a choice by the values of its samples would bias the result.

@@ -52,8 +52,8 @@ RESPONSES, ROWS = 1 << 8, 1 << 16
 PAIR, UNNAMED = 1 << 6, 1 << 7
 """In a row's part: it is of the last two tokens; it does not name this token."""
 MATCHED = (0.0, 0.12, 0.4, 0.6, 0.65, 0.8, 0.9, 0.97), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-"""Where cases start: of a token that always followed, by the class of the match, in the own text and in responses. These
-and the next are about what was measured on prose and tasks."""
+"""Where cases start: of a token that always followed, by the class of the match, in the own text and in responses.
+These and the next are about what was measured on prose and tasks."""
 LIKELIEST = 0.25, 0.25, 0.35, 0.4, 0.4
 """The same of a row's likeliest token behind a pair, by the class of its lead over the next."""
 RUNNING_UP = 0.18, 0.11, 0.04, 0.02, 0.02
