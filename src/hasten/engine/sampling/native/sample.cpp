@@ -454,7 +454,7 @@ void leaders(const float *x, int64_t vocabulary, int64_t most, float *values, in
 
 extern "C" {
 const int64_t *hasten_sampling_sizes() {
-    static const int64_t sizes[] = {sizeof(Rule), sizeof(Walk), 0};
+    static const int64_t sizes[] = {sizeof(Rule), sizeof(Walk), sizeof(Candidate), 0};
     return sizes;
 }
 
