@@ -11,7 +11,8 @@ from helpers import VOCABULARY
 
 VARIANTS = {
     "plain": ["plain"],
-    "auto": ["auto:candidates=ngram/token-recycling/draft-model"],
+    "auto": ["auto:candidates=ngram/token-recycling/draft-model", "auto:candidates=blend"],
+    "blend": ["blend", "blend:nodes=40,least=0.02,max_requests=4"],
     "ngram": ["ngram", "ngram:length=3,minimum=1,maximum=2"],
     "copyspec": ["copyspec:gamma=2", "copyspec:gamma=1,length=4,limit=16,occurrence=first,retry=true"],
     # With a matrix of their own, requests do not change each other's figures.
@@ -51,7 +52,7 @@ SPECS = [
     spec for slug, method in decoders().items() if method.exactness == "lossless" for spec in VARIANTS.get(slug, [slug])
 ]
 
-LEARNING = ("auto", "suffix", "token-recycling", "aded", "stand", "swift")
+LEARNING = ("auto", "blend", "suffix", "token-recycling", "aded", "stand", "swift")
 """Methods that learn from one request for the next: their figures depend on what they have seen, and so do their tokens
 with acceptance rules other than `match`, unless they are told not to share."""
 

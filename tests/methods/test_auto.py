@@ -19,12 +19,13 @@ DEAR = VerifyCost((1, 2, 64), (64,), ((1.0, 1.9, 58.0),), 0.0)
 class Guesser(Drafter):
     """Proposes a chain: the known answer of the first `right` steps, wrong tokens after them."""
 
-    def __init__(self, answers, right: bool, estimate: float, length: int = 4) -> None:
+    def __init__(self, answers, right: bool, estimate: float, length: int = 4, work=lambda: None) -> None:
         self.answers, self.right, self.estimate, self.length = answers, right, estimate, length
-        self.asked = 0
+        self.work, self.asked = work, 0
 
     def propose(self, request, budget):
         self.asked += 1
+        self.work()
         prompt = tuple(request.tokens[: request.prompt_length])
         done = len(request.output)
         tokens = self.answers[prompt][done : done + self.length]
@@ -83,8 +84,17 @@ def test_the_drafter_that_is_right_is_heard(llm, monkeypatch, answers, batch):
         assert request.statistics.tokens_per_step > 2.5
 
 
-def test_nothing_is_verified_where_rows_are_dear_and_drafts_bad(llm, monkeypatch, answers):
-    liar = Guesser(answers, False, 0.9)
+def working(clock, seconds: float):
+    """Work of a drafter that takes so long."""
+
+    def work() -> None:
+        clock.now += seconds
+
+    return work
+
+
+def test_nothing_is_verified_where_rows_are_dear_and_drafts_bad(llm, monkeypatch, answers, steps_clock):
+    liar = Guesser(answers, False, 0.9, work=working(steps_clock, 0.05))
     (request,) = run(llm, make(llm, monkeypatch, DEAR, liar), PROMPTS[:1])
     assert request.output == answers[tuple(PROMPTS[0])]
     assert request.statistics.proposed < 12
@@ -153,14 +163,43 @@ def test_a_costly_drafter_that_is_right_is_asked_on(llm, monkeypatch, answers, s
     assert request.statistics.tokens_per_step > 4
 
 
-def test_a_drafter_that_rests_sees_nothing(llm, monkeypatch, answers):
+def test_a_session_without_gain_loses_little(llm, monkeypatch, answers, steps_clock):
+    """Drafting takes a twentieth of a step and is never right: all of it is a fiftieth of the time, at most."""
+    liar = Guesser(answers, False, 0.3, work=working(steps_clock, 0.05))
+    drafter = make(llm, monkeypatch, VerifyCost((1, 2, 64), (64,), ((1.0, 1.1, 8.0),), 0.0), liar)
+    steps_clock.seconds = lambda rows: 1 + 0.1 * (rows - 1)
+    run(llm, drafter, PROMPTS[:1])
+    started, steps = steps_clock.now, 0
+    for _ in range(4):
+        (request,) = run(llm, drafter, PROMPTS[:1])
+        steps += request.statistics.steps
+        # Its own prompt is one pass of many rows.
+        started += 1 + 0.1 * (request.prompt_length - 1) - 1
+    assert steps_clock.now - started <= 1.02 * steps
+
+
+def test_doubtful_drafts_that_pay_in_the_mean_are_not_given_up(llm, monkeypatch, answers, steps_clock):
+    """Right at every fourth draft only: rows are cheap enough for that, so none is left out."""
+
+    class Sometimes(Guesser):
+        def propose(self, request, budget):
+            self.right = len(request.output) % 4 == 0
+            return super().propose(request, budget)
+
+    sometimes = Sometimes(answers, True, 0.25, length=1, work=working(steps_clock, 0.02))
+    drafter = make(llm, monkeypatch, VerifyCost((1, 2, 64), (64,), ((1.0, 1.02, 8.0),), 0.0), sometimes)
+    (request,) = run(llm, drafter, PROMPTS[:1])
+    assert sometimes.asked >= request.statistics.steps - 2
+
+
+def test_a_drafter_that_rests_sees_nothing(llm, monkeypatch, answers, steps_clock):
     class Watcher(Guesser):
         seen = 0
 
         def observe(self, request, seen):
             self.seen += 1
 
-    watcher = Watcher(answers, False, 0.9)
+    watcher = Watcher(answers, False, 0.9, work=working(steps_clock, 0.05))
     (request,) = run(llm, make(llm, monkeypatch, DEAR, watcher), PROMPTS[:1])
     assert watcher.seen < request.statistics.steps / 2
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from hasten.methods.drafters.auto_candidate import (
+    CREDIT,
+    HOPE,
     LATEST,
+    LEAST_CREDIT,
     LEAST_START,
     LONGEST_REST,
-    PATIENCE,
+    MOST_CREDIT,
     TENANTS,
     Candidate,
     Record,
@@ -26,7 +29,9 @@ def test_hope_sinks_to_what_was_seen():
         hopes.append(record.gain)
     assert hopes == sorted(hopes, reverse=True)
     assert hopes[-1] == pytest.approx(1.2, abs=0.15)
+    record.settle(0.3)
     assert record.outcome is not None and record.outcome.gain == pytest.approx(1.0)
+    assert record.outcome.profit == pytest.approx(0.3 / record.asks)
 
 
 def test_trust_starts_as_expected_and_follows_the_record():
@@ -38,14 +43,33 @@ def test_trust_starts_as_expected_and_follows_the_record():
     assert Record(Outcome(1.0, 1.0, 8.0), 1.0, promised=1000.0).trust == pytest.approx(0.05)
 
 
-def test_rest_grows_with_misses_up_to_a_limit():
+def test_rest_grows_with_losses_up_to_a_limit():
     record = Record(Outcome(1.0, 1.0, 8.0), weight=1.0)
     rests = []
-    for _ in range(PATIENCE + 8):
-        record.missed()
+    for _ in range(20):
+        record.settle(-0.1)
         rests.append(record.rest)
-    assert rests[:PATIENCE] == [0] * PATIENCE
-    assert rests == sorted(rests) and rests[-1] == LONGEST_REST
+    allowed = rests.count(0)
+    assert 3 <= allowed <= CREDIT / 0.1
+    assert rests == sorted(rests) and rests[allowed] == 1 and rests[-1] == LONGEST_REST
+    # One good draft is enough to be asked on.
+    record.settle(1.0)
+    assert record.rest == record.losses == 0
+
+
+def test_losses_among_gains_are_no_reason_to_rest():
+    record = Record(Outcome(1.0, 1.0, 8.0), weight=1.0)
+    for turn in range(200):
+        record.settle(0.9 if turn % 6 == 0 else -0.1)
+        assert record.rest == 0
+
+
+def test_credit_follows_what_alike_requests_showed():
+    def credit(profit: float) -> float:
+        return Record(Outcome(1.0, 1.0, 8.0, profit), weight=1.0).balance
+
+    assert credit(0.0) == CREDIT and credit(0.1) == pytest.approx(CREDIT + 0.1 * HOPE)
+    assert (credit(-1.0), credit(3.0)) == (LEAST_CREDIT, MOST_CREDIT)
 
 
 def test_no_draft_no_outcome():

@@ -258,14 +258,14 @@ def test_nothing_stays_of_a_request_but_its_response():
     drafter = make(max_requests=2)
     for number in range(40):
         finish(drafter, number, range(30), [number, number + 1, number + 2], tenant=f"tenant {number}")
-    assert drafter._running == {}
+    assert drafter._texts.running == {}
     assert len(drafter.store) == len(drafter.store._indices) == 2
     assert 0 < drafter.memory_bytes < 4000
     # Requests that end without a token, whether they began or not, leave nothing at all.
     drafter.end(request(50, [1, 2], 2))
     finish(drafter, 51, [1, 2], [], tenant="silent")
     assert drafter.store.index("silent") is None
-    assert drafter._running == {}
+    assert drafter._texts.running == {}
 
 
 # The file
@@ -418,7 +418,7 @@ def test_pays_on_answers_that_repeat(llm: LLM, tree):
         cold, warm, other = steps
         assert warm <= 12
         assert warm <= 0.6 * min(cold, without, other)
-    assert engine.drafter(spec)[1]._running == {}
+    assert engine.drafter(spec)[1]._texts.running == {}
 
 
 def test_leaves_poor_drafts_to_the_next(llm: LLM):

@@ -22,7 +22,6 @@ from hasten.methods.drafters.token_recycling import (
     UNKNOWN,
     TokenRecycling,
     TokenRecyclingParameters,
-    likeliest,
     template,
 )
 from hasten.model import OracleModel
@@ -170,13 +169,6 @@ def test_a_token_in_several_nodes_keeps_the_last_row(path):
     logits = see(recycling, a_request([3]), draft, path, 40)
     for token, row in {10: 4, 11: 5, 3: 6}.items():
         assert recycling._default.successors[token].tolist() == np.argsort(-logits[row])[:8].tolist()
-
-
-@pytest.mark.parametrize("vocabulary", [5, 97, 640, 2048, 4096 + 32])
-def test_likeliest(vocabulary):
-    logits = torch.randn(7, vocabulary, generator=torch.Generator().manual_seed(1))
-    for count in (1, 4, 5):
-        assert likeliest(logits, count).tolist() == logits.topk(count).indices.tolist()
 
 
 def test_vocabulary_smaller_than_the_tree_is_wide():

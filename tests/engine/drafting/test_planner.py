@@ -85,7 +85,7 @@ def test_without_estimates_depth_decides():
 def test_no_node_is_likelier_than_its_parent():
     calibration = Calibration()
     draft = Draft([5, 6, 7], [-1, 0, -1], estimates=[0.2, 0.9, 0.3])
-    first, second, _ = calibration.probabilities(draft, trust=2.0)
+    first, second, _ = calibration.probabilities(draft)
     assert second <= first
 
 

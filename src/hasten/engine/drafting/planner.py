@@ -13,6 +13,8 @@ BINS = 8
 """Of estimates, per halving."""
 SMALLEST = 2.0**-10
 """Estimates below this are taken for it."""
+SUREST = 0.99
+"""Probability of a node, at most."""
 PRIOR = 1.0
 """Accepted nodes that the drafter's own estimate is worth, per bin."""
 MEMORY = 100.0
@@ -30,16 +32,12 @@ class Calibration:
     accepted: dict[int, float] = field(default_factory=dict)
     promised: dict[int, float] = field(default_factory=dict)
 
-    def probabilities(self, draft: Draft, trust: float = 1.0) -> list[float]:
-        """Probability that each node is accepted; never above its parent's.
-
-        Args:
-            trust: factor on all of them, such as a request's own record.
-        """
+    def probabilities(self, draft: Draft) -> list[float]:
+        """Probability that each node is accepted; never above its parent's."""
         result: list[float] = []
         for (bin_, promise), parent in zip(_promises(draft), draft.parents, strict=True):
             factor = (PRIOR + self.accepted.get(bin_, 0.0)) / (PRIOR + self.promised.get(bin_, 0.0))
-            result.append(min(promise * factor * trust, 0.99 if parent == ROOT else result[parent]))
+            result.append(min(promise * factor, SUREST if parent == ROOT else result[parent]))
         return result
 
     def observe(self, draft: Draft, verdicts: Sequence[bool | None]) -> None:

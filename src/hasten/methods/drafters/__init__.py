@@ -3,6 +3,7 @@
 from hasten.methods.drafters import (
     aded,
     auto,
+    blend,
     copyspec,
     draft_model,
     dyspec,
@@ -19,6 +20,7 @@ from hasten.methods.drafters import (
 __all__ = [
     "aded",
     "auto",
+    "blend",
     "copyspec",
     "draft_model",
     "dyspec",

@@ -2,10 +2,10 @@
 
 At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
 hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
-gain in the request; drafters that come to nothing rest. A draft's estimates are turned into measured probabilities
-(`Calibration`, per drafter over a tenant's requests, and a factor of trust per request), and the planner cuts it to the
-nodes that pay by the verify-cost curve v(n), which is measured once per model and machine. No nodes at all is plain
-decoding, on the same path.
+gain in the request; a drafter rests that costs more than it saves, by all that it takes. A draft's estimates are turned
+into measured probabilities (`Calibration`, per drafter over a tenant's requests, and a factor of trust per request).
+The planner cuts it to the nodes that pay by the verify-cost curve v(n), which is measured once per model and machine.
+No nodes at all is plain decoding, on the same path.
 
 Exactness: lossless, as its candidates are. Under `acceptance="max"` a sampled draft is verified whole, and is never
 set against another one: a choice by the values of its samples would bias the result.
@@ -22,15 +22,15 @@ from hasten.engine import Draft, Observation, Request, Target, register
 from hasten.engine.creation import create, is_lossless, refuse_alone
 from hasten.engine.drafting.composition import Several
 from hasten.engine.drafting.cost import VerifyCost, verify_cost
-from hasten.engine.drafting.planner import Planner
+from hasten.engine.drafting.planner import SUREST, Planner
 from hasten.engine.registry import split
 from hasten.errors import UserError
-from hasten.methods.drafters.auto_candidate import RETRIAL, Candidate, Record, Typical
+from hasten.methods.drafters.auto_candidate import RETRIAL, Asked, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.methods.drafters.small_model import beside
 
-CANDIDATES = "suffix/token-recycling:nodes=16"
-"""What needs no training."""
+CANDIDATES = "suffix"
+"""What needs no training, and costs least: `blend` is right more often, at more time per step than that saves."""
 CHEAP = 0.1
 """Share of a plain step below which a drafter is simply asked, unless it rests."""
 
@@ -78,14 +78,14 @@ class _Choice:
 
     Attributes:
         tokens: to expect of it, the target's own one not counted.
-        asked: all drafts of the step, whole, with the tokens that were expected of the part that pays.
+        asked: all drafts of the step, by whose they are.
         spent: seconds of all drafters asked.
         clock: the request's forward seconds before the step.
     """
 
     draft: Draft
     candidate: Candidate
-    asked: list[tuple[Candidate, Draft, float]] = field(default_factory=list)
+    asked: list[tuple[Candidate, Asked]] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     tokens: float = 0.0
     spent: float = 0.0
@@ -201,10 +201,10 @@ class Auto(Several):
             record.rest -= 1
             return False
         record.idle += 1
-        costly = candidate.seconds.value >= CHEAP * self._plans.seconds(batch, context, batch)
+        costly = candidate.spent >= CHEAP * self._plans.seconds(batch, context, batch)
         if costly and candidate.known and record.idle <= RETRIAL:
             size = candidate.learned(request.params.tenant).size
-            tokens, rows, seconds = batch + record.gain, batch + size, candidate.seconds.value
+            tokens, rows, seconds = batch + record.gain, batch + size, candidate.spent
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that will be made.
                 seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
@@ -218,8 +218,10 @@ class Auto(Several):
         self, best: _Choice, candidate: Candidate, request: Request, draft: Draft, context: float, batch: int
     ) -> None:
         """Make a new draft the choice if it is better, at its best size, than the draft at hand."""
-        whole, lessons = draft, candidate.learned(request.params.tenant)
-        probabilities = lessons.calibration.probabilities(draft, candidate.records[request.id].trust)
+        whole, lessons, nodes = draft, candidate.learned(request.params.tenant), list(range(len(draft)))
+        promised = lessons.calibration.probabilities(draft)
+        trust = candidate.records[request.id].trust
+        probabilities = [min(promise * trust, SUREST) for promise in promised]
         better = True
         # A sampled draft was taken before its values were known: so it stays whole, and is not compared.
         if not draft.drawn:
@@ -229,7 +231,7 @@ class Auto(Several):
             probabilities = [probabilities[node] for node in nodes]
             if len(nodes) < len(draft):
                 draft = draft.subset(nodes)
-        best.asked.append((candidate, whole, sum(probabilities)))
+        best.asked.append((candidate, Asked(whole, promised, nodes, sum(probabilities))))
         lessons.verified(len(draft))
         if not better:
             return
@@ -249,12 +251,18 @@ class Auto(Several):
         choice, step = self._chosen.pop(request.id, (None, None))
         if choice is not None and step is not None:
             self._judge(step, request.statistics.forward_seconds - choice.clock, seen.rows)
-            for candidate, draft, expected in choice.asked:
-                candidate.learn(request, draft, seen.tokens, expected)
-        for each, drafter in zip(self.candidates, self.drafters, strict=True):
+            for candidate, asked in choice.asked:
+                candidate.learn(request, asked, seen.tokens, self._cost(candidate, asked, step))
+        for candidate in self.candidates:
             # One that rests is left alone, unless it needs the hidden states of every token.
-            if drafter.taps or not each.records[request.id].rest:
-                drafter.observe(request, seen)
+            if (candidate.drafter and candidate.drafter.taps) or not candidate.records[request.id].rest:
+                candidate.watch(request, seen)
+
+    def _cost(self, candidate: Candidate, asked: Asked, step: _Step) -> float:
+        """Of a draft and its rows, in what the batch takes for a token without them."""
+        alone = self._plans.seconds(step.batch, step.context, step.batch)
+        rows = self._plans.seconds(step.batch + len(asked.nodes), step.context, step.batch)
+        return step.batch * (rows - alone + candidate.spent) / alone
 
     def _judge(self, step: _Step, took: float, rows: int) -> None:
         """Take a step's seconds into the record: once, whoever sees it, and only if nothing else was in it.

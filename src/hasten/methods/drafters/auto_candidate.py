@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from hasten.engine import Draft, Drafter, Request
+from hasten.engine import Draft, Drafter, Observation, Request
 from hasten.engine.drafting.planner import Calibration
 from hasten.methods.drafters.auto_experience import Outcome
 
@@ -16,10 +17,16 @@ OPTIMISM = 0.3
 """Share by which a drafter is expected to do better than it did, before its first draft in a request."""
 LEAST_START = 0.5
 """Trust that a drafter gets in a new request, whatever it did in alike ones."""
-PATIENCE = 4
-"""Drafts in a row that come to nothing before a drafter rests."""
+CREDIT = 0.5
+"""Plain steps that a drafter may lose in a request before it rests, if alike requests neither gained nor lost by it."""
+HOPE = 8.0
+"""Drafts whose usual profit is added to the credit."""
+LEAST_CREDIT, MOST_CREDIT = 0.1, 4.0
+"""Limits of both together: one that lost in alike requests is tried again, and none loses without end."""
+OVERHEAD = 0.01
+"""Of a plain step: what asking and planning take beside the drafter."""
 LONGEST_REST = 16
-"""Steps for which a drafter without success is left alone, at most."""
+"""Steps for which a drafter that does not pay is left alone, at most."""
 TRIALS = 8
 """How often a drafter is asked before its times and its record count."""
 RETRIAL = 64
@@ -42,7 +49,9 @@ class Record:
         promised, accepted: tokens of drafts, verified or not, as far as what came tells.
         gained: tokens of `asks` drafts.
         count: drafts, without fading.
-        misses: drafts in a row that were wrong from the start, or did not pay.
+        profit: plain steps that its drafts saved, less what they and their rows took.
+        balance: the same, with the credit that it began with.
+        losses: drafts in a row that left the balance below zero.
         rest: steps until it may be asked again.
         idle: steps since it was asked.
     """
@@ -54,9 +63,14 @@ class Record:
     gained: float = 0.0
     asks: float = 0.0
     count: int = 0
-    misses: int = 0
+    profit: float = 0.0
+    balance: float = field(init=False)
+    losses: int = 0
     rest: int = 0
     idle: int = 0
+
+    def __post_init__(self) -> None:
+        self.balance = min(max(CREDIT + HOPE * self.usual.profit, LEAST_CREDIT), MOST_CREDIT)
 
     @property
     def trust(self) -> float:
@@ -73,17 +87,19 @@ class Record:
     @property
     def outcome(self) -> Outcome | None:
         """In sum; None without drafts."""
-        return Outcome(self.gained / self.asks, self.trust, self.count) if self.asks else None
+        return Outcome(self.gained / self.asks, self.trust, self.count, self.profit / self.asks) if self.asks else None
 
     def note(self, gain: float) -> None:
         """Remember what a draft gained."""
         self.gained, self.asks = FADE * self.gained + gain, FADE * self.asks + 1.0
         self.count += 1
 
-    def missed(self) -> None:
-        """Rest for longer and longer while nothing comes of the drafts."""
-        self.misses += 1
-        self.rest = min(2 ** max(self.misses - PATIENCE, 0) - 1, LONGEST_REST)
+    def settle(self, profit: float) -> None:
+        """A draft saved so many plain steps; while they are lost, rest for longer and longer."""
+        self.profit = FADE * self.profit + profit
+        self.balance = max(FADE * self.balance + profit, -CREDIT)
+        self.losses = self.losses + 1 if self.balance < 0 else 0
+        self.rest = min(2**self.losses - 1, LONGEST_REST)
 
 
 class Typical:
@@ -101,7 +117,9 @@ class Typical:
     def add(self, value: float) -> None:
         self.count += 1
         self._latest.append(value)
-        self.value = statistics.median(self._latest)
+        # As `statistics.median`, which takes several times as long: this is done a few times per step.
+        ordered, middle = sorted(self._latest), len(self._latest) // 2
+        self.value = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 @dataclass
@@ -121,6 +139,22 @@ class Lessons:
         self.size = FADE * self.size + (1 - FADE) * nodes
 
 
+class Asked(NamedTuple):
+    """A draft as it was made, and what of it pays.
+
+    Attributes:
+        draft: whole.
+        promised: probabilities of its nodes, without the request's own record.
+        nodes: of it, that pay.
+        expected: tokens of these.
+    """
+
+    draft: Draft
+    promised: Sequence[float]
+    nodes: Sequence[int]
+    expected: float
+
+
 @dataclass
 class Candidate:
     """A drafter, or plain decoding, with what is known of it.
@@ -128,6 +162,7 @@ class Candidate:
     Attributes:
         drafter: None for plain decoding.
         seconds: per draft and request.
+        watching: seconds of being shown what was verified.
         reading: further seconds of a request's first draft, per token read.
         extra: seconds of a step beyond what the verify-cost curve says; a drafter may leave cold caches behind.
         unchosen: steps since it was chosen.
@@ -137,11 +172,17 @@ class Candidate:
 
     drafter: Drafter | None = None
     seconds: Typical = field(default_factory=Typical)
+    watching: Typical = field(default_factory=Typical)
     reading: Typical = field(default_factory=Typical)
     extra: Typical = field(default_factory=lambda: Typical([0.0] * (LATEST // 2)))
     unchosen: int = 0
     lessons: dict[str, Lessons] = field(default_factory=dict)
     records: dict[int, Record] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> float:
+        """Seconds that a draft takes in all."""
+        return self.seconds.value + self.watching.value
 
     @property
     def known(self) -> bool:
@@ -179,23 +220,26 @@ class Candidate:
             del self.lessons[next(iter(self.lessons))]
         return lessons
 
-    def learn(self, request: Request, draft: Draft, came: Sequence[int], expected: float) -> None:
+    def watch(self, request: Request, seen: Observation) -> None:
+        """Show the drafter what was verified."""
+        assert self.drafter is not None
+        started = time.perf_counter()
+        self.drafter.observe(request, seen)
+        self.watching.add(time.perf_counter() - started)
+
+    def learn(self, request: Request, asked: Asked, came: Sequence[int], cost: float) -> None:
         """Judge a draft by the tokens that came, whoever drafted them.
 
         Args:
-            expected: tokens of the part that paid, 0 if none did; taken for the gain where all that is known was right.
+            cost: of the draft and its rows, in plain steps.
         """
-        record, verdicts = self.records[request.id], draft.judged(came)
-        calibration = self.learned(request.params.tenant).calibration
-        promised = calibration.probabilities(draft)
+        record, draft, verdicts = self.records[request.id], asked.draft, asked.draft.judged(came)
         right = sum(verdict is True for verdict in verdicts)
         record.promised = FADE * record.promised + sum(
-            promise for promise, verdict in zip(promised, verdicts, strict=True) if verdict is not None
+            promise for promise, verdict in zip(asked.promised, verdicts, strict=True) if verdict is not None
         )
         record.accepted = FADE * record.accepted + right
-        record.note(max(float(right), expected) if right and None in verdicts else float(right))
-        calibration.observe(draft, verdicts)
-        if right and expected > 0:
-            record.misses = 0
-        else:
-            record.missed()
+        # Where all that is known was right, more was to come.
+        record.note(max(float(right), asked.expected) if right and None in verdicts else float(right))
+        self.learned(request.params.tenant).calibration.observe(draft, verdicts)
+        record.settle(sum(verdicts[node] is True for node in asked.nodes) - cost - OVERHEAD)

@@ -28,11 +28,13 @@ class Outcome:
         gain: tokens per draft.
         trust: accepted tokens over promised ones.
         asks: how many drafts it made.
+        profit: plain steps that a draft saved, less what it and its rows took.
     """
 
     gain: float
     trust: float
     asks: float
+    profit: float = 0.0
 
 
 UNKNOWN = Outcome(3.0, 1.0, 8.0)

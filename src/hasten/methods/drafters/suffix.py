@@ -32,6 +32,7 @@ from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, re
 from hasten.errors import require
 from hasten.methods.drafters.suffix_index import SuffixIndex
 from hasten.methods.drafters.suffix_store import ResponseStore
+from hasten.methods.drafters.suffix_texts import Texts
 
 
 @dataclass(frozen=True)
@@ -223,16 +224,6 @@ class _Tree:
         return Speculation(self.draft, self.total / self.whole)
 
 
-@dataclass
-class _Running:
-    """A request: its own index and sequence there, its response in the store (if there is one), and tokens read."""
-
-    index: SuffixIndex
-    sequence: int
-    response: int | None
-    read: int = 0
-
-
 @register(
     "suffix",
     aliases=("suffix-decoding",),
@@ -252,57 +243,30 @@ class Suffix(Drafter):
             path = Path(parameters.store) if parameters.store else None
             limits = (parameters.max_requests, parameters.max_tokens)
             self.store = ResponseStore(limits, parameters.depth, path, target)
+        self._texts = Texts(parameters.depth, self.store)
         self._speculate = Speculator(parameters)
-        self._running: dict[int, _Running] = {}
 
     @property
     def memory_bytes(self) -> int:
-        own = sum(running.index.memory_bytes for running in self._running.values())
-        return own + (self.store.memory_bytes if self.store is not None else 0)
+        return self._texts.memory_bytes
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        grown = 0
-        for request in requests:
-            running = self._running.get(request.id)
-            tokens = len(request.tokens) - (running.read if running is not None else 0)
-            grown += running.index.growth_bytes(tokens) if running is not None else SuffixIndex.fresh_bytes(tokens)
-            if self.store is not None:
-                shared = self.store.index(request.params.tenant)
-                grown += shared.growth_bytes(tokens) if shared is not None else SuffixIndex.fresh_bytes(tokens)
-        return grown
+        return self._texts.growth_bytes(requests)
 
     def propose(self, request: Request, budget: int) -> Draft:
-        running = self._read(request)
+        text = self._texts.read(request)
         matching = min(self.parameters.depth, len(request.tokens)) - 1
         if matching < 1:
             return Draft()
         context = request.tokens[-matching:]
-        best = self._speculate(running.index, context, budget, NOTHING)
-        shared = self.store.index(request.params.tenant) if self.store is not None else None
+        best = self._speculate(text.index, context, budget, NOTHING)
+        shared = self._texts.responses(request)
         if shared is not None:
             best = self._speculate(shared, context, budget, best)
         return best.draft if best is not NOTHING and best.score >= self.parameters.minimum_score else Draft()
 
     def observe(self, request: Request, seen: Observation) -> None:
-        self._read(request)
+        self._texts.read(request)
 
     def end(self, request: Request) -> None:
-        if request.id not in self._running and len(request.tokens) == request.prompt_length:
-            return
-        running = self._read(request)
-        if self.store is not None and running.response is not None:
-            self.store.close(running.response)
-        del self._running[request.id]
-
-    def _read(self, request: Request) -> _Running:
-        """Count the tokens that were committed since; prompts go to the request's own index only."""
-        running = self._running.get(request.id)
-        if running is None:
-            index = SuffixIndex(self.parameters.depth)
-            response = self.store.open(request.params.tenant) if self.store is not None else None
-            running = self._running[request.id] = _Running(index, index.add(), response)
-        running.index.extend(running.sequence, request.tokens[running.read :])
-        if self.store is not None and running.response is not None:
-            self.store.extend(running.response, request.tokens[max(running.read, request.prompt_length) :])
-        running.read = len(request.tokens)
-        return running
+        self._texts.end(request)

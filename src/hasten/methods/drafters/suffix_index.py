@@ -158,20 +158,40 @@ class SuffixIndex:
     def matches(self, context: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Suffixes of a context that occur, longest first: (state, longest, shortest) length with the same places."""
         length, link = self._length, self._link
-        state, longest = ROOT, 0
-        for token in context:
-            following = self._step(state, token)
-            while following == ROOT and state != ROOT:
-                state = link[state]
-                longest = length[state]
-                following = self._step(state, token)
-            if following != ROOT:
-                state = following
-                longest += 1
+        state, longest = self.longest(context)
         while state != ROOT:
             shorter = link[state]
             yield state, longest, length[shorter] + 1
             state, longest = shorter, length[shorter]
+
+    def longest(self, context: Sequence[int]) -> tuple[int, int]:
+        """The state of the longest suffix of a context that occurs, and its length."""
+        only, following = self._token, self._next
+        state, longest = ROOT, 0
+        for token in context:
+            if only[state] == token:
+                state, longest = following[state], longest + 1
+            else:
+                state, longest = self.onward(state, longest, token)
+        return state, longest
+
+    def onward(self, state: int, longest: int, token: int) -> tuple[int, int]:
+        """The state of the longest suffix of a match and one more token that occurs, and its length.
+
+        Args:
+            state, longest: of the match, and how much of the state's strings it is.
+        """
+        following = self._step(state, token)
+        while following == ROOT and state != ROOT:
+            state = self._link[state]
+            longest = self._length[state]
+            following = self._step(state, token)
+        return (following, longest + 1) if following != ROOT else (ROOT, 0)
+
+    def shorter(self, state: int) -> tuple[int, int]:
+        """The state of the longest string that more places end with, and its length; the root's is NOWHERE."""
+        link = self._link[state]
+        return link, self._length[link] if link != NOWHERE else 0
 
     def count(self, state: int) -> int:
         """How often a state's strings occur, the very ends of sequences included."""

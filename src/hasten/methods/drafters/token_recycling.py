@@ -28,15 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.prompt import EMBEDDED
 from hasten.errors import UserError
+from hasten.methods.drafters.runners_up import groups_of, largest
 
 CHILDREN = (
     "8",
@@ -236,7 +235,7 @@ class TokenRecycling(Drafter):
         """Recycle all rows, whoever drafted them, and judge the last proposal by the tokens that came."""
         memory = self._memory(request)
         root = request.tokens[-len(seen.tokens) - 1]
-        rows = likeliest(seen.logits, self.candidates).to(torch.int32).cpu().numpy()
+        rows = largest(seen.logits, self.candidates)[1].astype(np.int32)
         fed = [root, *seen.draft.tokens]
         if root == EMBEDDED:
             # A prompt may end in an embedding, which is no token's row.
@@ -313,26 +312,6 @@ class TokenRecycling(Drafter):
         except (OSError, SafetensorError) as error:
             self._store = None
             warnings.warn(f"token-recycling: {store} is no longer kept: {error}", RuntimeWarning, stacklevel=2)
-
-
-def groups_of(vocabulary: int, count: int) -> tuple[int, int]:
-    """How many groups a row is searched in, and of how many logits, for so many of the largest; 0 where it is one."""
-    group = math.gcd(vocabulary, 64)
-    groups = vocabulary // group
-    return (0, 0) if group < 16 or groups < 8 * count else (groups, group)
-
-
-def likeliest(logits: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest logits per row, largest first: [rows, vocabulary] to int64 [rows, count]."""
-    rows, vocabulary = logits.shape
-    groups, group = groups_of(vocabulary, count)
-    if not groups:
-        return logits.topk(count).indices
-    # The largest lie in the groups with the largest maxima: most of a large vocabulary is looked at only once.
-    grouped = logits.reshape(rows, groups, group)
-    best = grouped.amax(-1).topk(count).indices
-    within = grouped.gather(1, best.unsqueeze(-1).expand(-1, -1, group)).reshape(rows, -1).topk(count).indices
-    return best.gather(1, within // group) * group + within % group
 
 
 def _warm(successors: Matrix, tokens: Sequence[int]) -> None:

@@ -40,6 +40,9 @@ WALK = np.dtype(
 )
 """`struct Walk`: a record of a NumPy array, since those of a step are made at once."""
 
+CANDIDATE_BYTES = 8
+"""`struct Candidate`: of the scratch memory, per token."""
+
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -52,7 +55,9 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
-    require_sizes(LIBRARY, loaded, "hasten_sampling_sizes", [ctypes.sizeof(RuleStruct), WALK.itemsize])
+    require_sizes(LIBRARY, loaded, "hasten_sampling_sizes", [ctypes.sizeof(RuleStruct), WALK.itemsize, CANDIDATE_BYTES])
     loaded.hasten_sample.restype = None
     loaded.hasten_sample.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
+    loaded.hasten_leaders.restype = None
+    loaded.hasten_leaders.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p]
     return loaded

@@ -429,11 +429,32 @@ void descend(const Work &work, Walk &walk) {
     }
 }
 
+// The `most` largest logits of a row, largest first, and of equal ones the first. Where a row has none to choose from, token 0
+// with -infinity.
+void leaders(const float *x, int64_t vocabulary, int64_t most, float *values, int64_t *ids) {
+    std::fill(values, values + most, NOTHING);
+    std::fill(ids, ids + most, 0);
+    float filled[BLOCK];
+    for (int64_t first = 0; first < vocabulary; first += BLOCK) {
+        if (!(largest(block(x, first, vocabulary, filled)) > values[most - 1])) continue;
+        for (int64_t token = first; token < std::min(first + BLOCK, vocabulary); ++token) {
+            if (!(x[token] > values[most - 1])) continue;
+            int64_t place = most - 1;
+            for (; place > 0 && x[token] > values[place - 1]; --place) {
+                values[place] = values[place - 1];
+                ids[place] = ids[place - 1];
+            }
+            values[place] = x[token];
+            ids[place] = token;
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
 const int64_t *hasten_sampling_sizes() {
-    static const int64_t sizes[] = {sizeof(Rule), sizeof(Walk), 0};
+    static const int64_t sizes[] = {sizeof(Rule), sizeof(Walk), sizeof(Candidate), 0};
     return sizes;
 }
 
@@ -442,5 +463,11 @@ const int64_t *hasten_sampling_sizes() {
 void hasten_sample(Walk *walks, int64_t count, int64_t vocabulary, float *maxima, float *scores, void *candidates) {
     const Work work{vocabulary, maxima, scores, static_cast<Candidate *>(candidates)};
     for (int64_t i = 0; i < count; ++i) descend(work, walks[i]);
+}
+
+// The `most` (at least 1) largest logits of each of `count` rows, `stride` apart; [count, most] of values and of tokens.
+void hasten_leaders(const float *rows, int64_t count, int64_t stride, int64_t vocabulary, int64_t most, float *values,
+                    int64_t *ids) {
+    for (int64_t i = 0; i < count; ++i) leaders(rows + i * stride, vocabulary, most, values + i * most, ids + i * most);
 }
 }
