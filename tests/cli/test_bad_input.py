@@ -236,6 +236,8 @@ def damage(folder: Path, how: str) -> tuple[str, ...]:
 )
 def test_models_without_finite_logits(hasten, broken: Path, how: str, run: list[str]):
     words = damage(broken, how)
+    if "--weights" in run and how.startswith("weights"):
+        words = ("too large to be rounded",)
     model = ["--model", str(broken), *run]
     for options in ([], ["--json"], ["--method", "ngram"], ["--temperature", "1", "--seed", "1", "--json"]):
         ran = hasten("generate", "the cat", "--max-tokens", "4", *model, *options)

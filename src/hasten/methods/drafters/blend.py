@@ -289,7 +289,7 @@ def _count(follower: tuple[int, int, int]) -> int:
     family="drafters",
     exactness="lossless",
     paper="",
-    title="The text, earlier answers and the target's runners-up, weighed by measured rates",
+    title="Text, answers and runners-up, weighed by measured rates",
     parameters=BlendParameters,
 )
 class Blend(Drafter):
