@@ -370,6 +370,12 @@ def test_a_race_is_run_against_the_methods_reference(
     assert result.identical or not is_lossless(method)
 
 
+def test_a_race_does_not_draft_the_answer_of_the_round_before(llm: LLM):
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
+    per_step = [race(llm, PROMPT, "suffix", params, rounds).lanes[1]["tokens_per_step"] for rounds in (1, 3)]
+    assert per_step[0] == per_step[1] < 3
+
+
 def test_verify_says_where_a_lossy_denoiser_differs(diffusion_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch):
     """What a canvas would have become has no one row to look at: no pass is made that the model was not made for."""
     result = verify(diffusion_llm("full"), "denoise:per_step=8", [PROMPT], max_tokens=8)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.bench.lane import Lane, engine_for, interleave, reference
+from hasten.bench.compare import warm_engines
+from hasten.bench.lane import Lane, interleave, reference
 from hasten.engine import SamplingParams
 from hasten.llm import LLM
 from hasten.model import ModelConfig
@@ -60,13 +61,15 @@ class RaceResult:
 def race(llm: LLM, prompt: str | Sequence[int], method: str, params: SamplingParams, rounds: int = 5) -> RaceResult:
     """Run the method's reference and the method `rounds` times after one warm-up round.
 
+    Each round has drafters of its own: one that remembers answers would draft this one from the round before.
+
     Raises:
         UserError: unknown method, bad prompt.
     """
-    ids = llm.encode(prompt)
-    engines, names = [engine_for(llm), engine_for(llm)], (reference(llm.engine, method), method)
+    ids, names = llm.encode(prompt), (reference(llm.engine, method), method)
     runs: list[list[Lane]] = []
     for _ in range(rounds + 1):
+        engines = [warm_engines(llm, [name])[name] for name in names]
         lanes = [Lane(llm, engine, name, ids, params) for engine, name in zip(engines, names, strict=True)]
         for _ in interleave(lanes):
             pass
