@@ -159,7 +159,7 @@ def _plan(options: argparse.Namespace, logs: Path) -> Plan:
     """The plan that the options describe.
 
     Raises:
-        UserError: unknown names, numbers out of range, prompts that do not fit.
+        UserError: unknown names, numbers out of range, prompts that do not fit, nothing to read a GGUF file by.
     """
     batches, lengths = _numbers("batches", options.batches), _numbers("first-token", options.first_token or "")
     if not batches:
@@ -177,6 +177,10 @@ def _plan(options: argparse.Namespace, logs: Path) -> Plan:
     draft = resolve(options.draft).absolute() if options.draft else None
     if draft and draft.is_file() != checkpoint.is_file():
         raise UserError("the checkpoint and its draft must both be folders, or both GGUF files")
+    if checkpoint.is_file() and find_spec("accelerate") is None:
+        raise UserError(
+            "the reference reads a GGUF file by transformers, which needs accelerate: pip install accelerate"
+        )
     kinds = ",".join(PRECISIONS) if checkpoint.is_dir() else STORED
     context = read_config(checkpoint).max_positions
     return Plan(

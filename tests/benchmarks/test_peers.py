@@ -881,6 +881,16 @@ def test_a_gguf_file_is_measured_as_it_is_stored(command: ModuleType, monkeypatc
     assert worker.logits([*asked.prompts[0], *tokens])[-5:-1].argmax(1).tolist() == tokens
 
 
+def test_a_gguf_file_that_the_reference_cannot_read_is_said_before_anything_is_measured(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    file = write_model(tmp_path / "tiny.gguf", make_model(), tokenizer=byte_level(make_tokenizer(), "gpt-2"))
+    monkeypatch.setattr(command, "measure", lambda *given: pytest.fail("it measured"))
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert run(command, monkeypatch, "--threads", "1", "--checkpoint", str(file)) == 2
+    assert "pip install accelerate" in capsys.readouterr().err
+
+
 def test_the_command_explains_itself(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
