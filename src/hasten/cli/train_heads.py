@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +14,14 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
+from hasten.errors import UserError
 from hasten.files import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hasten.llm import LLM
+    from hasten.train.heads.dialogues import Writing
     from hasten.train.heads.states import Tap
 
 app = typer.Typer()
@@ -55,14 +59,20 @@ class Data:
         from hasten.train.heads.recipe import DIALOGUES
         from hasten.train.heads.states import read_states
 
-        folder = self.folder or cache_folder("dialogues") / llm.folder.name
+        most = parse_bytes(self.states_bytes, "states-bytes")
         how = Writing(self.dialogues, answer=self.answer)
         prompts = None if self.prompts is None else read_prompts(self.prompts)
+        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
         with options.progress("asking", how.count, quiet=quiet) as advance:
             dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
-            read_states(llm, dialogues, taps, folder / states, parse_bytes(self.states_bytes, "states-bytes"), advance)
+            read_states(llm, dialogues, taps, folder / states, most, advance)
         return folder
+
+
+def _digest(how: Writing, prompts: Sequence[str] | None) -> str:
+    """Eight digits that tell apart how dialogues are made."""
+    return hashlib.sha256(repr((how, prompts)).encode()).hexdigest()[:8]
 
 
 @app.command()
@@ -94,12 +104,16 @@ def medusa(
     from hasten.train.heads.recipe import Dialogues
     from hasten.train.trainer import train
 
+    # Refuses what cannot be before anything is made.
+    settings = MedusaRecipe(
+        tokens=1, batch_tokens=batch_tokens, lr=lr, seed=seed, parent=str(llm.folder), words=words, heads=heads,
+        layers=layers,
+    )  # fmt: skip
+    if not 0 < epochs < inf:
+        raise UserError(f"epochs must be positive and finite, not {epochs}")
     folder = data.make(llm, (FINAL,), MedusaRecipe.states, json)
     rows = len(Dialogues(folder, MedusaRecipe.states).states.tokens)
-    recipe = MedusaRecipe(
-        tokens=max(1, int(epochs * rows)), batch_tokens=batch_tokens, lr=lr, seed=seed, parent=str(llm.folder),
-        data=str(folder), words=words, heads=heads, layers=layers,
-    )  # fmt: skip
+    recipe = replace(settings, tokens=max(1, int(epochs * rows)), data=str(folder))
     destination = output or beside(llm.folder, "medusa")
     summary = train(recipe, destination, resume)
     _report(destination, {**summary, "command": shlex.join(["hasten", *sys.argv[1:]])}, json)

@@ -1,0 +1,44 @@
+"""`hasten train medusa`: what it refuses before anything is made, and what it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+FEW = ("train", "medusa", "--model", "tiny", "--dialogues", "40", "--answer", "16")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--heads", "0"), "heads must be between"),
+        (("--epochs", "nan"), "epochs must be positive"),
+        (("--epochs", "0"), "epochs must be positive"),
+        (("--lr", "-1"), "lr must be positive"),
+        (("--states-bytes", "3x"), "states-bytes"),
+        (("--dialogues", "1"), "at least 2"),
+        (("--data", "none.jsonl"), "cannot read prompts"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
+):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    ran = hasten(*FEW, "--output", str(tmp_path / "heads"), *options)
+    assert ran.status == 2 and told in ran.err and ran.err.count("\n") == 1
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "heads").exists()
+
+
+def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    heads = tmp_path / "heads"
+    made = hasten(*FEW, "--output", str(heads), "--epochs", "0.5", "--words", "300", "--json").json()
+    assert made["parameters"] == 4 * (256 * 256 + 256 + 300 * 256) and (heads / "model.safetensors").exists()
+    # The same dialogues serve another run; other ones stand beside them.
+    hasten(*FEW, "--output", str(tmp_path / "other"), "--heads", "1", "--epochs", "0.1")
+    assert len(list((tmp_path / "cache" / "dialogues").iterdir())) == 1
+    ran = hasten(
+        "verify", "--model", "tiny", "--method", f"medusa:head={heads}", "--per-task", "1", "--max-tokens", "8"
+    )
+    assert ran.status == 0 and "identical" in ran.out
