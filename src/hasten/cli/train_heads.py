@@ -45,11 +45,11 @@ class Data:
     ] = None
     states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
 
-    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> Path:
+    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> tuple[Path, int]:
         """Make dialogues and read hidden states, or take those that are there.
 
         Returns:
-            Their folder.
+            Their folder, and the rows of all dialogues.
 
         Raises:
             UserError: unreadable prompts, or what is there was made in another way.
@@ -66,8 +66,8 @@ class Data:
         with options.progress("asking", how.count, quiet=quiet) as advance:
             dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
-            read_states(llm, dialogues, taps, folder / states, most, advance)
-        return folder
+            read = read_states(llm, dialogues, taps, folder / states, most, advance)
+        return folder, len(read.tokens)
 
 
 def _digest(how: Writing, prompts: Sequence[str] | None) -> str:
@@ -101,7 +101,6 @@ def medusa(
 
     from hasten.methods.heads.head import FINAL, beside
     from hasten.train.heads.medusa import MedusaRecipe
-    from hasten.train.heads.recipe import Dialogues
     from hasten.train.trainer import train
 
     # Refuses what cannot be before anything is made.
@@ -111,8 +110,7 @@ def medusa(
     )  # fmt: skip
     if not 0 < epochs < inf:
         raise UserError(f"epochs must be positive and finite, not {epochs}")
-    folder = data.make(llm, (FINAL,), MedusaRecipe.states, json)
-    rows = len(Dialogues(folder, MedusaRecipe.states).states.tokens)
+    folder, rows = data.make(llm, (FINAL,), MedusaRecipe.states, json)
     recipe = replace(settings, tokens=max(1, int(epochs * rows)), data=str(folder))
     destination = output or beside(llm.folder, "medusa")
     summary = train(recipe, destination, resume)

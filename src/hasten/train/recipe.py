@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -69,7 +70,7 @@ class Schedule(ABC, Generic[Network, Pools, Given]):
         """What updates the network."""
 
     @abstractmethod
-    def pool(self, pools: Pools, number: int, progress: float) -> list[Given]:
+    def pool(self, pools: Pools, number: int, progress: float) -> Sequence[Given]:
         """The batches of a pool: a function of the arguments."""
 
     @abstractmethod
@@ -101,15 +102,11 @@ class Recipe(Schedule[LlamaForCausalLM, Stream, Batch]):
 
     context: int = 1024
     tokens: int = 26_000_000
-    batch_tokens: int = 2048
     lr: float = 2.5e-3
     weight_decay: float = 0.05
-    warmup: float = 0.02
-    final_lr: float = 0.02
     opening: float = 0.07
     curriculum: float = 0.65
     answers: int = 0
-    seed: int = 0
     precision: str = "bf16"
 
     weights: ClassVar[dict[str, float]] = DEFAULT_WEIGHTS

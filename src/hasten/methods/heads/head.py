@@ -57,8 +57,9 @@ class StateDrafter(Drafter):
 
     taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
 
-    def __init__(self) -> None:
+    def __init__(self, target: Decoder) -> None:
         self._states: dict[int, Tensor] = {}
+        self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 
     @abstractmethod
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
@@ -72,11 +73,10 @@ class StateDrafter(Drafter):
 
     @property
     def memory_bytes(self) -> int:
-        return sum(state.nbytes for state in self._states.values())
+        return self._state_bytes * len(self._states)
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        each = max((state.nbytes for state in self._states.values()), default=0)
-        return each * sum(request.id not in self._states for request in requests)
+        return self._state_bytes * sum(request.id not in self._states for request in requests)
 
     def propose(self, request: Request, budget: int) -> Draft:
         return self.propose_all([request], [budget])[0]

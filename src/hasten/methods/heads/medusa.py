@@ -275,8 +275,8 @@ class Medusa(StateDrafter):
     """
 
     def __init__(self, target: Target, parameters: MedusaParameters) -> None:
-        super().__init__()
         model, self.parameters = require_decoder(target, "medusa"), parameters
+        super().__init__(model)
         if not parameters.head:
             raise UserError("medusa needs heads for this model: `hasten train medusa --model MODEL` makes them")
         config = model.config

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -73,19 +73,24 @@ class Dialogues:
 
     def batches(self, numbers: Sequence[int], rows: int) -> Iterator[HeadBatch]:
         """Dialogues in this order, so many rows at a time, but at least one dialogue."""
+        return map(self.batch, self.packed(numbers, rows))
+
+    def packed(self, numbers: Sequence[int], rows: int) -> Iterator[list[int]]:
+        """Which dialogues stand in each of these batches."""
         some: list[int] = []
         count = 0
         for number in numbers:
             length = self.states.bounds[number + 1] - self.states.bounds[number]
             if some and count + length > rows:
-                yield self._batch(some)
+                yield some
                 some, count = [], 0
             some.append(number)
             count += length
         if some:
-            yield self._batch(some)
+            yield some
 
-    def _batch(self, numbers: Sequence[int]) -> HeadBatch:
+    def batch(self, numbers: Sequence[int]) -> HeadBatch:
+        """The rows of some dialogues, read from the file."""
         spans = [slice(self.states.bounds[number], self.states.bounds[number + 1]) for number in numbers]
         return HeadBatch(
             torch.cat([self.states.tokens[span] for span in spans]),
@@ -100,6 +105,26 @@ class Dialogues:
             return None
         said = Counter(self.states.tokens[self.states.answers].tolist())
         return torch.tensor(sorted(most_frequent(said, count, vocabulary)))
+
+
+@dataclass(frozen=True)
+class Epoch(Sequence[HeadBatch]):
+    """All batches of a pass over the dialogues. Each is read when it is asked for: together they are the whole file."""
+
+    dialogues: Dialogues
+    packed: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @overload
+    def __getitem__(self, place: int) -> HeadBatch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[HeadBatch]: ...
+    def __getitem__(self, place: int | slice) -> HeadBatch | Sequence[HeadBatch]:
+        if isinstance(place, slice):
+            return Epoch(self.dialogues, self.packed[place])
+        return self.dialogues.batch(self.packed[place])
 
 
 @dataclass(frozen=True)
@@ -135,7 +160,7 @@ class HeadRecipe(Schedule[Network, Dialogues, HeadBatch]):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=self.weight_decay)]
 
-    def pool(self, pools: Dialogues, number: int, progress: float) -> list[HeadBatch]:
+    def pool(self, pools: Dialogues, number: int, progress: float) -> Epoch:
         order = list(pools.trained)
         random.Random((self.seed << 40) + number).shuffle(order)
-        return list(pools.batches(order, self.batch_tokens))
+        return Epoch(pools, list(pools.packed(order, self.batch_tokens)))
