@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from hasten.errors import UserError
 
@@ -73,6 +75,18 @@ def write_text(file: Path, text: str) -> None:
     with replacing(file) as fresh:
         # A file's name that is no UTF-8 may stand in a text.
         fresh.write_text(text, encoding="utf-8", errors="replace")
+
+
+def json_line(file: Path, number: int, line: str) -> Any:
+    """What a line of a file of JSON lines says.
+
+    Raises:
+        UserError: it is no JSON; the sentence has the file and the line's number.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}, line {number}: not JSON ({error})") from error
 
 
 def cache_folder(kind: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from hasten.engine import SamplingParams
 from hasten.errors import UserError
+from hasten.files import json_line
 from hasten.tasks.parallelbench import Question
 
 MAX_TOKENS = 256
@@ -76,11 +76,7 @@ def load_prompts(path: Path) -> list[BenchPrompt]:
         if text:
             prompts.append(BenchPrompt("file", path.stem, line.removesuffix("\n"), None))
             continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        prompts += _entry(entry, path, number)
+        prompts += _entry(json_line(path, number, line), path, number)
     if not prompts:
         raise UserError(f"{path} has no prompts")
     return prompts

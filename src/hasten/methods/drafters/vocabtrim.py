@@ -17,7 +17,6 @@ drafts worse. With tied embeddings the kept rows are a copy: traffic falls, memo
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from torch import Tensor
 from hasten.engine import ROOT, Draft, Engine, Observation, Request, SamplingParams, Target, register
 from hasten.engine.sampling.sampler import Distribution, Sampler
 from hasten.errors import UserError
+from hasten.files import json_line
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.drawing import processed
 from hasten.model import Decoder, Model
@@ -250,10 +250,7 @@ def _pairs(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
         if path.suffix not in (".jsonl", ".json"):
             yield line + "\n", ""
             continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        entry = json_line(path, number, line)
         prompt, answer = (entry.get("prompt"), entry.get("answer", "")) if isinstance(entry, dict) else (None, "")
         if not isinstance(prompt, str) or not isinstance(answer, str):
             raise UserError(f"{path}, line {number}: every line needs a string under 'prompt'")

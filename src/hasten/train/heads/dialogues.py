@@ -21,7 +21,7 @@ from typing import Any
 
 from hasten.engine import SamplingParams
 from hasten.errors import UserError
-from hasten.files import write_text, writing
+from hasten.files import json_line, write_text, writing
 from hasten.llm import LLM
 from hasten.model.tokenizer import render_chat
 from hasten.tasks import TASKS, examples
@@ -183,10 +183,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def _prompt(file: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+    entry = json_line(file, number, line)
     if isinstance(entry, dict) and any(entry.keys() >= names for names in MEASURED):
         raise UserError(f"{file}, line {number}: a question that figures are measured on, which is not trained on")
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
