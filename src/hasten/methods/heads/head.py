@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target
 from hasten.errors import UserError
+from hasten.methods.heads.shipped import shipped_head
 from hasten.model import Decoder, Taps
 from hasten.model.taps import Site
 
@@ -33,11 +34,16 @@ def require_decoder(target: Target, slug: str) -> Decoder:
 
 
 def own_head(slug: str) -> Any:
-    """Where a target's own head is: `Method.defaults` of a method whose parameter `head` names a folder."""
+    """Where a target's own head is: `Method.defaults` of a method whose parameter `head` names a folder.
+
+    One beside the checkpoint goes before one that comes with hasten.
+    """
 
     def defaults(target: Target) -> dict[str, Any]:
         folder = None if target.folder is None else beside(Path(target.folder), slug)
-        return {} if folder is None or not folder.is_dir() else {"head": str(folder)}
+        if folder is None or not folder.is_dir():
+            folder = shipped_head(slug, target.model) if isinstance(target.model, Decoder) else None
+        return {} if folder is None else {"head": str(folder)}
 
     return defaults
 
