@@ -38,7 +38,7 @@ VARIANTS = {
         "specmemo:drafter=ngram",
         "specmemo:budget=64MiB,nodes=12,drafter=aded:shared=false",
     ],
-    "medusa": ["medusa:nodes=12", "medusa:tree=static,nodes=30"],
+    "medusa": ["medusa:nodes=12,sized=false", "medusa:tree=static,nodes=30,sized=false"],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],
     # They need a model that fills masked positions: tests/methods/diffusion has one.

@@ -161,7 +161,7 @@ def shown(llm: LLM, drafter: Medusa, prompt: list[int]) -> list[tuple[list[int],
 
 def test_drafts_are_the_heads_of_the_row_before_the_root(llm: LLM, make_drafter: Make) -> None:
     """By transformers: heads on the final state of the last token but one of what is committed."""
-    drafter = make_drafter("medusa:nodes=9,ranks=4")
+    drafter = make_drafter("medusa:nodes=9,ranks=4,sized=false")
     folder = Path(drafter.parameters.head)
     own = MedusaWeights.load(folder, llm.model.config.hidden_size, llm.model.config.vocab_size)
     from transformers import LlamaForCausalLM
@@ -193,7 +193,7 @@ def test_drafts_are_the_heads_of_the_row_before_the_root(llm: LLM, make_drafter:
 
 
 def test_a_static_tree_is_that_of_the_accuracy(llm: LLM, make_drafter: Make) -> None:
-    drafter = make_drafter("medusa:tree=static,nodes=4")
+    drafter = make_drafter("medusa:tree=static,nodes=4,sized=false")
     drafts = [draft for _, draft in shown(llm, drafter, PROMPT) if len(draft) == 4]
     assert drafts and all(draft.estimates == pytest.approx([0.6, 0.24, 0.2, 0.12]) for draft in drafts)
 
@@ -205,7 +205,7 @@ def test_heads_of_few_words_draft_only_these(llm: LLM, tmp_path: Path, make_draf
     hidden = config.hidden_size
     block = (torch.zeros(hidden, hidden), torch.zeros(hidden))
     MedusaWeights([[block]], [torch.randn(len(words), hidden, generator=noise)], words).save(tmp_path / "few", {})
-    drafter = make_drafter(f"medusa:head={tmp_path / 'few'}")
+    drafter = make_drafter(f"medusa:sized=false,head={tmp_path / 'few'}")
     drafted = {token for _, draft in shown(llm, drafter, PROMPT) for token in draft.tokens}
     assert drafted and drafted <= set(words.tolist())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hasten.engine import Draft, Drafter, Observation, Request, Target
 from hasten.errors import UserError
 from hasten.methods.heads.shipped import shipped_head
+from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
 from hasten.model.taps import Site
 
@@ -59,11 +60,16 @@ class StateDrafter(Drafter):
     """Drafts from the final state of the last row that the target has read of each request.
 
     State per request: that row, [hidden], in the target's dtype.
+
+    Args:
+        target: the network.
+        sizing: cuts drafts to what pays; None leaves them whole.
     """
 
     taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
 
-    def __init__(self, target: Decoder) -> None:
+    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
+        self.sizing = sizing
         self._states: dict[int, Tensor] = {}
         self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 
@@ -84,6 +90,10 @@ class StateDrafter(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return self._state_bytes * sum(request.id not in self._states for request in requests)
 
+    def prepare(self) -> None:
+        if self.sizing is not None:
+            self.sizing.prepare()
+
     def propose(self, request: Request, budget: int) -> Draft:
         return self.propose_all([request], [budget])[0]
 
@@ -97,6 +107,8 @@ class StateDrafter(Drafter):
             states = torch.stack([self._states[request.id] for request in known])
             with torch.inference_mode():
                 made = self.draft(known, states, allowed)
+            if self.sizing is not None:
+                made = self.sizing.cut(known, made)
             drafts |= {request.id: draft for request, draft in zip(known, made, strict=True)}
         return [drafts[request.id] for request in requests]
 
@@ -110,6 +122,10 @@ class StateDrafter(Drafter):
     def observe(self, request: Request, seen: Observation) -> None:
         row = seen.path[-1] + 1 if seen.path else 0
         self._states[request.id] = seen.taps[FINAL][row].clone()
+        if self.sizing is not None:
+            self.sizing.learn(request, seen)
 
     def end(self, request: Request) -> None:
         self._states.pop(request.id, None)
+        if self.sizing is not None:
+            self.sizing.end(request)

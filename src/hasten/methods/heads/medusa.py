@@ -35,6 +35,7 @@ from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.heads.files import CONFIG, WEIGHTS, read_config, read_tensors, require_names, require_shape, save
 from hasten.methods.heads.head import StateDrafter, own_head, require_decoder
+from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import best_paths, drawn_up
 from hasten.model import Decoder
 from hasten.model.linear import Linear
@@ -198,7 +199,8 @@ class MedusaParameters:
 
     Attributes:
         head: the folder of the heads; by default that beside the target.
-        nodes: of the tree.
+        nodes: of the tree, at most.
+        sized: whether only those are verified that pay on this machine.
         ranks: tokens of each head that may be in it.
         tree: `dynamic`, by the heads' own probabilities, or `static`, by how often each rank is right.
 
@@ -208,6 +210,7 @@ class MedusaParameters:
 
     head: str = ""
     nodes: int = 15
+    sized: bool = True
     ranks: int = 10
     tree: str = "dynamic"
 
@@ -276,7 +279,7 @@ class Medusa(StateDrafter):
 
     def __init__(self, target: Target, parameters: MedusaParameters) -> None:
         model, self.parameters = require_decoder(target, "medusa"), parameters
-        super().__init__(model)
+        super().__init__(model, Sizing(target) if parameters.sized else None)
         if not parameters.head:
             raise UserError("medusa needs heads for this model: `hasten train medusa --model MODEL` makes them")
         config = model.config
