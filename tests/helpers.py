@@ -32,7 +32,9 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
 from hasten.methods.heads.medusa import MedusaWeights
+from hasten.model.loading import read_config
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
 
@@ -200,6 +202,20 @@ def save_heads(folder: Path) -> None:
     blocks = [[(near(torch.zeros(hidden, hidden)), near(torch.zeros(hidden)))] for _ in range(3)]
     accuracy = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
     MedusaWeights(blocks, [near(weight) for _ in range(3)], accuracy=accuracy).save(folder / "heads" / "medusa", {})
+
+    save_eagle(folder)
+
+
+def save_eagle(folder: Path) -> None:
+    """Beside a checkpoint whose norms are ones, a head whose layer is the target's first, more or less."""
+    target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
+    noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
+    layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
+    layer = {piece: each + 0.05 * torch.randn(each.shape, generator=noise) for piece, each in layer.items()}
+    # A row enters as the token's embedding, whatever the state before it.
+    fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
+    made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
+    made.save(folder / "heads" / "eagle", layer_fields(config))
 
 
 class Scripted(Drafter):
