@@ -155,7 +155,7 @@ class Eagle1Recipe(EagleRecipe):
             apart = F.smooth_l1_loss(outputs, wanted)
             return self.distance * apart + self.saying * F.cross_entropy(model.drafts(outputs), said)
         # There is no answer in it.
-        return 0.0 * model.weights["fusion"].sum()
+        return torch.zeros(()) * model.weights["fusion"].sum()
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Eagle3Recipe(EagleRecipe):
 
     def error(self, model: EagleTraining, batch: HeadBatch, generator: torch.Generator) -> Tensor:
         # Where there is no answer in it, nothing is to be learnt.
-        total = 0.0 * model.weights["fusion"].sum()
+        total = torch.zeros(()) * model.weights["fusion"].sum()
         for step, loss in enumerate(self.losses(model, batch)):
             total = total + self.decay**step * loss
         return total

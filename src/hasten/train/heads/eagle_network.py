@@ -41,7 +41,8 @@ class EagleLayer(nn.Module):
         assert isinstance(mixer, Attention) and isinstance(mlp, GatedMLP)
         gate, up = mlp.gate_up.dequant().chunk(2)
         kept = self.shape.slots.heads * self.shape.slots.key_width
-        query, key, value = mixer.qkv.dequant().split([len(mixer.qkv.dequant()) - 2 * kept, kept, kept])
+        qkv = mixer.qkv.dequant()
+        query, key, value = torch.split(qkv, [len(qkv) - 2 * kept, kept, kept])
         begin = {"query": query, "key": key, "value": value, "attention_out": mixer.out.dequant()}
         begin |= {"gate": gate, "up": up, "down": mlp.down.dequant(), "mlp_norm": last.mlp_norm.weight}
         others = torch.randn(self.hidden, self.hidden * (1 if version == 1 else taps - 1))
