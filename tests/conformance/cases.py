@@ -33,6 +33,7 @@ VARIANTS = {
         "draft-model:width=3,length=3",
     ],
     "dyspec": ["dyspec:nodes=12", "dyspec:construction=fixed,nodes=10,max_depth=4"],
+    "rapid": ["rapid:head=1,tail=3,chunk=8,least=8", "rapid:head=2,tail=2,chunk=8,least=0,share=0.3,confidence=0.01"],
     "vocabtrim": ["vocabtrim:tokens=90,confidence=0", "vocabtrim:tokens=60,forced=false,width=3,length=3"],
     "specmemo": [
         "specmemo:drafter=ngram",

@@ -124,7 +124,7 @@ class Growth(ABC):
 
     def __init__(self, drafter: SmallModelDrafter, request: Request, nodes: int, depth: int) -> None:
         self.drafter, self.request, self.nodes = drafter, request, nodes
-        room = drafter.model.config.max_positions - len(request.tokens)
+        room = drafter.model.config.max_positions - drafter.length(request)
         self.depth = min(depth, request.stopper.left - 1, room)
         self.draft = Draft()
         self.frontier = [ROOT] if self.depth > 0 and nodes > 0 else []
@@ -250,7 +250,7 @@ class SmallModelDrafter(Drafter):
             sequence = self._sequences.get(request.id)
             if sequence is None:
                 grown += self.cache.sequence_bytes(self._slots(request))
-            elif len(request.tokens) - sequence.length + HEADROOM > sequence.room:
+            elif self.length(request) - sequence.length + HEADROOM > sequence.room:
                 # A block that is outgrown is copied to one of twice its size.
                 grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
         return grown
@@ -281,9 +281,9 @@ class SmallModelDrafter(Drafter):
         if not isinstance(self.model, Decoder):
             return 0
         lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
-        unread = [len(each.tokens) - length for each, length in zip(requests, lengths, strict=True)]
+        unread = [self.length(each) - length for each, length in zip(requests, lengths, strict=True)]
         reading = sum(min(max(1, count), READING) for count in unread)
-        slots = max(len(request.tokens) for request in requests) + nodes
+        slots = max(map(self.length, requests)) + nodes
         return max(
             self.model.scratch_bytes(reading, 0, slots),
             self.model.scratch_bytes(len(requests) * self.widest(nodes), nodes, slots),
@@ -293,10 +293,17 @@ class SmallModelDrafter(Drafter):
         """What processes the small model's logits for a request."""
         return request.sampler
 
-    @staticmethod
-    def _slots(request: Request) -> int:
+    def length(self, request: Request) -> int:
+        """Tokens of the text that the small model reads of a request: by default all that the target reads."""
+        return len(request.tokens)
+
+    def text(self, request: Request, start: int, stop: int) -> list[int]:
+        """Some tokens of that text; it ends as the target's does."""
+        return request.tokens[start:stop]
+
+    def _slots(self, request: Request) -> int:
         """Slots that a request's cache begins with."""
-        return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
+        return self.length(request) + min(request.stopper.left, 512) + HEADROOM
 
     def observe(self, request: Request, seen: Observation) -> None:
         self.beliefs.observe(request, seen)
@@ -340,13 +347,13 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            sequence, known, start = self._sequence(growth.request), growth.request.tokens, len(tokens)
-            if sequence.length == len(known):
+            sequence, length, start = self._sequence(growth.request), self.length(growth.request), len(tokens)
+            if sequence.length == length:
                 # Asked again about the same tokens: the last one is read anew for its logits.
-                sequence.crop(len(known) - 1)
+                sequence.crop(length - 1)
             cached = sequence.length
-            tokens += self._words(growth.request, cached, len(known))
-            positions += range(cached, len(known))
+            tokens += self._words(growth.request, cached, length)
+            positions += range(cached, length)
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
         for growth, span in zip(growths, spans, strict=True):
@@ -356,7 +363,7 @@ class SmallModelDrafter(Drafter):
     def _catch_up(self, request: Request) -> None:
         """Read the tokens that are not in the cache in pieces, but for the last `READING` of them."""
         sequence = self._sequence(request)
-        while len(request.tokens) - sequence.length > READING:
+        while self.length(request) - sequence.length > READING:
             start, stop = sequence.length, sequence.length + READING
             self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
             sequence.commit(READING)
@@ -364,7 +371,7 @@ class SmallModelDrafter(Drafter):
     def _words(self, request: Request, start: int, stop: int) -> list[int]:
         """Some of a request's tokens. What says nothing to this model (another one's embeddings, tokens beyond its own)
         is some word to it."""
-        tokens, known = request.tokens[start:stop], self.model.config.vocab_size
+        tokens, known = self.text(request, start, stop), self.model.config.vocab_size
         if not request.spans and known >= request.sampler.vocabulary:
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
@@ -375,7 +382,7 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            mask, start, root = growth.feed(), len(tokens), len(growth.request.tokens) - 1
+            mask, start, root = growth.feed(), len(tokens), self.length(growth.request) - 1
             tokens += [growth.draft.tokens[node] for node in growth.frontier]
             positions += [root + len(growth.paths[node]) for node in growth.frontier]
             if mask is not None:
