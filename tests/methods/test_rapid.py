@@ -110,3 +110,31 @@ def test_the_same_tokens(llm):
 def test_what_cannot_be_asked(llm, settings, told):
     with pytest.raises(UserError, match=told):
         LLM(llm.folder, f"rapid:{settings}").generate([PROMPT], SamplingParams(max_tokens=2))
+
+
+TRANSFER = SHORT.replace("rapid:", "rapid-transfer:")
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}])
+def test_transfer_accepts_more_than_the_same_drafts_would(llm, settings):
+    asked = SamplingParams(max_tokens=24, ignore_eos=True, **{"acceptance": "max", **settings})
+    prompts = [[(token * step) % 140 + 2 for token in PROMPT] for step in range(1, 13)]
+    accepted = {
+        spec: sum(each.choices[0].statistics.accepted for each in llm.generate(prompts, asked, spec))
+        for spec in (SHORT, f"{TRANSFER},eta=20")
+    }
+    assert accepted[f"{TRANSFER},eta=20"] > accepted[SHORT]
+
+
+def test_transfer_keeps_to_constraints_and_ends(llm):
+    asked = SamplingParams(
+        max_tokens=12, ignore_eos=True, logit_bias={token: -float("inf") for token in range(40, 150)}
+    )
+    for settings in (asked, SamplingParams(**{**vars(asked), "temperature": 1.0, "seed": 5})):
+        (got,) = llm.generate([PROMPT], settings, TRANSFER)
+        assert len(got.token_ids) == 12 and max(got.token_ids) < 40
+
+
+def test_a_lossy_method_stands_alone(llm):
+    with pytest.raises(UserError, match="rapid-transfer"):
+        llm.generate([PROMPT], SamplingParams(max_tokens=2), f"ngram+{TRANSFER}")

@@ -15,6 +15,8 @@ query is the prompt's tail, since a prompt does not say where its question is; t
 ids (`retriever=NAME` takes a sentence encoder, as the paper does), and `least` is an eighth of theirs, for small
 models. A prompt that is not shortened is drafted for by a `model` of its own only: the target itself would gain
 nothing.
+
+`rapid-transfer` is the paper's whole method, and lossy: see `hasten.engine.drafting.verification.transfer`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hasten.engine import Observation, Request, Target, register
+from hasten.engine import Drawn, Knob, Observation, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.drafters.retrieval import BM25, Retriever, SentenceEncoder, Shortening
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
@@ -171,6 +173,9 @@ class _Chain(Growth):
 
     def grow(self, logits: Tensor) -> None:
         parent, child = self.frontier[0], next(self.children(logits, 1)[0], None)
+        if self.draft.transfer and not self.sampled:
+            scores = self.drafter.distribution(self.request, logits, [self.paths[parent]]).scores[0]
+            self.draft.drawn[parent] = Drawn(scores.double().softmax(-1).cpu(), replacement=False)
         self.frontier = []
         # A token that was sampled is drafted whatever its probability is: leaving it out would favour others.
         if child is None or (child[1] < self.confidence and not self.sampled):
@@ -179,6 +184,48 @@ class _Chain(Growth):
         going_on = child[1] >= self.confidence and child[0] not in self.closed
         if going_on and len(self.draft) < min(self.nodes, self.depth):
             self.frontier = [node]
+
+
+@dataclass(frozen=True)
+class TransferParameters(RapidParameters):
+    """Attributes beside those of `rapid`: eta, how far the target follows the drafter.
+
+    Raises:
+        UserError: out of range.
+    """
+
+    slug: ClassVar[str] = "rapid-transfer"
+
+    eta: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.eta <= 100:
+            raise UserError("rapid-transfer: eta must be positive, and 100 at most; without it, use rapid")
+
+
+@register(
+    "rapid-transfer",
+    family="drafters",
+    exactness="lossy",
+    paper="2502.20330",
+    title="RAPID with transfer: what was retrieved changes what the target says",
+    parameters=TransferParameters,
+    knob=Knob("eta", (1.0, 5.0, 10.0, 20.0, 40.0)),
+)
+class RapidTransfer(Rapid):
+    """Its chains say what they were drawn from, greedy ones too."""
+
+    alone = True
+
+    def __init__(self, target: Target, parameters: TransferParameters) -> None:
+        super().__init__(target, parameters)
+        self._eta = parameters.eta
+
+    def start(self, request: Request, budget: int) -> Growth:
+        growth = super().start(request, budget)
+        growth.draft.transfer, growth.sampled = self._eta, not request.params.greedy
+        return growth
 
 
 def _paragraph_ends(target: Target) -> Callable[[int], bool]:
