@@ -33,6 +33,7 @@ from transformers import (
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
 from hasten.methods.heads.medusa import MedusaWeights
+from hasten.methods.heads.ppd import PromptTokens
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
 
@@ -200,6 +201,8 @@ def save_heads(folder: Path) -> None:
     blocks = [[(near(torch.zeros(hidden, hidden)), near(torch.zeros(hidden)))] for _ in range(3)]
     accuracy = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
     MedusaWeights(blocks, [near(weight) for _ in range(3)], accuracy=accuracy).save(folder / "heads" / "medusa", {})
+    vectors = torch.randn(3, 1, hidden, generator=noise)
+    PromptTokens(vectors, accuracy=accuracy).save(folder / "heads" / "ppd", {})
 
 
 class Scripted(Drafter):
@@ -276,7 +279,8 @@ def check_statistics(completion: Completion) -> None:
     assert sum(figures.accepted_per_step) == figures.accepted
     # Every step adds the target's own token, but the last, where stopping may have cut it off.
     assert figures.accepted + figures.steps - 1 <= tokens <= figures.accepted + figures.steps
-    assert figures.rows == figures.steps + figures.proposed
+    # Probes are rows, too.
+    assert figures.rows >= figures.steps + figures.proposed
     assert completion.tokens_per_step >= 1
 
 

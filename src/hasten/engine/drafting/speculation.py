@@ -51,7 +51,7 @@ class Speculation:
 
     @property
     def drafted(self) -> int:
-        return len(self.draft)
+        return self.draft.rows
 
     def backlog(self, request: Request) -> int:
         # The root is read with its draft. After a preemption the rest of the output is read as the prompt is.
@@ -79,7 +79,7 @@ class Speculation:
         probes, offsets = draft.probed()
         tokens = [request.tokens[read], *draft.tokens, *probes]
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
-        return Passage(tokens, positions, draft.heard(), draft.mask())
+        return Passage(tokens, positions, draft.heard(), draft.mask(), embedded=draft.embedded())
 
     def walk(self, request: Request, answer: Answer) -> Walk | None:
         """What is to be chosen, one row after the other, where a verdict takes just that; None where it does not.
@@ -153,9 +153,7 @@ class Speculation:
         request.sampler.committed(tokens)
         accepted = min(len(tokens), len(path))
         statistics.steps += 1
-        statistics.rows += 1 + len(draft)
-        if draft.probes:
-            statistics.rows += sum(len(probe.tokens) for probe in draft.probes)
+        statistics.rows += 1 + draft.rows
         statistics.proposed += len(draft)
         statistics.accepted += accepted
         statistics.accepted_per_step.append(accepted)
@@ -169,11 +167,14 @@ class Speculation:
         answer, count = self._answer, len(self.draft) + 1
         assert answer is not None
         started = time.perf_counter()
-        states = {} if answer.taps is None else {key: rows[:count] for key, rows in answer.taps.states.items()}
+        taps = {} if answer.taps is None else answer.taps.states
+        states = {key: rows[:count] for key, rows in taps.items()}
         shown, probes = answer.logits, NOTHING
         if self.draft.probes:
             shown, probes = answer.logits[:count], answer.logits[count:]
-        seen = Observation(self.draft, self._verdict.path, list(tokens), shown, states, probes, answer.rows)
+        behind = {key: rows[count:] for key, rows in taps.items()}
+        path = self._verdict.path
+        seen = Observation(self.draft, path, list(tokens), shown, states, probes, behind, answer.rows)
         self._drafter.observe(request, seen)
         request.statistics.draft_seconds += time.perf_counter() - started
         self.draft, self._answer = Draft(), None

@@ -74,14 +74,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def read_accuracy(file: Path, config: Mapping[str, Any], count: int) -> tuple[tuple[float, ...], ...]:
+    """Per level, how often each rank was right, as a configuration says it; empty where it does not.
+
+    Args:
+        file: of the configuration.
+        count: levels.
+
+    Raises:
+        UserError: no shares, or of another number of levels.
+    """
+    given = config.get("accuracy", [])
+    try:
+        table = tuple(tuple(float(share) for share in ranks) for ranks in given)
+    except (TypeError, ValueError):
+        table = ((-1.0,),)
+    if table and (len(table) != count or not all(0 <= share <= 1 for ranks in table for share in ranks)):
+        raise UserError(f"{file}: accuracy must be shares, a list for each of {count} heads")
+    return table
+
+
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str = WEIGHTS) -> None:
     """Write a head's folder; the weights are whole before the configuration names them.
+
+    Args:
+        weights: name of their file.
 
     Raises:
         UserError: it cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as fresh:
+    with replacing(folder / weights) as fresh:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh)
     write_text(folder / CONFIG, dumps(config, indent=2) + "\n")

@@ -33,7 +33,16 @@ from torch import Tensor
 
 from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
-from hasten.methods.heads.files import CONFIG, WEIGHTS, read_config, read_tensors, require_names, require_shape, save
+from hasten.methods.heads.files import (
+    CONFIG,
+    WEIGHTS,
+    read_accuracy,
+    read_config,
+    read_tensors,
+    require_names,
+    require_shape,
+    save,
+)
 from hasten.methods.heads.head import StateDrafter, own_head, require_decoder
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import best_paths, drawn_up
@@ -104,9 +113,8 @@ class MedusaWeights:
             for k in range(count)
         ]
         _require_blocks(file, blocks, hidden)
-        return cls(
-            blocks, [tensors[f"lm_heads.{k}.weight"] for k in range(count)], words, _accuracy(file, config, count)
-        )
+        accuracy = read_accuracy(file.with_name(CONFIG), config, count)
+        return cls(blocks, [tensors[f"lm_heads.{k}.weight"] for k in range(count)], words, accuracy)
 
     @classmethod
     def _authors(cls, file: Path, hidden: int, vocabulary: int) -> Self:
@@ -180,17 +188,6 @@ def _require_words(file: Path, words: Tensor, vocabulary: int) -> None:
     ascending = words.ndim == 1 and words.dtype == torch.int64 and bool((words[1:] > words[:-1]).all())
     if not ascending or not len(words) or int(words[0]) < 0 or int(words[-1]) >= vocabulary:
         raise UserError(f"{file}: token_map must be ascending ids below {vocabulary}")
-
-
-def _accuracy(file: Path, config: dict[str, Any], count: int) -> tuple[tuple[float, ...], ...]:
-    given = config.get("accuracy", [])
-    try:
-        table = tuple(tuple(float(share) for share in ranks) for ranks in given)
-    except (TypeError, ValueError):
-        table = ((-1.0,),)
-    if table and (len(table) != count or not all(0 <= share <= 1 for ranks in table for share in ranks)):
-        raise UserError(f"{file.with_name(CONFIG)}: accuracy must be shares, a list for each of {count} heads")
-    return table
 
 
 @dataclass(frozen=True)
