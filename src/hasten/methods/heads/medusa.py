@@ -45,7 +45,7 @@ from hasten.methods.heads.files import (
 )
 from hasten.methods.heads.head import StateDrafter, own_head, require_decoder
 from hasten.methods.heads.sizing import Sizing
-from hasten.methods.heads.tree import best_paths, drawn_up
+from hasten.methods.heads.tree import best_paths, drawn_up, static_paths
 from hasten.model import Decoder
 from hasten.model.linear import Linear
 from hasten.model.weights import HEAD, Piece
@@ -285,7 +285,7 @@ class Medusa(StateDrafter):
         if parameters.tree == "static":
             if not weights.accuracy:
                 raise UserError(f"medusa: {parameters.head} does not say how often its heads are right: tree=dynamic")
-            self.paths = best_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
+            self.paths = static_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
 
     @property
     def memory_bytes(self) -> int:
