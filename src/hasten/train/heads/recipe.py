@@ -6,16 +6,19 @@ import hashlib
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
+from hasten.documents import dumps
 from hasten.errors import UserError
+from hasten.files import write_text
 from hasten.methods.drafters.vocabtrim import most_frequent
+from hasten.methods.heads.files import CONFIG, read_config
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import resolve
 from hasten.train.heads.dialogues import Dialogue, read_dialogues
@@ -127,6 +130,20 @@ class Epoch(Sequence[HeadBatch]):
         return self.dialogues.batch(self.packed[place])
 
 
+def write_card(folder: Path, summary: Mapping[str, Any], dialogues: int, command: str) -> None:
+    """Add to a head's configuration how it was made: `training`.
+
+    Args:
+        summary: of the run.
+        dialogues: that it was made on, those held out included.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    made = {**summary, "dialogues": dialogues, "command": command}
+    write_text(folder / CONFIG, dumps({**read_config(folder), "training": made}, indent=2) + "\n")
+
+
 @dataclass(frozen=True)
 class HeadRecipe(Schedule[Network, Dialogues, HeadBatch]):
     """A run on a folder of dialogues and hidden states.
@@ -158,7 +175,7 @@ class HeadRecipe(Schedule[Network, Dialogues, HeadBatch]):
 
     def optimizers(self, model: Network) -> list[torch.optim.Optimizer]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=self.weight_decay)]
+        return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=self.weight_decay, fused=True)]
 
     def pool(self, pools: Dialogues, number: int, progress: float) -> Epoch:
         order = list(pools.trained)
