@@ -18,10 +18,10 @@ from hasten.errors import UserError
 from hasten.files import cache_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hasten.llm import LLM
-    from hasten.train.heads.dialogues import Writing
+    from hasten.train.heads.dialogues import Dialogue, Writing
     from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
 
@@ -33,8 +33,8 @@ Output = Annotated[
 
 
 @dataclass(frozen=True)
-class Data:
-    """What heads are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
+class Talk:
+    """The dialogues that are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
 
     dialogues: Annotated[int, typer.Option(help="How many the model makes, or answers.")] = 4000
     prompts: Annotated[
@@ -44,6 +44,30 @@ class Data:
     folder: Annotated[
         Path | None, typer.Option("--dialogues-folder", help="Where they are kept (default: the user's cache).")
     ] = None
+
+    def write(self, llm: LLM, quiet: bool) -> tuple[Path, list[Dialogue]]:
+        """Make dialogues, or take those that are there.
+
+        Returns:
+            Their folder, and they.
+
+        Raises:
+            UserError: unreadable prompts, or what is there was made in another way.
+        """
+        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
+        from hasten.train.heads.recipe import DIALOGUES
+
+        how = Writing(self.dialogues, answer=self.answer)
+        prompts = None if self.prompts is None else read_prompts(self.prompts)
+        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
+        with options.progress("asking", how.count, quiet=quiet) as advance:
+            return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
+
+
+@dataclass(frozen=True)
+class Data(Talk):
+    """What heads are trained on: dialogues, and the hidden states of the target along them."""
+
     states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
 
     def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> tuple[Path, int]:
@@ -56,16 +80,10 @@ class Data:
             UserError: unreadable prompts, or what is there was made in another way.
         """
         from hasten.engine.memory import parse_bytes
-        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
-        from hasten.train.heads.recipe import DIALOGUES
         from hasten.train.heads.states import read_states
 
         most = parse_bytes(self.states_bytes, "states-bytes")
-        how = Writing(self.dialogues, answer=self.answer)
-        prompts = None if self.prompts is None else read_prompts(self.prompts)
-        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
-        with options.progress("asking", how.count, quiet=quiet) as advance:
-            dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
+        folder, dialogues = self.write(llm, quiet)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
             read = read_states(llm, dialogues, taps, folder / states, most, advance)
         return folder, len(read.tokens)
@@ -123,19 +141,25 @@ class Fitting:
             output: their folder; None for that beside the model.
         """
         from hasten.methods.heads.head import beside
-        from hasten.train.heads.recipe import write_card
         from hasten.train.trainer import train
 
         folder, rows = data.make(llm, taps, recipe.states, self.json)
         destination = output or beside(llm.folder, slug)
         run = replace(recipe, tokens=max(1, int(self.epochs * rows)), data=str(folder))
         summary = train(run, destination, self.resume)
-        command = shlex.join(["hasten", *sys.argv[1:]])
-        write_card(destination, summary, data.dialogues, command)
-        if self.json:
-            options.emit({"output": str(destination), **summary, "command": command})
-        else:
-            print(f"{destination}: {summary['parameters']:,} parameters, loss {summary['loss']}")
+        conclude(destination, summary, data.dialogues, self.json)
+
+
+def conclude(folder: Path, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
+    """Write what a run was into its card, and say where its heads are."""
+    from hasten.train.heads.recipe import write_card
+
+    command = shlex.join(["hasten", *sys.argv[1:]])
+    write_card(folder, summary, dialogues, command)
+    if json:
+        options.emit({"output": str(folder), **summary, "dialogues": dialogues, "command": command})
+    else:
+        print(f"{folder}: {summary['parameters']:,} parameters, loss {summary['loss']}")
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 "Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference", 2024, arXiv 2405.18628.
 Prompt token j stands where the j-th unknown token will, and the target's own head says of its state what comes after
-that. Prompts see those before them, so that later guesses know of earlier ones. Nothing is added to the target but a few
-vectors; `hasten train ppd` makes them. Exactness: lossless, greedy and sampling: nothing sees a prompt, and none is
+that. Prompts see those before them, so that later guesses know of earlier ones. Nothing is added to the target but a
+few vectors; `hasten train ppd` makes them. Exactness: lossless, greedy and sampling: nothing sees a prompt, and none is
 kept; `acceptance=typical` is the lossy rule that the paper measures with.
 
 Decisions where the paper leaves room, or where its code does something else:
@@ -47,7 +47,7 @@ from hasten.model.checkpoint import read_json
 ADAPTER, VECTORS = "adapter_config.json", "prompt_embeddings"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SIGHTS = ("ensemble", "decoder", "encoder")
-"""Which vectors see which (`vt_attention_type`): their own kind in prompts before them; all before; those of a prompt."""
+"""Which vectors see which (`vt_attention_type`): their own kind in prompts before them; all before; their prompt's."""
 PLAIN = {"aggregation_type": "mean", "num_exits": 1, "use_custom_lm_head": False, "use_prefix_tuning": False}
 """Of an adapter, what there is here; the authors' code has more, their published ones do not."""
 
@@ -94,8 +94,8 @@ class PromptTokens:
         if file is None or not (folder / ADAPTER).exists():
             raise UserError(f"ppd: there is no adapter in {folder}: `hasten train ppd --model MODEL` makes one")
         config = read_json(folder / ADAPTER)
-        counts = [config.get(name) for name in ("num_special_tokens", "virtual_tokens_per_special_token")]
-        if any(type(count) is not int or not 1 <= count <= 64 for count in counts):
+        prompts, each = (config.get(name) for name in ("num_special_tokens", "virtual_tokens_per_special_token"))
+        if type(prompts) is not int or type(each) is not int or not (1 <= prompts <= 64 and 1 <= each <= 64):
             raise UserError(f"{folder / ADAPTER} must say num_special_tokens and virtual_tokens_per_special_token")
         for name, plain in PLAIN.items():
             if config.get(name, plain) != plain:
@@ -105,9 +105,9 @@ class PromptTokens:
             raise UserError(f"{folder / ADAPTER}: vt_attention_type must be {', '.join(SIGHTS)}, not {sight!r}")
         tensors = read_tensors(file)
         require_names(file, tensors, {VECTORS})
-        require_shape(file, VECTORS, tensors[VECTORS], counts[0] * counts[1], hidden)
-        vectors = tensors[VECTORS].float().view(counts[0], counts[1], hidden)
-        return cls(vectors, sight, read_accuracy(folder / CONFIG, read_config(folder), counts[0]))
+        require_shape(file, VECTORS, tensors[VECTORS], prompts * each, hidden)
+        vectors = tensors[VECTORS].float().view(prompts, each, hidden)
+        return cls(vectors, sight, read_accuracy(folder / CONFIG, read_config(folder), prompts))
 
     def save(self, folder: Path, config: dict[str, Any]) -> None:
         """Write the authors' format, and `config.json`.

@@ -1,4 +1,4 @@
-"""Drafters whose guesses the target makes itself: in each verification, rows behind the nodes say what comes after them.
+"""Drafters whose guesses the target makes itself: in each verification, rows behind the nodes say what comes next.
 
 The rows are no tokens, but something trained (`SoftRows`) that asks. Those behind the node where a verification ends
 have then seen all that was accepted, and their final states, through the target's own head, are the next draft. So each
@@ -142,7 +142,7 @@ class ProbeDrafter(Drafter):
         logits = self.model.head.forward(torch.cat(states)).float()
         best = logits.topk(min(self.parameters.ranks, logits.shape[1]), -1)
         sizes = [len(each) for each in states]
-        found = (each.split(sizes) for each in (best.values, best.indices, logits.logsumexp(-1)))
+        found = (torch.split(each, sizes) for each in (best.values, best.indices, logits.logsumexp(-1)))
         return [
             self._tree(request, values, tokens.tolist(), mass)
             for request, values, tokens, mass in zip(requests, *found, strict=True)
