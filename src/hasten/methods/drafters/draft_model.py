@@ -106,7 +106,7 @@ class DraftModel(SmallModelDrafter):
         if growth.frontier:
             growth.grow(self._read([growth]))
         if growth.frontier:
-            sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
+            sequence, most = self._sequences.of(request), min(growth.depth, growth.nodes) - 1
             first, words = growth.draft.tokens[0], self.words
             vocabulary = min(request.sampler.vocabulary, model.config.vocab_size) if words is None else len(words)
             if words is not None:
