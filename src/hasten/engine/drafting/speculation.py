@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hasten.engine.decoding import Answer
 from hasten.engine.drafting import verification
+from hasten.engine.drafting.approximation import Approximation
 from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.drafting.verification import Verdict
@@ -54,8 +55,12 @@ class Speculation:
         return self.draft.rows
 
     def backlog(self, request: Request) -> int:
-        # The root is read with its draft. After a preemption the rest of the output is read as the prompt is.
-        return len(request.tokens) - request.read - (1 if request.started else 0)
+        # The root is read with its draft. After a preemption the rest of the output is read as the prompt is; an
+        # approximation's rows come one by one.
+        left = len(request.tokens) - request.read - (1 if request.started else 0)
+        if isinstance(self._drafter, Approximation):
+            return min(left, max(request.prompt_length - request.read, 1))
+        return left
 
     def slots(self, request: Request) -> int:
         """Of what is known, without the draft."""
