@@ -95,15 +95,18 @@ class Pieces:
         config: of the model, as the checkpoint has it.
         layer: its number; None outside the layers.
         weights: of a layer `mixer_norm`, `qkv` (queries, keys and values one below the other), `query_norm` and
-            `key_norm` where heads have norms, `attention_out`, `mlp_norm`, `gate_up` (gate above up), `down`; outside
-            `embedding`, `norm`, and `head` where it is not the embedding's matrix.
+            `key_norm` where heads have norms, `attention_out`, `mlp_norm`, `gate_up` (gate above up), `down`, and
+            `token_norm` where `qkv` reads the token beside a row as well (`PairedLayer`); outside `embedding`, `norm`,
+            and `head` where it is not the embedding's matrix.
         linears: linear layers that are ready, by the same names; they go before weights.
+        without: of `mixer_norm` and `norm` those that are left out on purpose.
     """
 
     config: ModelConfig
     layer: int | None
     weights: Mapping[str, Piece]
     linears: Mapping[str, Linear] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
 
 
 Transform = Callable[[Pieces], Pieces]

@@ -106,7 +106,7 @@ class DraftModel(SmallModelDrafter):
         if growth.frontier:
             growth.grow(self._read([growth]))
         if growth.frontier:
-            sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
+            sequence, most = self._sequences.of(request), min(growth.depth, growth.nodes) - 1
             first, vocabulary = growth.draft.tokens[0], min(request.sampler.vocabulary, model.config.vocab_size)
             chain = model.backend.chain(
                 model, sequence, first, len(request.tokens), vocabulary, most, growth.confidence / growth.values[0]

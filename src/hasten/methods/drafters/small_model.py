@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hasten.cache import Cache, SequenceCache
+from hasten.cache import Cache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
 from hasten.engine.memory import LOGIT_BYTES, logits_bytes
 from hasten.engine.sampling.sampler import Distribution, Sampler, likeliest_of_model
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled, sampled_bytes
+from hasten.methods.drafters.sequences import Branches, Sequences
 from hasten.model import Decoder, Model, Rows, Span, load_model
 from hasten.model.checkpoint import GGUF_SUFFIX, is_gguf, resolve
 from hasten.model.decoder import NOT_FINITE
@@ -29,8 +29,6 @@ from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 
 DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
-HEADROOM = 64
-"""Slots set aside for a draft's pending rows; a larger draft makes its cache grow."""
 READING = 256
 """Of what a request has, so many rows are read in one pass at most: what that takes for a while is bounded."""
 PROBABILITIES, CHILD = 8, 16
@@ -134,7 +132,7 @@ class Growth(ABC):
         self.matching = Matching(request, drafter.beliefs.of(request))
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
         self.closed = request.params.endings(drafter.end_ids)
-        self._slots: dict[int, list[int]] = {ROOT: []}
+        self._branches = Branches()
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
 
     @abstractmethod
@@ -188,19 +186,8 @@ class Growth(ABC):
         return self.matching.children(distribution, self.frontier, paths, most)
 
     def feed(self) -> Tensor | None:
-        """Number the frontier behind the rows fed before; boolean [frontier, fed] says which rows each one sees.
-
-        None where a single row sees all of them.
-        """
-        for node in self.frontier:
-            self._slots[node] = [*self._slots[self.draft.parents[node]], len(self._slots) - 1]
-        fed = len(self._slots) - 1
-        if len(self.frontier) == 1 and len(self._slots[self.frontier[0]]) == fed:
-            return None
-        mask = np.zeros((len(self.frontier), fed), dtype=bool)
-        for row, node in enumerate(self.frontier):
-            mask[row, self._slots[node]] = True
-        return torch.from_numpy(mask)
+        """The frontier's mask behind the rows fed before, as `Branches.feed` gives it."""
+        return self._branches.feed(self.frontier, self.draft.parents)
 
 
 class SmallModelDrafter(Drafter):
@@ -213,7 +200,7 @@ class SmallModelDrafter(Drafter):
     def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
         self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
-        self._sequences: dict[int, SequenceCache] = {}
+        self._sequences = Sequences(self.cache)
         self.beliefs = Beliefs()
 
     def start(self, request: Request, budget: int) -> Growth:
@@ -245,15 +232,7 @@ class SmallModelDrafter(Drafter):
         return {**layers, id(self.model.head): self.model.head.nbytes()}
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        grown = 0
-        for request in requests:
-            sequence = self._sequences.get(request.id)
-            if sequence is None:
-                grown += self.cache.sequence_bytes(self._slots(request))
-            elif len(request.tokens) - sequence.length + HEADROOM > sequence.room:
-                # A block that is outgrown is copied to one of twice its size.
-                grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
-        return grown
+        return self._sequences.growth_bytes(requests)
 
     @property
     def vocabulary(self) -> int:
@@ -293,19 +272,12 @@ class SmallModelDrafter(Drafter):
         """What processes the small model's logits for a request."""
         return request.sampler
 
-    @staticmethod
-    def _slots(request: Request) -> int:
-        """Slots that a request's cache begins with."""
-        return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
-
     def observe(self, request: Request, seen: Observation) -> None:
         self.beliefs.observe(request, seen)
 
     def end(self, request: Request) -> None:
         self.beliefs.end(request)
-        sequence = self._sequences.pop(request.id, None)
-        if sequence is not None:
-            sequence.release()
+        self._sequences.drop(request)
 
     def propose(self, request: Request, budget: int) -> Draft:
         return self.propose_all([request], [budget])[0]
@@ -340,7 +312,7 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            sequence, known, start = self._sequence(growth.request), growth.request.tokens, len(tokens)
+            sequence, known, start = self._sequences.of(growth.request), growth.request.tokens, len(tokens)
             if sequence.length == len(known):
                 # Asked again about the same tokens: the last one is read anew for its logits.
                 sequence.crop(len(known) - 1)
@@ -350,12 +322,12 @@ class SmallModelDrafter(Drafter):
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
         for growth, span in zip(growths, spans, strict=True):
-            self._sequence(growth.request).commit(span.stop - span.start)
+            self._sequences.of(growth.request).commit(span.stop - span.start)
         return logits
 
     def _catch_up(self, request: Request) -> None:
         """Read the tokens that are not in the cache in pieces, but for the last `READING` of them."""
-        sequence = self._sequence(request)
+        sequence = self._sequences.of(request)
         while len(request.tokens) - sequence.length > READING:
             start, stop = sequence.length, sequence.length + READING
             self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
@@ -380,18 +352,10 @@ class SmallModelDrafter(Drafter):
             positions += [root + len(growth.paths[node]) for node in growth.frontier]
             if mask is not None:
                 mask = mask.to(self.model.device)
-            spans.append(Span(self._sequence(growth.request), start, len(tokens), mask, extend=True))
+            spans.append(Span(self._sequences.of(growth.request), start, len(tokens), mask, extend=True))
         return self._forward(tokens, positions, spans, range(len(tokens)))
 
     def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
         device = self.model.device
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
         return self.model.forward(rows, wanted)
-
-    def _sequence(self, request: Request) -> SequenceCache:
-        """The small model's cache of a request."""
-        sequence = self._sequences.get(request.id)
-        if sequence is None:
-            sequence = self._sequences[request.id] = self.cache.sequence()
-            sequence.reserve(self._slots(request))
-        return sequence

@@ -56,39 +56,33 @@ def beside(checkpoint: Path, slug: str) -> Path:
     return checkpoint / FOLDER / slug
 
 
-class StateDrafter(Drafter):
-    """Drafts from the final state of the last row that the target has read of each request.
-
-    State per request: that row, [hidden], in the target's dtype.
+class HeadDrafter(Drafter):
+    """Drafts from a state per request, of all requests at once.
 
     Args:
-        target: the network.
         sizing: cuts drafts to what pays; None leaves them whole.
     """
 
-    taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
-
-    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
+    def __init__(self, sizing: Sizing | None = None) -> None:
         self.sizing = sizing
-        self._states: dict[int, Tensor] = {}
-        self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 
     @abstractmethod
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
         """A draft per request.
 
         Args:
-            requests: whose prompts were read.
-            states: [requests, hidden]: the root of each is what the target said to its state.
+            requests: that were read.
+            states: [requests, width], as `states` gives them.
             budgets: nodes of each draft at most.
         """
 
-    @property
-    def memory_bytes(self) -> int:
-        return self._state_bytes * len(self._states)
+    @abstractmethod
+    def knows(self, request: Request) -> bool:
+        """Whether all of a request was shown that a draft needs."""
 
-    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        return self._state_bytes * sum(request.id not in self._states for request in requests)
+    @abstractmethod
+    def states(self, requests: Sequence[Request]) -> Tensor:
+        """[requests, width]: what drafts of requests that it knows begin with."""
 
     def prepare(self) -> None:
         if self.sizing is not None:
@@ -100,20 +94,57 @@ class StateDrafter(Drafter):
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         drafts = {request.id: Draft() for request in requests}
         read = [
-            (request, budget) for request, budget in zip(requests, budgets, strict=True) if self._can(request, budget)
+            (request, budget)
+            for request, budget in zip(requests, budgets, strict=True)
+            if budget > 0 and self.knows(request)
         ]
         if read:
             known, allowed = zip(*read, strict=True)
-            states = torch.stack([self._states[request.id] for request in known])
             with torch.inference_mode():
-                made = self.draft(known, states, allowed)
+                made = self.draft(known, self.states(known), allowed)
             if self.sizing is not None:
                 made = self.sizing.cut(known, made)
             drafts |= {request.id: draft for request, draft in zip(known, made, strict=True)}
         return [drafts[request.id] for request in requests]
 
-    def _can(self, request: Request, budget: int) -> bool:
-        return budget > 0 and request.id in self._states
+    def observe(self, request: Request, seen: Observation) -> None:
+        if self.sizing is not None:
+            self.sizing.learn(request, seen)
+
+    def end(self, request: Request) -> None:
+        if self.sizing is not None:
+            self.sizing.end(request)
+
+
+class StateDrafter(HeadDrafter):
+    """Drafts from the final state of the last row that the target has read of each request.
+
+    State per request: that row, [hidden], in the target's dtype. The root of its draft is what the target said to it.
+
+    Args:
+        target: the network.
+        sizing: see `HeadDrafter`.
+    """
+
+    taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
+
+    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
+        super().__init__(sizing)
+        self._states: dict[int, Tensor] = {}
+        self._state_bytes = target.config.hidden_size * target.dtype.itemsize
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._state_bytes * len(self._states)
+
+    def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
+        return self._state_bytes * sum(request.id not in self._states for request in requests)
+
+    def knows(self, request: Request) -> bool:
+        return request.id in self._states
+
+    def states(self, requests: Sequence[Request]) -> Tensor:
+        return torch.stack([self._states[request.id] for request in requests])
 
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
         assert taps is not None
@@ -122,10 +153,8 @@ class StateDrafter(Drafter):
     def observe(self, request: Request, seen: Observation) -> None:
         row = seen.path[-1] + 1 if seen.path else 0
         self._states[request.id] = seen.taps[FINAL][row].clone()
-        if self.sizing is not None:
-            self.sizing.learn(request, seen)
+        super().observe(request, seen)
 
     def end(self, request: Request) -> None:
         self._states.pop(request.id, None)
-        if self.sizing is not None:
-            self.sizing.end(request)
+        super().end(request)
