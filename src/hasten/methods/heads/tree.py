@@ -78,3 +78,41 @@ def drawn_up(paths: Sequence[tuple[float, tuple[int, ...]]], tokens: Sequence[Se
         draft.parents.append(number[path[:-1]])
         draft.estimates.append(probability)
     return draft
+
+
+class Expansion:
+    """A tree that grows by levels, where a token's probability depends on its path (EAGLE-2, 2406.16858, section 4.1).
+
+    Probabilities multiply, so what is not among the best nodes now never will be: growing it is in vain.
+
+    Args:
+        nodes: of the tree, at most.
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes, self.all = nodes, Draft()
+        self._level = 0
+
+    def add(self, parent: int, probabilities: Sequence[float], tokens: Sequence[int]) -> None:
+        """Children of a node, or of `ROOT`: their probabilities behind it, and their tokens, no token twice."""
+        path = 1.0 if parent == ROOT else self.all.estimates[parent]
+        for probability, token in zip(probabilities, tokens, strict=False):
+            if probability > 0:
+                self.all.tokens.append(token)
+                self.all.parents.append(parent)
+                # Rounding must not make a child better than its parent.
+                self.all.estimates.append(path * min(1.0, probability))
+
+    def frontier(self, most: int) -> list[int]:
+        """Of the nodes that were added since it was asked last, those to add children to, the best `most`."""
+        fresh = [node for node in self._best() if node >= self._level]
+        self._level = len(self.all)
+        return fresh[:most]
+
+    def best(self) -> Draft:
+        """The draft of the best nodes, each after its parent."""
+        return self.all.subset(self._best())
+
+    def _best(self) -> list[int]:
+        # Of equal ones the first, which come after their parents.
+        return sorted(range(len(self.all)), key=lambda node: -self.all.estimates[node])[: self.nodes]
