@@ -32,9 +32,11 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
 from hasten.methods.heads.ppd import PromptTokens
+from hasten.model.loading import read_config
 from hasten.model.weights import Piece
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
@@ -198,6 +200,7 @@ def save_heads(folder: Path) -> None:
     save_medusa(folder / "heads" / "medusa", weight)
     save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
     save_ppd(folder / "heads" / "ppd", weight.shape[1])
+    save_eagle(folder)
 
 
 ACCURACY = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
@@ -259,6 +262,18 @@ def save_ppd(folder: Path, hidden: int) -> None:
     """Prompt tokens that were never trained."""
     vectors = torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(5))
     PromptTokens(vectors, accuracy=ACCURACY).save(folder, {})
+
+
+def save_eagle(folder: Path) -> None:
+    """Beside a checkpoint whose norms are ones, a head whose layer is the target's first, more or less."""
+    target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
+    noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
+    layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
+    layer = {piece: each + 0.05 * torch.randn(each.shape, generator=noise) for piece, each in layer.items()}
+    # A row enters as the token's embedding, whatever the state before it.
+    fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
+    made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
+    made.save(folder / "heads" / "eagle", layer_fields(config))
 
 
 class Scripted(Drafter):
