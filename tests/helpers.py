@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -225,7 +226,12 @@ def save_medusa(folder: Path, weight: Tensor) -> None:
 
 
 def save_hydra(
-    folder: Path, weight: Tensor, layers: int = 1, shared: bool = False, carries: Sequence[Tensor] = ()
+    folder: Path,
+    weight: Tensor,
+    layers: int = 1,
+    shared: bool = False,
+    carries: Sequence[Tensor] = (),
+    prefix: LlamaModel | None = None,
 ) -> HydraWeights:
     """The same as heads that see the tokens before them; `carries` [hidden, (k + 2) * hidden] make states of these."""
     near, (words, hidden) = Near(), weight.shape
@@ -239,9 +245,18 @@ def save_hydra(
         for carry in carries
     ]
     outputs = [Piece(near(weight), near(torch.zeros(words))) for _ in range(1 if shared else 3)]
-    made = HydraWeights(heads, outputs, layers, accuracy=ACCURACY)
+    own = {} if prefix is None else prefix.state_dict()
+    tensors = {name: Piece(tensor) for name, tensor in own.items() if name != "embed_tokens.weight"}
+    made = HydraWeights(heads, outputs, layers, accuracy=ACCURACY, prefix=tensors)
     made.save(folder, {})
     return made
+
+
+def prefix_layer(config: LlamaConfig) -> LlamaModel:
+    """A layer of random weights, as transformers has it, with the heads and widths of a model."""
+    torch.manual_seed(3)
+    changed = {"num_hidden_layers": 1, "initializer_range": 0.2, "attn_implementation": "eager"}
+    return LlamaModel(LlamaConfig(**{**config.to_dict(), **changed})).eval()
 
 
 @torch.inference_mode()

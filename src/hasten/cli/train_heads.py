@@ -212,6 +212,9 @@ def medusa(
 def hydra(
     model: options.Model = "smollm2",
     output: Output = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="Hydra++: heads read what a layer of their own makes of all states.")
+    ] = False,
     speaking: Speaking = Speaking(),
     fitting: Fitting = Fitting(),
     data: Data = Data(),
@@ -228,5 +231,5 @@ def hydra(
     from hasten.train.heads.hydra import HydraRecipe
 
     # Refuses what cannot be before anything is made.
-    recipe = HydraRecipe(parent=str(llm.folder), **asdict(speaking), **fitting.schedule)
+    recipe = HydraRecipe(parent=str(llm.folder), prefix=prefix, **asdict(speaking), **fitting.schedule)
     fitting.train(recipe, llm, "hydra", data, (FINAL,), output)
