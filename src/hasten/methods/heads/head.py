@@ -15,7 +15,9 @@ from hasten.errors import UserError
 from hasten.methods.heads.shipped import shipped_head
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
+from hasten.model.linear import Linear
 from hasten.model.taps import Site
+from hasten.model.weights import HEAD, Piece
 
 FINAL: tuple[Site, int] = ("final_norm", 0)
 """What the target's own head reads."""
@@ -32,6 +34,24 @@ def require_decoder(target: Target, slug: str) -> Decoder:
     if not isinstance(target.model, Decoder):
         raise UserError(f"{slug} reads hidden states, and this model has none")
     return target.model
+
+
+def linear_of(target: Decoder, piece: Piece) -> Linear:
+    """A matrix of a head, in the target's storage and precision, or as it is stored."""
+    return target.backend.linear(piece.to(target.dtype), HEAD)
+
+
+def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities and tokens [..., ranks], likeliest first; fewer ranks where there are fewer words.
+
+    Args:
+        logits: [..., words].
+        words: int64 [words], their tokens; None where these are the same.
+    """
+    logits = logits.float()
+    best = logits.topk(min(ranks, logits.shape[-1]), -1)
+    probabilities = torch.exp(best.values - logits.logsumexp(-1, keepdim=True))
+    return probabilities, best.indices if words is None else words[best.indices]
 
 
 def own_head(slug: str) -> Any:

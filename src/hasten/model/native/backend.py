@@ -36,6 +36,7 @@ from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Pane
 from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
+    GateStruct,
     LayerStruct,
     LinearStruct,
     ModelStruct,
@@ -50,6 +51,7 @@ from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
+    from hasten.model.gate import Gate
     from hasten.model.linear import Linear
 
 
@@ -124,7 +126,7 @@ class NativeBackend:
 
     def __init__(self, dtype: torch.dtype, layers: Rounded | None = None, head: Rounded | None = None) -> None:
         self.dtype, self.layers, self.head = dtype, layers, head
-        self._described: tuple[Decoder, ModelStruct | None] | None = None
+        self._described: WeakKeyDictionary[Decoder, ModelStruct | None] = WeakKeyDictionary()
         self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
     def linear(self, piece: Piece, source: Source) -> Panels:
@@ -138,15 +140,47 @@ class NativeBackend:
         return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
+        described = self._describe(model)
+        # Taps go by the numbers of all layers.
+        if described is None or (taps is not None and len(model.layers) < len(model.config.layers)):
+            return compose(model, rows, wanted, taps)
+        return self._step(model, described, rows, wanted, taps)
+
+    def gated(
+        self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `hasten.model.gate.compose_gated`, in one call; for models that it `runs`."""
+        described = self._describe(model)
+        assert described is not None
+        left = may.to(torch.int64) - 1
+        skipped = torch.zeros(len(model.layers), len(left), dtype=torch.bool)
+        struct = GateStruct(
+            first=gate.first,
+            last=gate.last,
+            run=gate.run,
+            threshold=gate.threshold,
+            channels=gate.channels.data_ptr(),
+            left=left.data_ptr(),
+            skipped=skipped.data_ptr(),
+        )
+        return self._step(model, described, rows, wanted, None, struct), skipped
+
+    def _step(
+        self,
+        model: Decoder,
+        described: ModelStruct,
+        rows: Rows,
+        wanted: Sequence[int] | None,
+        taps: Taps | None,
+        gate: GateStruct | None = None,
+    ) -> Tensor:
+        """One native pass."""
         count = rows.tokens.shape[0]
         # A range counts negative numbers from the end, and refuses those beyond it: native code would read on.
         numbers = range(count) if wanted is None else [range(count)[number] for number in wanted]
         row_wanted = (c_int64 * len(numbers))(*numbers)
         loaded = library()
         assert loaded is not None
-        described = self._describe(model)
-        if described is None:
-            return compose(model, rows, wanted, taps)
         if rows.beside is None and any(type(layer) is PairedLayer for layer in model.layers):
             raise ValueError(LONELY)
         masks: list[Tensor] = []
@@ -158,7 +192,7 @@ class NativeBackend:
             if mask is not None:
                 masks.append(mask.contiguous())
             spans[index], plain = self._span(
-                span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
+                described, span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
             )
             if not plain:
                 opaque.append(span)
@@ -189,13 +223,14 @@ class NativeBackend:
             qkv=None if elsewhere is None else elsewhere.qkv.data_ptr(),
             mixed=None if elsewhere is None else elsewhere.mixed.data_ptr(),
             beside=None if beside is None else beside.data_ptr(),
+            gate=None if gate is None else ctypes.addressof(gate),
         )
         addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
         while (layer := loaded.hasten_forward(*addresses, layer)) != layers:
             if layer < 0:
                 raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
             assert elsewhere is not None
-            elsewhere.attend(layer)
+            elsewhere.attend(model.layers[layer].index)
         if taps is not None:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))
@@ -231,7 +266,7 @@ class NativeBackend:
         loaded, described = library(), self._describe(model)
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
-        span, plain = self._span(Span(sequence, 0, 1), 1, None)
+        span, plain = self._span(described, Span(sequence, 0, 1), 1, None)
         assert plain
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
@@ -244,13 +279,13 @@ class NativeBackend:
             raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
-    def _span(self, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
+    def _span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
         slots = self._slots.get(span.sequence)
         if slots is None:
             slots = self._slots[span.sequence] = _Slots(len(span.sequence.layout.groups))
         slots.follow(span.sequence)
-        group_of, index_of = span.sequence.layout.addresses
+        group_of, index_of = span.sequence.layout.addresses(model.numbers)
         described = SpanStruct(
             start=span.start,
             stop=span.stop,
@@ -268,11 +303,9 @@ class NativeBackend:
 
     def _describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
-        known = self._described
-        if known is None or known[0] is not model:
-            # Several threads may come here at once: each holds on to what it made.
-            known = self._described = model, _description(model)
-        return known[1]
+        if model not in self._described:
+            self._described[model] = _description(model)
+        return self._described[model]
 
 
 class _Elsewhere:
@@ -360,7 +393,7 @@ def _description(model: Decoder) -> ModelStruct | None:
             out=out,
             gate_up=gate_up,
             down=down,
-            window=config.layers[index].window or 0,
+            window=config.layers[layer.index].window or 0,
         )
     axes = torch.tensor(config.rope_axes) if config.rope_axes else None
     kept += [layers, axes]
@@ -382,5 +415,5 @@ def _description(model: Decoder) -> ModelStruct | None:
         head=head,
         layer=ctypes.addressof(layers),
     )
-    described.kept = kept
+    described.kept, described.numbers = kept, tuple(layer.index for layer in model.layers)
     return described
