@@ -32,6 +32,7 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.hidden_transfer import Transfer
 from hasten.methods.heads.medusa import MedusaWeights
 from hasten.methods.heads.ppd import PromptTokens
 from hasten.train.data import Batch
@@ -203,6 +204,8 @@ def save_heads(folder: Path) -> None:
     MedusaWeights(blocks, [near(weight) for _ in range(3)], accuracy=accuracy).save(folder / "heads" / "medusa", {})
     vectors = torch.randn(3, 1, hidden, generator=noise)
     PromptTokens(vectors, accuracy=accuracy).save(folder / "heads" / "ppd", {})
+    maps = torch.stack([near(torch.eye(hidden)) for _ in range(3)])
+    Transfer(maps, 1, accuracy).save(folder / "heads" / "hidden-transfer", {})
 
 
 class Scripted(Drafter):

@@ -39,6 +39,7 @@ VARIANTS = {
         "specmemo:budget=64MiB,nodes=12,drafter=aded:shared=false",
     ],
     "medusa": ["medusa:nodes=12", "medusa:tree=static,nodes=30"],
+    "hidden-transfer": ["hidden-transfer:sized=false", "hidden-transfer:sized=false,nodes=30,rows=90,ranks=20"],
     "ppd": ["ppd:sized=false", "ppd:sized=false,nodes=30,rows=90,ranks=20"],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],

@@ -124,6 +124,21 @@ class Span:
         return self.mask
 
 
+@dataclass(frozen=True, eq=False)
+class Join:
+    """Rows that enter a pass in its middle, as linear maps of another row's state there.
+
+    Below their layer they are nothing: what happens to them there is left open, and no other row may see them.
+
+    Attributes:
+        layer: at whose input they enter.
+        matrices: float32 [rows, hidden, hidden].
+    """
+
+    layer: int
+    matrices: Tensor
+
+
 @dataclass
 class Rows:
     """The input of a forward pass.
@@ -134,12 +149,14 @@ class Rows:
             several axes (time, height and width of an image) [rows, axes], of which the first counts for windows.
         spans: which rows belong to which sequence, in order, covering every row once.
         embeddings: [rows, hidden], read where `tokens` is -1.
+        joins: rows that enter later: the number of the first one, that of the row which they are made of, and how.
     """
 
     tokens: Tensor
     positions: Tensor
     spans: list[Span]
     embeddings: Tensor | None = None
+    joins: Sequence[tuple[int, int, Join]] = ()
 
     @classmethod
     def of(cls, sequence: SequenceState, tokens: Sequence[int], start: int, device: torch.device | str = "cpu") -> Rows:

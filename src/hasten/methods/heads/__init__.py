@@ -1,5 +1,5 @@
 """Heads: drafters that read the target's own hidden states, trained for one target; one file each."""
 
-from hasten.methods.heads import medusa, ppd
+from hasten.methods.heads import hidden_transfer, medusa, ppd
 
-__all__ = ["medusa", "ppd"]
+__all__ = ["hidden_transfer", "medusa", "ppd"]

@@ -312,6 +312,11 @@ struct Tap {
     int64_t layer;
     float *states;  // [rows][hidden]
 };
+// A row that enters at a layer's input: matrix [hidden][hidden] times the state of another row there.
+struct Join {
+    int64_t layer, row, source;
+    const float *matrix;
+};
 struct Batch {
     int64_t rows;
     const int64_t *tokens, *positions;  // positions [rows][axes]
@@ -327,6 +332,10 @@ struct Batch {
     // Where somebody else attends in some layer: queries, keys and values go out, and what comes of them comes in. Else null.
     float *qkv;          // [rows][(heads + 2 kv_heads) * head_dim], rotated
     const float *mixed;  // [rows][heads * head_dim]
+    int64_t joins;
+    const Join *join;
+    // The last `late` rows all join, none of them before layer `late_until`: below it they are not computed.
+    int64_t late, late_until;
 };
 
 }  // namespace
@@ -448,7 +457,7 @@ extern "C" {
 // Of the structures that are mirrored, in the order of `STRUCTS`; then 0.
 const int64_t *hasten_sizes() {
     static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View), sizeof(Slots),
-                                    sizeof(Span),   sizeof(Tap),   sizeof(Batch), 0};
+                                    sizeof(Span),   sizeof(Tap),   sizeof(Join),  sizeof(Batch), 0};
     return sizes;
 }
 const char *hasten_kernels() { return kernels().name; }
