@@ -155,7 +155,8 @@ class Eagle1Recipe(EagleRecipe):
             apart = F.smooth_l1_loss(outputs, wanted)
             return self.distance * apart + self.saying * F.cross_entropy(model.drafts(outputs), said)
         # There is no answer in it.
-        return torch.zeros(()) * model.weights["fusion"].sum()
+        nothing: Tensor = 0.0 * model.weights["fusion"].sum()
+        return nothing
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Eagle3Recipe(EagleRecipe):
 
     def error(self, model: EagleTraining, batch: HeadBatch, generator: torch.Generator) -> Tensor:
         # Where there is no answer in it, nothing is to be learnt.
-        total = torch.zeros(()) * model.weights["fusion"].sum()
+        total: Tensor = 0.0 * model.weights["fusion"].sum()
         for step, loss in enumerate(self.losses(model, batch)):
             total = total + self.decay**step * loss
         return total
