@@ -149,8 +149,8 @@ def tune(
     """Find the fastest method. Ctrl-C ends the search early, with what is known by then.
 
     Args:
-        candidates: specifications; if None, the registry's lossless methods that need no training, and those whose heads
-            the model has.
+        candidates: specifications; if None, the registry's lossless methods that need no training, and those whose
+            heads the model has.
         report: called with the seconds spent since the last call, for progress bars.
 
     Raises:

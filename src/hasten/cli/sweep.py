@@ -50,8 +50,8 @@ def sweep(
     """Accuracy against speed: each lossy decoder of a model with its knob turned, as a curve.
 
     Decoders of diffusion models go by tokens per step, those of other models by their speed-up. Beside ParallelBench's
-    list operations on single-token words stands what an ideal model reaches that fills so many positions a step in random
-    order, sampling at temperature 1.
+    list operations on single-token words stands what an ideal model reaches that fills so many positions a step in
+    random order, sampling at temperature 1.
     """
     if per_task is not None and per_task < 1:
         raise UserError("per-task must be at least 1")

@@ -33,7 +33,9 @@ def promised(folder: Path) -> float:
     0 where the card does not say.
     """
     try:
-        table = read_config(folder).get("accuracy", [])
+        table = read_config(folder).get("accuracy")
+        if not isinstance(table, list):
+            return 0.0
         first = [float(depth[0] if isinstance(depth, list) else depth) for depth in table]
     except (UserError, TypeError, ValueError, IndexError):
         return 0.0
