@@ -122,6 +122,7 @@ class Decoder:
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             taps=taps,
+            beside=None if rows.beside is None else F.embedding(rows.beside, self.embedding),
         )
 
     def logits(self, hidden: Tensor, wanted: Sequence[int] | None) -> Tensor:

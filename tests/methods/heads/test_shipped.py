@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import pytest
 import torch
@@ -26,9 +26,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def bare(llm: LLM, tmp_path: Path) -> Path:
     """The model's checkpoint without heads beside it."""
     folder = copytree(llm.folder, tmp_path / "bare")
-    for file in (folder / "heads").rglob("*.*"):
-        file.unlink()
-    (folder / "heads" / "medusa").rmdir()
+    rmtree(folder / "heads")
     return folder
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hasten.engine import Draft, Observation, Request, Target, register
@@ -27,7 +26,7 @@ from hasten.engine.registry import split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Asked, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
-from hasten.methods.drafters.small_model import beside
+from hasten.methods.drafters.small_model import beside, is_whole
 from hasten.methods.heads.own import best_head
 
 CANDIDATES = "suffix"
@@ -96,7 +95,7 @@ class _Choice:
 def with_own(target: Target) -> dict[str, Any]:
     """Where a target has a head, or a small model stands beside it, these are candidates, too."""
     head, folder = best_head(target), beside(target)
-    small = "draft-model" if folder is not None and Path(folder).exists() else None
+    small = "draft-model" if folder is not None and is_whole(folder) else None
     return {"candidates": "/".join(filter(None, (CANDIDATES, head, small)))}
 
 

@@ -22,9 +22,13 @@ def own_heads(target: Target) -> dict[str, Path]:
 
 
 def best_head(target: Target) -> str | None:
-    """The method whose head promises the most tokens by its card; None where the target has no head."""
+    """The method whose head promises the most tokens by its card, of those that may stand beside other drafters.
+
+    None where the target has no head of theirs.
+    """
     heads = own_heads(target)
-    return max(heads, key=lambda slug: promised(heads[slug]), default=None)
+    beside = [slug for slug in heads if not getattr(decoders()[slug].create, "alone", False)]
+    return max(beside, key=lambda slug: promised(heads[slug]), default=None)
 
 
 def promised(folder: Path) -> float:

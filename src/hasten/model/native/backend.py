@@ -20,7 +20,17 @@ from hasten.errors import UserError
 from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
 from hasten.model.gate import Gate, compose_gated
-from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, additive_mask, attend_span
+from hasten.model.layers import (
+    LONELY,
+    Attention,
+    GatedMLP,
+    Layer,
+    NoNorm,
+    PairedLayer,
+    RMSNorm,
+    additive_mask,
+    attend_span,
+)
 from hasten.model.native.blocks import BlockLinear, stored_format
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Panels
@@ -172,6 +182,8 @@ class NativeBackend:
         row_wanted = (c_int64 * len(numbers))(*numbers)
         loaded = library()
         assert loaded is not None
+        if rows.beside is None and any(type(layer) is PairedLayer for layer in model.layers):
+            raise ValueError(LONELY)
         masks: list[Tensor] = []
         spans = (SpanStruct * len(rows.spans))()
         opaque = []
@@ -188,6 +200,7 @@ class NativeBackend:
         elsewhere = _Elsewhere(model, count, opaque) if opaque else None
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
+        beside = None if rows.beside is None else rows.beside.contiguous()
         logits = torch.empty(len(numbers), model.head.out_features)
         states = {key: torch.empty(count, model.config.hidden_size) for key in (taps.wanted if taps else ())}
         sites = [
@@ -210,6 +223,7 @@ class NativeBackend:
             tap=ctypes.addressof(tapped),
             qkv=None if elsewhere is None else elsewhere.qkv.data_ptr(),
             mixed=None if elsewhere is None else elsewhere.mixed.data_ptr(),
+            beside=None if beside is None else beside.data_ptr(),
             gate=None if gate is None else ctypes.addressof(gate),
         )
         addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
@@ -340,13 +354,15 @@ def _description(model: Decoder) -> ModelStruct | None:
         kept.append(values.detach().float().contiguous())
         return int(kept[-1].data_ptr())
 
+    def weight(norm: RMSNorm | None) -> int | None:
+        return None if norm is None or type(norm) is NoNorm else pointer(norm.weight)
+
     slots = shape.slots
     hidden, width = config.hidden_size, shape.heads * slots.key_width
     # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
-    sizes = [(width + 2 * slots.heads * slots.key_width, hidden), (hidden, width)]
-    sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
+    sizes = [(hidden, width), (2 * shape.ffn, hidden), (hidden, shape.ffn)]
     head = _struct(model.head)
-    if head is None or type(model.norm) is not RMSNorm or shape.ffn % LANES:
+    if head is None or type(model.norm) not in (RMSNorm, NoNorm) or shape.ffn % LANES:
         return None
     if model.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -354,23 +370,26 @@ def _description(model: Decoder) -> ModelStruct | None:
     for index, layer in enumerate(model.layers):
         attention, mlp = layer.mixer, layer.mlp
         # Exactly these: a subclass computes something else.
-        if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
+        if type(layer) not in (Layer, PairedLayer) or type(attention) is not Attention or type(mlp) is not GatedMLP:
             return None
+        read = (width + 2 * slots.heads * slots.key_width, 2 * hidden if isinstance(layer, PairedLayer) else hidden)
         pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
         structs = [
             struct
-            for piece, size in zip(pieces, sizes, strict=True)
+            for piece, size in zip(pieces, [read, *sizes], strict=True)
             if (struct := _struct(piece)) is not None and (piece.out_features, piece.in_features) == size
         ]
-        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm or model.norm, attention.key_norm or model.norm
-        if len(structs) < len(pieces) or any(type(norm) is not RMSNorm for norm in norms):
+        token_norm = layer.token_norm if isinstance(layer, PairedLayer) else None
+        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm, attention.key_norm, token_norm
+        if len(structs) < len(pieces) or any(type(norm) not in (RMSNorm, NoNorm, type(None)) for norm in norms):
             return None
         qkv, out, gate_up, down = structs
         layers[index] = LayerStruct(
-            attention_norm=pointer(layer.mixer_norm.weight),
-            query_norm=pointer(None if attention.query_norm is None else attention.query_norm.weight),
-            key_norm=pointer(None if attention.key_norm is None else attention.key_norm.weight),
-            mlp_norm=pointer(layer.mlp_norm.weight),
+            attention_norm=weight(layer.mixer_norm),
+            query_norm=weight(attention.query_norm),
+            key_norm=weight(attention.key_norm),
+            mlp_norm=weight(layer.mlp_norm),
+            token_norm=weight(token_norm),
             qkv=qkv,
             out=out,
             gate_up=gate_up,
@@ -393,7 +412,7 @@ def _description(model: Decoder) -> ModelStruct | None:
         axis_of=None if axes is None else axes.data_ptr(),
         embedding=model.embedding.data_ptr(),
         embedding_format=FORMATS.index(_format(model.dtype)),
-        final_norm=pointer(model.norm.weight),
+        final_norm=weight(model.norm),
         head=head,
         layer=ctypes.addressof(layers),
     )

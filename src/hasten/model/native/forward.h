@@ -3,8 +3,13 @@
 namespace {
 namespace NAME {
 
-// NaN where the squares overflow: divided by infinity, the row would be zeros, and what follows plausible.
+// NaN where the squares overflow: divided by infinity, the row would be zeros, and what follows plausible. Without a weight
+// nothing is normed.
 inline void norm(const float *x, const float *weight, float eps, int64_t count, float *out) {
+    if (!weight) {
+        std::memcpy(out, x, count * sizeof(float));
+        return;
+    }
     const float mean = dot(x, x, count) / static_cast<float>(count) + eps;
     const float scale = mean <= MOST_FLOAT ? 1.0f / __builtin_sqrtf(mean) : NAN;
     for (int64_t i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
@@ -18,16 +23,19 @@ inline void rotate(float *x, const float *cosine, const float *sine, int64_t hal
     }
 }
 
-inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
-    const int64_t token = batch.tokens[row], hidden = model.hidden;
-    if (token < 0) {
-        std::memcpy(out, batch.embedded + row * hidden, hidden * sizeof(float));
-    } else if (model.embedding_format == FLOAT32) {
+inline void look_up(const Model &model, int64_t token, float *out) {
+    const int64_t hidden = model.hidden;
+    if (model.embedding_format == FLOAT32) {
         std::memcpy(out, static_cast<const float *>(model.embedding) + token * hidden, hidden * sizeof(float));
     } else {
         const uint16_t *from = static_cast<const uint16_t *>(model.embedding) + token * hidden;
         for (int64_t i = 0; i < hidden; ++i) out[i] = as<float>(static_cast<uint32_t>(from[i]) << 16);
     }
+}
+
+inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
+    if (batch.tokens[row] < 0) std::memcpy(out, batch.embedded + row * model.hidden, model.hidden * sizeof(float));
+    else look_up(model, batch.tokens[row], out);
 }
 
 // The sum of products of two rows' channels, each with its weight.
@@ -156,9 +164,16 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             share(rows, [&](int64_t row) {
                 const bool tried = gated_in(l - 1) && gate->left[row] == 0 && !gate->skipped[(l - 1) * rows + row];
                 if (tried && parallel(*gate, then + row * hidden, now + row * hidden, hidden)) gate->left[row] = gate->run;
-                norm_row(now + row * hidden, layer.attention_norm, normed, row);
+                float *own = normed.row(row);
+                if (layer.token_norm) {
+                    look_up(model, batch.beside[row], own);
+                    norm(own, layer.token_norm, model.norm_eps, hidden, own);
+                    own += hidden;
+                }
+                norm(now + row * hidden, layer.attention_norm, model.norm_eps, hidden, own);
+                normed.put_row(row);
                 tap(INPUT, l, row, now + row * hidden);
-                tap(ATTENTION_INPUT, l, row, normed.row(row));
+                tap(ATTENTION_INPUT, l, row, own);
                 if (l) tap(OUTPUT, l - 1, row, now + row * hidden);
             });
             team.barrier();

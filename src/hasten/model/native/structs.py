@@ -24,6 +24,7 @@ class LayerStruct(ctypes.Structure):
         *((name, c_void_p) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
         *((name, LinearStruct) for name in ("qkv", "out", "gate_up", "down")),
         ("window", c_int64),
+        ("token_norm", c_void_p),
     ]
 
 
@@ -94,7 +95,8 @@ class BatchStruct(ctypes.Structure):
         ("rows", c_int64),
         *(("tokens", c_void_p), ("positions", c_void_p), ("axes", c_int64), ("embedded", c_void_p)),
         *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
-        *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p), ("gate", c_void_p)),
+        *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p)),
+        *((name, c_void_p) for name in ("beside", "gate")),
     ]
 
 
