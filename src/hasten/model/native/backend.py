@@ -19,6 +19,7 @@ from torch import Tensor
 from hasten.errors import UserError
 from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
+from hasten.model.gate import Gate, compose_gated
 from hasten.model.layers import (
     LONELY,
     Attention,
@@ -52,7 +53,6 @@ from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
-    from hasten.model.gate import Gate
     from hasten.model.linear import Linear
 
 
@@ -150,9 +150,10 @@ class NativeBackend:
     def gated(
         self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `hasten.model.gate.compose_gated`, in one call; for models that it `runs`."""
+        """See `hasten.model.gate.compose_gated`."""
         described = self._describe(model)
-        assert described is not None
+        if described is None:
+            return compose_gated(model, rows, wanted, gate, may)
         left = may.to(torch.int64) - 1
         skipped = torch.zeros(len(model.layers), len(left), dtype=torch.bool)
         struct = GateStruct(
