@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -33,9 +34,11 @@ from transformers import (
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
 from hasten.methods.heads.chimera_weights import NAMES, ChimeraWeights, LayerWeights
+from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
 from hasten.methods.heads.ppd import PromptTokens
+from hasten.model.loading import read_config
 from hasten.model.weights import Piece
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
@@ -200,6 +203,7 @@ def save_heads(folder: Path) -> None:
     save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
     save_ppd(folder / "heads" / "ppd", weight.shape[1])
     save_chimera(folder / "heads" / "chimera", model)
+    save_eagle(folder)
 
 
 ACCURACY = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
@@ -224,7 +228,12 @@ def save_medusa(folder: Path, weight: Tensor) -> None:
 
 
 def save_hydra(
-    folder: Path, weight: Tensor, layers: int = 1, shared: bool = False, carries: Sequence[Tensor] = ()
+    folder: Path,
+    weight: Tensor,
+    layers: int = 1,
+    shared: bool = False,
+    carries: Sequence[Tensor] = (),
+    prefix: LlamaModel | None = None,
 ) -> HydraWeights:
     """The same as heads that see the tokens before them; `carries` [hidden, (k + 2) * hidden] make states of these."""
     near, (words, hidden) = Near(), weight.shape
@@ -238,9 +247,18 @@ def save_hydra(
         for carry in carries
     ]
     outputs = [Piece(near(weight), near(torch.zeros(words))) for _ in range(1 if shared else 3)]
-    made = HydraWeights(heads, outputs, layers, accuracy=ACCURACY)
+    own = {} if prefix is None else prefix.state_dict()
+    tensors = {name: Piece(tensor) for name, tensor in own.items() if name != "embed_tokens.weight"}
+    made = HydraWeights(heads, outputs, layers, accuracy=ACCURACY, prefix=tensors)
     made.save(folder, {})
     return made
+
+
+def prefix_layer(config: LlamaConfig) -> LlamaModel:
+    """A layer of random weights, as transformers has it, with the heads and widths of a model."""
+    torch.manual_seed(3)
+    changed = {"num_hidden_layers": 1, "initializer_range": 0.2, "attn_implementation": "eager"}
+    return LlamaModel(LlamaConfig(**{**config.to_dict(), **changed})).eval()
 
 
 @torch.inference_mode()
@@ -291,6 +309,18 @@ def save_chimera(
     made = ChimeraWeights(mix, Piece(out), LayerWeights(**layer), [*map(Piece, heads)], None, words, ACCURACY)
     made.save(folder, {})
     return made
+
+
+def save_eagle(folder: Path) -> None:
+    """Beside a checkpoint whose norms are ones, a head whose layer is the target's first, more or less."""
+    target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
+    noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
+    layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
+    layer = {piece: each + 0.05 * torch.randn(each.shape, generator=noise) for piece, each in layer.items()}
+    # A row enters as the token's embedding, whatever the state before it.
+    fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
+    made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
+    made.save(folder / "heads" / "eagle", layer_fields(config))
 
 
 class Scripted(Drafter):

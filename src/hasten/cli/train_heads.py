@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hasten.llm import LLM
+    from hasten.train.heads.budget import Budget
     from hasten.train.heads.dialogues import Dialogue, Writing
     from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
@@ -45,7 +46,22 @@ class Talk:
         Path | None, typer.Option("--dialogues-folder", help="Where they are kept (default: the user's cache).")
     ] = None
 
-    def write(self, llm: LLM, quiet: bool) -> tuple[Path, list[Dialogue]]:
+    budget: Annotated[
+        float,
+        typer.Option(help="Minutes for all of it: fewer dialogues and epochs where there would be too many; 0: any."),
+    ] = 0.0
+
+    def clock(self, folder: Path) -> Budget | None:
+        """The budget of a run in a folder, from now on; None without one.
+
+        Raises:
+            UserError: no number of minutes.
+        """
+        from hasten.train.heads.budget import Budget
+
+        return Budget(self.budget, folder) if self.budget else None
+
+    def write(self, llm: LLM, quiet: bool, budget: Budget | None) -> tuple[Path, list[Dialogue]]:
         """Make dialogues, or take those that are there.
 
         Returns:
@@ -61,7 +77,8 @@ class Talk:
         prompts = None if self.prompts is None else read_prompts(self.prompts)
         folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
         with options.progress("asking", how.count, quiet=quiet) as advance:
-            return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
+            enough = (lambda: False) if budget is None else (lambda: budget.talked)
+            return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance, enough)
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Data(Talk):
 
     states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
 
-    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> tuple[Path, int]:
+    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool, budget: Budget | None) -> tuple[Path, int]:
         """Make dialogues and read hidden states, or take those that are there.
 
         Returns:
@@ -83,7 +100,7 @@ class Data(Talk):
         from hasten.train.heads.states import read_states
 
         most = parse_bytes(self.states_bytes, "states-bytes")
-        folder, dialogues = self.write(llm, quiet)
+        folder, dialogues = self.write(llm, quiet, budget)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
             read = read_states(llm, dialogues, taps, folder / states, most, advance)
         return folder, len(read.tokens)
@@ -143,9 +160,12 @@ class Fitting:
         from hasten.methods.heads.head import beside
         from hasten.train.trainer import train
 
-        folder, rows = data.make(llm, taps, recipe.states, self.json)
         destination = output or beside(llm.folder, slug)
+        budget = data.clock(destination)
+        folder, rows = data.make(llm, taps, recipe.states, self.json, budget)
         run = replace(recipe, tokens=max(1, int(self.epochs * rows)), data=str(folder))
+        if budget is not None:
+            run = budget.cut(run)
         summary = train(run, destination, self.resume)
         conclude(destination, summary, data.dialogues, self.json)
 
@@ -192,6 +212,9 @@ def medusa(
 def hydra(
     model: options.Model = "smollm2",
     output: Output = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="Hydra++: heads read what a layer of their own makes of all states.")
+    ] = False,
     speaking: Speaking = Speaking(),
     fitting: Fitting = Fitting(),
     data: Data = Data(),
@@ -208,5 +231,5 @@ def hydra(
     from hasten.train.heads.hydra import HydraRecipe
 
     # Refuses what cannot be before anything is made.
-    recipe = HydraRecipe(parent=str(llm.folder), **asdict(speaking), **fitting.schedule)
+    recipe = HydraRecipe(parent=str(llm.folder), prefix=prefix, **asdict(speaking), **fitting.schedule)
     fitting.train(recipe, llm, "hydra", data, (FINAL,), output)

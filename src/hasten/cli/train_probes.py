@@ -51,9 +51,13 @@ class Asking:
         from hasten.methods.heads.head import beside
         from hasten.train.trainer import train
 
-        folder, dialogues = talk.write(llm, self.json)
         destination = output or beside(llm.folder, slug)
-        summary = train(replace(recipe, parent=str(llm.folder), data=str(folder)), destination, self.resume)
+        budget = talk.clock(destination)
+        folder, dialogues = talk.write(llm, self.json, budget)
+        run = replace(recipe, parent=str(llm.folder), data=str(folder))
+        if budget is not None:
+            run = budget.cut(run)
+        summary = train(run, destination, self.resume)
         conclude(destination, summary, len(dialogues), self.json)
 
 

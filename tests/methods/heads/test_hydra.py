@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
+from conformance.cases import PROMPTS, params
 from hasten import LLM, SamplingParams
 from hasten.engine import Draft, Observation, Target
 from hasten.engine.creation import create
 from hasten.errors import UserError
-from hasten.methods.heads.hydra import Hydra, HydraHeads
+from hasten.methods.heads.hydra import Hydra, HydraHeads, PrefixHydra
 from hasten.methods.heads.hydra_weights import HydraWeights
-from helpers import ACCURACY, save_hydra
+from helpers import ACCURACY, fitted_carries, prefix_layer, same, save_hydra
 
-Make = Callable[[str], Hydra]
+Make = Callable[[str], Hydra | PrefixHydra]
 HIDDEN, VOCABULARY, HEADS = 8, 20, 3
 PROMPT = [5, 17, 40, 5, 17]
 
@@ -32,7 +34,7 @@ def make_drafter(llm: LLM) -> Make:
 
     def make(spec: str) -> Hydra:
         drafter = create(spec, Target(llm.model, llm.tokenizer, str(llm.folder)))
-        assert isinstance(drafter, Hydra)
+        assert isinstance(drafter, Hydra | PrefixHydra)
         return drafter
 
     return make
@@ -54,7 +56,7 @@ def plainly(weights: HydraWeights, head: int, state: Tensor, embedded: Tensor) -
     return F.linear(x, output.weight, output.bias)
 
 
-def shown(llm: LLM, drafter: Hydra, prompt: list[int]) -> list[tuple[list[int], Draft]]:
+def shown(llm: LLM, drafter: Hydra | PrefixHydra, prompt: list[int]) -> list[tuple[list[int], Draft]]:
     """Before each verification the committed tokens, and the draft."""
     seen = []
     observe = drafter.observe
@@ -82,18 +84,19 @@ def test_sums_of_parts_are_the_product_of_the_whole(llm: LLM, tmp_path: Path) ->
         sums = sums[:, 1:]
 
 
-def test_drafts_are_the_best_paths_of_all(llm: LLM, make_drafter: Make) -> None:
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_drafts_are_the_best_paths_of_all(llm: LLM, make_drafter: Make, tmp_path: Path, prefixed: bool) -> None:
     """By transformers: of all paths of four ranks, told one by one, the most probable ones."""
-    drafter = make_drafter("hydra:nodes=9,ranks=4,sized=false")
-    config = llm.model.config
-    own = HydraWeights.load(Path(drafter.parameters.head), config.hidden_size, config.vocab_size)
-    from transformers import LlamaForCausalLM
-
     reference = LlamaForCausalLM.from_pretrained(llm.folder)
+    layer = prefix_layer(reference.config) if prefixed else None
+    own = save_hydra(tmp_path, reference.lm_head.weight.detach(), 2, prefix=layer)
+    drafter = make_drafter(f"hydra:head={tmp_path},nodes=9,ranks=4,sized=false")
+    assert isinstance(drafter, PrefixHydra if prefixed else Hydra)
 
     @torch.inference_mode()
     def paths(committed: list[int]) -> dict[tuple[int, ...], float]:
-        state = reference.model(torch.tensor([committed])).last_hidden_state[0, -2]
+        states = reference.model(torch.tensor([committed])).last_hidden_state
+        state = (states if layer is None else layer(inputs_embeds=states).last_hidden_state)[0, -2]
         found: dict[tuple[int, ...], float] = {(): 1.0}
         level = [()]
         for head in range(HEADS):
@@ -118,6 +121,47 @@ def test_drafts_are_the_best_paths_of_all(llm: LLM, make_drafter: Make) -> None:
         best = sorted((chance for path, chance in expected.items() if path), reverse=True)[:9]
         assert sorted(told.values(), reverse=True) == pytest.approx(best, rel=1e-3)
         assert all(chance == pytest.approx(expected[path], rel=1e-3) for path, chance in told.items())
+
+
+@pytest.fixture(scope="module")
+def plus(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Heads with a prefix layer."""
+    folder = tmp_path_factory.mktemp("plus")
+    reference = LlamaForCausalLM.from_pretrained(llm.folder)
+    weight, carries = reference.lm_head.weight.detach(), fitted_carries(reference)
+    layer = prefix_layer(reference.config)
+    with torch.no_grad():
+        # Its output is near what it reads.
+        for each in (layer.layers[0].self_attn.o_proj, layer.layers[0].mlp.down_proj):
+            each.weight.mul_(0.02)
+    save_hydra(folder, weight, carries=carries, prefix=layer)
+    return f"hydra:head={folder},sized=false"
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "everything"])
+def test_with_a_prefix_layer_nothing_changes_but_speed(llm: LLM, plus: str, kind: str) -> None:
+    asked = [params(number, kind) for number in range(0, len(PROMPTS), 9)]
+    prompts = PROMPTS[::9]
+    accepted = 0
+    for plain, ours in zip(llm.generate(prompts, asked), llm.generate(prompts, asked, plus), strict=True):
+        same(ours.choices[0], plain.choices[0])
+        accepted += ours.choices[0].statistics.accepted
+    assert accepted > 0
+
+
+def test_a_prefix_layer_of_another_target_is_refused(llm: LLM, tmp_path: Path, make_drafter: Make) -> None:
+    reference = LlamaForCausalLM.from_pretrained(llm.folder)
+    save_hydra(tmp_path, reference.lm_head.weight.detach(), prefix=prefix_layer(reference.config))
+    tensors, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    name = "prefix_embeding_layer.layers.0.self_attn.k_proj.weight"
+    for broken, told in ((tensors[name][:7], "no heads of"), (None, "has no layers.0.self_attn.k_proj")):
+        save_file({**tensors, name: broken} if broken is not None else without(tensors, name), file)
+        with pytest.raises(UserError, match=told):
+            make_drafter(f"hydra:head={tmp_path}")
+
+
+def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {each: tensor for each, tensor in tensors.items() if each != name}
 
 
 def test_a_static_tree_is_that_of_the_accuracy(llm: LLM, make_drafter: Make) -> None:

@@ -6,29 +6,16 @@ import json
 import signal
 from pathlib import Path
 
-import pytest
 import torch
 
 from hasten import LLM, SamplingParams
 from hasten.errors import Interrupted
 from hasten.model import Decoder, load_model
-from hasten.train.heads.dialogues import Dialogue, Writing, write_dialogues
+from hasten.train.heads.dialogues import Dialogue
 from hasten.train.heads.medusa import MedusaNetwork, MedusaRecipe
-from hasten.train.heads.recipe import DIALOGUES, Dialogues, HeadBatch, is_held_out
-from hasten.train.heads.states import read_states
+from hasten.train.heads.recipe import Dialogues, HeadBatch, is_held_out
 from hasten.train.trainer import train
 from helpers import stopped_at
-
-TAPS = (("final_norm", 0),)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues of `tiny`, and its states."""
-    llm, made = LLM("tiny", dtype="float32"), tmp_path_factory.mktemp("data")
-    dialogues = write_dialogues(llm, made / DIALOGUES, Writing(count=160, answer=40))
-    read_states(llm, dialogues, TAPS, made / MedusaRecipe.states, 10**9)
-    return made
 
 
 def recipe(folder: Path, **settings: object) -> MedusaRecipe:

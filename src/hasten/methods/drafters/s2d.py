@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -26,7 +25,7 @@ from hasten.engine.memory import LOGIT_BYTES
 from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.segments import Lot, SegmentedCache, SegmentedSequence, cut, read
-from hasten.methods.drafters.small_model import READING, beside
+from hasten.methods.drafters.small_model import READING, beside, is_whole
 from hasten.model import Decoder, Model, Rows, Span
 
 EXITS, THRESHOLDS = "exits", "thresholds"
@@ -113,7 +112,7 @@ class S2D(DraftModel):
 
     def _load(self, target: Target, parameters: DraftModelParameters) -> Model:
         own = beside(target, parameters.slug) if parameters.model == "auto" else None
-        return super()._load(target, replace(parameters, model=own) if own and Path(own).exists() else parameters)
+        return super()._load(target, replace(parameters, model=own) if own and is_whole(own) else parameters)
 
     @staticmethod
     def _exits(model: Decoder, parameters: S2DParameters) -> tuple[int, ...]:

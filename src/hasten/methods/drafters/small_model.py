@@ -72,6 +72,11 @@ def beside(target: Target, suffix: str = "draft") -> str | None:
     return f"{name}{GGUF_SUFFIX}" if is_gguf(Path(f"{name}{GGUF_SUFFIX}")) else name
 
 
+def is_whole(name: str) -> bool:
+    """Whether a checkpoint is there: more than what a training that is not over has left."""
+    return Path(name).is_file() or (Path(name) / "config.json").exists()
+
+
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
     """The small model, after checking that it speaks the target's tokens.
 
@@ -88,7 +93,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         if own is None:
             raise UserError(f"{slug} needs a model: use {slug}:model=FOLDER")
         name = own
-        if not Path(name).exists():
+        if not is_whole(name):
             raise UserError(
                 f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
                 f"'hasten train align --model {target.folder}'"

@@ -2,7 +2,8 @@
 
 "Hydra: Sequentially-Dependent Draft Heads for Medusa Decoding", 2024, arXiv 2402.05109. Head k reads the final state at
 position p and the embeddings of the tokens that stand, or are drafted, at p + 1 .. p + 1 + k, side by side:
-`z = [h; E1; ..; Ek+1]`, `x = R z + SiLU(A z)`, and says token p + 2 + k. `hasten train hydra` makes the heads.
+`z = [h; E1; ..; Ek+1]`, `x = R z + SiLU(A z)`, and says token p + 2 + k. `hasten train hydra` makes the heads. Hydra++
+has the heads read what a layer of their own makes of the states of the whole text (`prefix.py`), and more blocks.
 Exactness: lossless, greedy and sampling (deterministic children, one draw of the target's per node).
 
 `R z` and `A z` are sums of one product per part of z. Those of the state are made once; when a token is drafted and
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +34,16 @@ from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Request, Target, register
 from hasten.errors import UserError
-from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.context import ContextDrafter
+from hasten.methods.heads.head import FINAL, StateDrafter, likeliest, linear_of, own_head, require_decoder
 from hasten.methods.heads.hydra_weights import HydraWeights
 from hasten.methods.heads.pieces import columns, stacked
+from hasten.methods.heads.prefix import prefix_network
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import Expansion
 from hasten.model import Decoder
 from hasten.model.linear import Linear
+from hasten.model.taps import Site
 
 LOGIT_BYTES = 16
 """Of a row's logits: as they come, as float32, and what ranks them."""
@@ -133,44 +138,25 @@ class HydraHeads:
         return self.outputs[min(head, len(self.outputs) - 1)].forward(x)
 
 
-@register(
-    "hydra",
-    family="heads",
-    exactness="lossless",
-    paper="2402.05109",
-    title="Hydra: heads that see what was drafted before them",
-    parameters=HydraParameters,
-    needs_training=True,
-    command="hasten train hydra --model MODEL",
-    defaults=own_head("hydra"),
-)
-class Hydra(StateDrafter):
-    """A tree per request, grown level by level, all requests together.
+class HydraTrees:
+    """Drafts of heads, for whoever has the states that they begin with.
 
     Raises:
-        UserError: no heads, or some for another target; a static tree of heads whose accuracy nobody measured.
+        UserError: a static tree of heads whose accuracy nobody measured.
     """
 
-    def __init__(self, target: Target, parameters: HydraParameters) -> None:
-        model, self.parameters = require_decoder(target, "hydra"), parameters
-        super().__init__(model, Sizing(target) if parameters.sized else None)
-        if not parameters.head:
-            raise UserError("hydra needs heads for this model: `hasten train hydra --model MODEL` makes them")
-        config = model.config
-        weights = HydraWeights.load(Path(parameters.head), config.hidden_size, config.vocab_size)
-        self.heads, self.rates = HydraHeads(model, weights), weights.accuracy
+    def __init__(self, target: Decoder, weights: HydraWeights, parameters: HydraParameters) -> None:
+        self.heads, self.rates, self.parameters = HydraHeads(target, weights), weights.accuracy, parameters
         if parameters.tree == "static" and not weights.accuracy:
             raise UserError(f"hydra: {parameters.head} does not say how often its heads are right: tree=dynamic")
 
-    @property
-    def memory_bytes(self) -> int:
-        return super().memory_bytes + self.heads.own_bytes
-
-    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+    def scratch_bytes(self, requests: Sequence[Request]) -> int:
+        """See `Drafter.scratch_bytes`: the sums and logits of the widest level."""
         sums = self.heads.count * 2 * self.heads.embedding.shape[1] * SUM_BYTES
         return len(requests) * self.parameters.width * (sums + self.heads.outputs[0].out_features * LOGIT_BYTES)
 
-    def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+    def grown(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+        """See `HeadDrafter.draft`: level by level, all requests together."""
         trees = [Expansion(min(self.parameters.nodes, budget)) for budget in budgets]
         rows, tokens = [(tree, ROOT) for tree in trees], [request.tokens[-1] for request in requests]
         sums = self.heads.begin(states)
@@ -193,3 +179,70 @@ class Hydra(StateDrafter):
             probabilities = [self.rates[level][: self.parameters.ranks]] * len(rows)
         for (tree, node), worth, said in zip(rows, probabilities, tokens.tolist(), strict=True):
             tree.add(node, worth, said)
+
+
+class Hydra(StateDrafter):
+    """A tree per request, from heads on the target's states."""
+
+    def __init__(self, target: Decoder, trees: HydraTrees, sizing: Sizing | None) -> None:
+        super().__init__(target, sizing)
+        self.trees = trees
+
+    @property
+    def memory_bytes(self) -> int:
+        return super().memory_bytes + self.trees.heads.own_bytes
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        return self.trees.scratch_bytes(requests)
+
+    def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+        return self.trees.grown(requests, states, budgets)
+
+
+class PrefixHydra(ContextDrafter):
+    """A tree per request, from heads on what a layer of their own makes of the target's states (Hydra++)."""
+
+    taps = (FINAL,)
+    output: ClassVar[tuple[Site, int]] = FINAL
+
+    def __init__(self, target: Decoder, network: Decoder, trees: HydraTrees, sizing: Sizing | None) -> None:
+        layer_bytes = sum(layer.nbytes() for layer in network.layers)
+        super().__init__(target, network, layer_bytes + trees.heads.own_bytes, sizing)
+        self.trees = trees
+
+    def enter(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return states
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        return super().scratch_bytes(requests, nodes) + self.trees.scratch_bytes(requests)
+
+    def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+        return self.trees.grown(requests, states, budgets)
+
+
+@register(
+    "hydra",
+    family="heads",
+    exactness="lossless",
+    paper="2402.05109",
+    title="Hydra: heads that see what was drafted before them",
+    parameters=HydraParameters,
+    needs_training=True,
+    command="hasten train hydra --model MODEL",
+    defaults=own_head("hydra"),
+)
+def hydra(target: Target, parameters: HydraParameters) -> Hydra | PrefixHydra:
+    """The heads of a folder, with a prefix layer where it has one.
+
+    Raises:
+        UserError: no heads, or some for another target; a static tree of heads whose accuracy nobody measured.
+    """
+    model = require_decoder(target, "hydra")
+    if not parameters.head:
+        raise UserError("hydra needs heads for this model: `hasten train hydra --model MODEL` makes them")
+    folder = Path(parameters.head)
+    weights = HydraWeights.load(folder, model.config.hidden_size, model.config.vocab_size)
+    trees, sizing = HydraTrees(model, weights, parameters), Sizing(target) if parameters.sized else None
+    if weights.prefix:
+        return PrefixHydra(model, prefix_network(model, weights.prefix, folder), trees, sizing)
+    return Hydra(model, trees, sizing)

@@ -3,8 +3,8 @@
 Tensors have the authors' names (zankner/Hydra, `hydra_lm_head.pt`): `hydra_mlp.K.J.linear` and `.res_connection` with
 J = 0, 1, .. (`mlp`) or 1, 3, .. (`prefix-mlp`, whose places between are dropout), `hydra_lm_head.K` (`prefix-mlp`:
 `hydra_lm_head.K.1`) and `prefix_embeding_layer` (sic). A head's blocks beyond the first are one block, which the
-authors store as often as it is run, and hasten once. The copies of the target's embedding in the authors' files are not read.
-hasten writes the same names into `model.safetensors`; new are `token_map`, matrices in blocks, and in the configuration
+authors store as often as it is run, and hasten once. The copies of the target's embedding are not read. hasten writes
+the same names into `model.safetensors`; new are `token_map`, matrices in blocks, and in the configuration
 `shared_lm_head`, where all heads have the one output matrix that is there.
 """
 

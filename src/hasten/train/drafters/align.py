@@ -22,11 +22,12 @@ from hasten.errors import UserError
 from hasten.methods.drafters.words import TOKEN_MAP, VOCABULARY
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
-from hasten.model.tokenizer import load_tokenizer, same_vocabulary, vocabulary_digest
+from hasten.model.tokenizer import same_vocabulary, vocabulary_digest
 from hasten.train.drafters.losses import LOSSES, overlap
 from hasten.train.drafters.network import DrafterNetwork, from_nothing, small_config
 from hasten.train.heads.recipe import Dialogues, Epoch, HeadBatch, HeadRecipe
 from hasten.train.recipe import muon
+from hasten.train.tokenizer import load_tokenizer
 
 WARMING = "kl"
 """The loss of a model that begins without weights, for a while."""

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.errors import UserError
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.pieces import rounded
 from hasten.model import Decoder
+from hasten.model.config import Slots
+from hasten.train.heads.prefix import PrefixLayer
 from hasten.train.heads.recipe import Dialogues, HeadBatch
 from hasten.train.heads.speakers import SpeakerRecipe, Speakers, silent
 
@@ -52,15 +55,22 @@ class HydraNetwork(Speakers):
 
     Args:
         layers: blocks of each.
+        prefix: whether they read what a layer of their own makes of the target's states.
     """
 
     embedding: Tensor
 
-    def __init__(self, target: Decoder, words: Tensor | None, heads: int, layers: int, shared: bool) -> None:
+    def __init__(
+        self, target: Decoder, words: Tensor | None, heads: int, layers: int, shared: bool, prefix: bool
+    ) -> None:
         super().__init__(target, words, heads, shared, bias=True)
+        self.prefix = PrefixLayer(target) if prefix else None
         self.register_buffer("embedding", target.embedding.float(), persistent=False)
         self.blocks = [HydraBlocks(target.config.hidden_size, k + 2, layers) for k in range(heads)]
         self.block_modules = nn.ModuleList(self.blocks)
+
+    def context(self, batch: HeadBatch) -> Tensor:
+        return super().context(batch) if self.prefix is None else self.prefix(batch)
 
     def hidden(self, k: int, context: Tensor, batch: HeadBatch, rows: Tensor) -> Tensor:
         seen = [F.embedding(batch.ids[rows + j], self.embedding) for j in range(1, k + 2)]
@@ -70,13 +80,20 @@ class HydraNetwork(Speakers):
 
 @dataclass(frozen=True)
 class HydraRecipe(SpeakerRecipe[HydraNetwork]):
-    """See `SpeakerRecipe`. All heads weigh the same, as the authors have it."""
+    """See `SpeakerRecipe`. All heads weigh the same, as the authors have it.
+
+    Attributes:
+        prefix: whether heads have a prefix layer (Hydra++). Its dropout is left out: an epoch or two need none.
+    """
 
     decay: float = 1.0
+    prefix: bool = False
 
     def build(self, target: Decoder, dialogues: Dialogues) -> HydraNetwork:
         words = dialogues.words(self.words, target.config.vocab_size)
-        return HydraNetwork(target, words, self.heads, self.layers, self.shared_head)
+        if self.prefix and not isinstance(target.config.layers[0].keeps, Slots):
+            raise UserError("a prefix layer is shaped as the target's layers, and these have no keys and values")
+        return HydraNetwork(target, words, self.heads, self.layers, self.shared_head, self.prefix)
 
     def export(self, model: HydraNetwork, folder: Path) -> None:
         weights = HydraWeights(
@@ -85,5 +102,6 @@ class HydraRecipe(SpeakerRecipe[HydraNetwork]):
             self.layers,
             model.words,
             self.measured(model),
+            {} if model.prefix is None else model.prefix.exported(self.store),
         )
         weights.save(folder, self.told(model))
