@@ -33,6 +33,7 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.chimera_weights import NAMES, ChimeraWeights, LayerWeights
 from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
 from hasten.methods.heads.hidden_transfer import Transfer
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
@@ -203,6 +204,7 @@ def save_heads(folder: Path) -> None:
     save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
     save_ppd(folder / "heads" / "ppd", weight.shape[1])
     save_hidden_transfer(folder / "heads" / "hidden-transfer", weight.shape[1])
+    save_chimera(folder / "heads" / "chimera", model)
     save_eagle(folder)
 
 
@@ -279,6 +281,36 @@ def save_ppd(folder: Path, hidden: int) -> None:
     """Prompt tokens that were never trained."""
     vectors = torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(5))
     PromptTokens(vectors, accuracy=ACCURACY).save(folder, {})
+
+
+@torch.inference_mode()
+def save_chimera(
+    folder: Path, model: LlamaForCausalLM, words: Tensor | None = None, wide: bool = False
+) -> ChimeraWeights:
+    """Trigrams that make states by least squares, a layer that adds little to them, and heads that add little again.
+
+    Args:
+        words: that they may say.
+        wide: whether heads are the authors', [words, 2 hidden].
+    """
+    texts = torch.randint(2, VOCABULARY, (48, 40), generator=torch.Generator().manual_seed(7))
+    states, embedded = model.model(texts).last_hidden_state, model.model.embed_tokens(texts)
+    given = torch.cat([embedded[:, :-2], embedded[:, 1:-1], embedded[:, 2:]], -1).flatten(0, 1)
+    out = torch.linalg.lstsq(given, states[:, 2:].flatten(0, 1)).solution.T.contiguous()
+    near, hidden, weight = Near(), model.config.hidden_size, model.lm_head.weight.detach()
+    layer = {
+        part: Piece(0.3 * near(tensor) if tensor.dim() > 1 else near(tensor))
+        for part, name in NAMES.items()
+        for tensor in [model.model.layers[0].get_parameter(f"{name}.weight").detach()]
+    }
+    said = weight if words is None else weight[words]
+    heads = [
+        near(torch.cat([torch.zeros_like(said), said], 1) if wide else torch.zeros(hidden, hidden)) for _ in range(3)
+    ]
+    mix = Piece(0.1 * near(torch.zeros(3 * hidden, 3 * hidden)), near(torch.zeros(3 * hidden)))
+    made = ChimeraWeights(mix, Piece(out), LayerWeights(**layer), [*map(Piece, heads)], None, words, ACCURACY)
+    made.save(folder, {})
+    return made
 
 
 def save_eagle(folder: Path) -> None:
