@@ -38,6 +38,7 @@ VARIANTS = {
         "specmemo:drafter=ngram",
         "specmemo:budget=64MiB,nodes=12,drafter=aded:shared=false",
     ],
+    "mirror-sd": ["mirror-sd:executor=inline", "mirror-sd:executor=inline,confidence=0,length=3,width=8"],
     "medusa": ["medusa:nodes=12", "medusa:tree=static,nodes=30"],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],

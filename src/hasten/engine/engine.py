@@ -17,6 +17,7 @@ from hasten.engine.context import EVERYTHING, ContextPolicy
 from hasten.engine.decoding import Answer
 from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.drafting.drafter import Drafter
+from hasten.engine.drafting.glimpses import Glimpses
 from hasten.engine.drafting.speculation import Speculation
 from hasten.engine.drafting.verification import Verdict
 from hasten.engine.job import Job
@@ -228,6 +229,7 @@ class Engine:
         started = time.perf_counter()
         rows, wanted = packed(placed, self.model.config.hidden_size, self.model.device)
         taps = wanted_taps(placed)
+        glimpses = Glimpses(placed, rows.spans, taps)
         logits = self.model.forward(rows, wanted, taps)
         if self.model.config.diffusion is not None:
             # The mask is not a word: a text that says it would never be finished.
@@ -245,6 +247,8 @@ class Engine:
             answers.append(
                 Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
             )
+        for request, error in glimpses.failed:
+            progress += self._fail(request, error)
         progress += self._judge(placed, answers)
         for ((request, piece), _), span, answer in zip(placed, rows.spans, answers, strict=True):
             if request.finish_reason is not None:
@@ -274,7 +278,7 @@ class Engine:
 
         started = time.perf_counter()
         for number, ((request, piece), _) in enumerate(placed):
-            if not piece and isinstance(request.decoding, Speculation):
+            if not piece and request.finish_reason is None and isinstance(request.decoding, Speculation):
                 failed += self._alone(request, ask, number)
         for number, outcome in zip(walks, descend(list(walks.values())), strict=True):
             answers[number] = answers[number]._replace(verdict=Verdict(*outcome))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -30,7 +31,7 @@ from hasten.model.tokenizer import load_tokenizer, same_vocabulary
 DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
 HEADROOM = 64
-"""Slots set aside for a draft's pending rows; a larger draft makes its cache grow."""
+"""Pending rows of most drafts; a larger draft makes its cache grow."""
 READING = 256
 """Of what a request has, so many rows are read in one pass at most: what that takes for a while is bounded."""
 PROBABILITIES, CHILD = 8, 16
@@ -41,15 +42,24 @@ _LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
 """Small models in use: specifications that name the same one share its weights, as long as any drafter holds it."""
 
 
-def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
-    """A checkpoint as it is now: from memory where a drafter has it."""
-    files = [folder] if folder.is_file() else folder.iterdir()
-    written = max(file.stat().st_mtime_ns for file in files if file.exists())
-    key = (str(folder.resolve()), str(written), dtype, device, backend)
-    model = _LOADED.get(key)
-    if model is None:
-        model = _LOADED[key] = load_model(folder, dtype, device, backend)
-    return model
+@dataclass(frozen=True)
+class SmallCheckpoint:
+    """A small model that is to be loaded; arguments as of `hasten.model.load_model`."""
+
+    folder: Path
+    dtype: str
+    device: str
+    backend: str
+
+    def load(self) -> Model:
+        """The checkpoint as it is now: from memory where a drafter of this process has it."""
+        files = [self.folder] if self.folder.is_file() else self.folder.iterdir()
+        written = max(file.stat().st_mtime_ns for file in files if file.exists())
+        key = (str(self.folder.resolve()), str(written), self.dtype, self.device, self.backend)
+        model = _LOADED.get(key)
+        if model is None:
+            model = _LOADED[key] = load_model(self.folder, self.dtype, self.device, self.backend)
+        return model
 
 
 def beside(target: Target) -> str | None:
@@ -64,8 +74,8 @@ def beside(target: Target) -> str | None:
     return f"{name}{GGUF_SUFFIX}" if is_gguf(Path(f"{name}{GGUF_SUFFIX}")) else name
 
 
-def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
-    """The small model, after checking that it speaks the target's tokens.
+def find_small_model(slug: str, target: Target, name: str, dtype: str) -> SmallCheckpoint:
+    """Where the small model is, and how to load it, after checking that it has the target's tokenizer.
 
     Args:
         slug: the method that asks, for messages.
@@ -73,7 +83,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         dtype: of the weights.
 
     Raises:
-        UserError: none found, another tokenizer, fewer tokens than it has, or a checkpoint that cannot be loaded.
+        UserError: none found, or another tokenizer.
     """
     if name == "auto":
         own = beside(target)
@@ -85,19 +95,43 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
                 f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
                 f"'hasten train lm --output {name} --tokenizer {target.folder}'"
             )
-    folder = resolve(name)
-    if target.tokenizer is not None and not same_vocabulary(load_tokenizer(folder), target.tokenizer):
+    checkpoint = SmallCheckpoint(resolve(name), dtype, str(target.model.device), _backend(target))
+    if target.tokenizer is not None and not same_vocabulary(load_tokenizer(checkpoint.folder), target.tokenizer):
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
-    # As the target runs, where the small model can, too.
-    backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
-    model = _load(folder, dtype, str(target.model.device), backend)
+    return checkpoint
+
+
+def _backend(target: Target) -> str:
+    """As the target runs, where the small model can, too."""
+    return "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
+
+
+def require_words(target: Target, vocabulary: int, name: str) -> None:
+    """Refuse a small model that cannot say all tokens.
+
+    Args:
+        vocabulary: logits of its rows.
+        name: as it was asked for.
+
+    Raises:
+        UserError: it has fewer than the target.
+    """
     words = target.model.config.vocab_size
     if target.tokenizer is not None:
         # Models of one tokenizer may be padded to different sizes.
         words = min(words, 1 + max(target.tokenizer.get_vocab().values(), default=-1))
-    if model.config.vocab_size < words:
-        size = f"{model.config.vocab_size} < {words}"
-        raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
+    if vocabulary < words:
+        raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({vocabulary} < {words})")
+
+
+def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
+    """The small model, after checking that it speaks the target's tokens; see `find_small_model`.
+
+    Raises:
+        UserError: none found, another tokenizer, fewer tokens than it has, or a checkpoint that cannot be loaded.
+    """
+    model = find_small_model(slug, target, name, dtype).load()
+    require_words(target, model.config.vocab_size, name)
     return model
 
 
@@ -124,7 +158,7 @@ class Growth(ABC):
 
     def __init__(self, drafter: SmallModelDrafter, request: Request, nodes: int, depth: int) -> None:
         self.drafter, self.request, self.nodes = drafter, request, nodes
-        room = drafter.model.config.max_positions - len(request.tokens)
+        room = drafter.model.config.max_positions - drafter.extent(request)
         self.depth = min(depth, request.stopper.left - 1, room)
         self.draft = Draft()
         self.frontier = [ROOT] if self.depth > 0 and nodes > 0 else []
@@ -210,6 +244,9 @@ class SmallModelDrafter(Drafter):
     whatever other drafters got accepted; the nodes of a draft are pending rows behind it, round after round.
     """
 
+    headroom_rows: int = HEADROOM
+    """Slots set aside for a draft's pending rows."""
+
     def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
         self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
@@ -245,15 +282,23 @@ class SmallModelDrafter(Drafter):
         return {**layers, id(self.model.head): self.model.head.nbytes()}
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        grown = 0
-        for request in requests:
-            sequence = self._sequences.get(request.id)
-            if sequence is None:
-                grown += self.cache.sequence_bytes(self._slots(request))
-            elif len(request.tokens) - sequence.length + HEADROOM > sequence.room:
-                # A block that is outgrown is copied to one of twice its size.
-                grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
-        return grown
+        return sum(self.grown(each.id, self.extent(each), each.stopper.left) for each in requests)
+
+    def grown(self, request: int, extent: int, left: int) -> int:
+        """Bytes by which a request's cache grows, at most, when it is drafted for.
+
+        Args:
+            request: its id.
+            extent: tokens that it has for the small model.
+            left: that may still come.
+        """
+        sequence = self._sequences.get(request)
+        if sequence is None:
+            return self.cache.sequence_bytes(self._slots(extent, left))
+        if extent - sequence.length + self.headroom_rows > sequence.room:
+            # A block that is outgrown is copied to one of twice its size.
+            return self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
+        return 0
 
     @property
     def vocabulary(self) -> int:
@@ -281,9 +326,9 @@ class SmallModelDrafter(Drafter):
         if not isinstance(self.model, Decoder):
             return 0
         lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
-        unread = [len(each.tokens) - length for each, length in zip(requests, lengths, strict=True)]
+        unread = [self.extent(each) - length for each, length in zip(requests, lengths, strict=True)]
         reading = sum(min(max(1, count), READING) for count in unread)
-        slots = max(len(request.tokens) for request in requests) + nodes
+        slots = max(map(self.extent, requests)) + nodes
         return max(
             self.model.scratch_bytes(reading, 0, slots),
             self.model.scratch_bytes(len(requests) * self.widest(nodes), nodes, slots),
@@ -293,10 +338,13 @@ class SmallModelDrafter(Drafter):
         """What processes the small model's logits for a request."""
         return request.sampler
 
-    @staticmethod
-    def _slots(request: Request) -> int:
-        """Slots that a request's cache begins with."""
-        return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
+    def extent(self, request: Request) -> int:
+        """How many tokens a request has for the small model."""
+        return len(request.tokens)
+
+    def _slots(self, extent: int, left: int) -> int:
+        """Slots that a request's cache begins with; see `grown`."""
+        return extent + min(left, 512) + self.headroom_rows
 
     def observe(self, request: Request, seen: Observation) -> None:
         self.beliefs.observe(request, seen)
@@ -340,13 +388,13 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            sequence, known, start = self._sequence(growth.request), growth.request.tokens, len(tokens)
-            if sequence.length == len(known):
+            sequence, extent, start = self._sequence(growth.request), self.extent(growth.request), len(tokens)
+            if sequence.length == extent:
                 # Asked again about the same tokens: the last one is read anew for its logits.
-                sequence.crop(len(known) - 1)
+                sequence.crop(extent - 1)
             cached = sequence.length
-            tokens += self._words(growth.request, cached, len(known))
-            positions += range(cached, len(known))
+            tokens += self._words(growth.request, cached, extent)
+            positions += range(cached, extent)
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
         for growth, span in zip(growths, spans, strict=True):
@@ -356,7 +404,7 @@ class SmallModelDrafter(Drafter):
     def _catch_up(self, request: Request) -> None:
         """Read the tokens that are not in the cache in pieces, but for the last `READING` of them."""
         sequence = self._sequence(request)
-        while len(request.tokens) - sequence.length > READING:
+        while self.extent(request) - sequence.length > READING:
             start, stop = sequence.length, sequence.length + READING
             self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
             sequence.commit(READING)
@@ -369,19 +417,19 @@ class SmallModelDrafter(Drafter):
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
 
-    def _expand(self, growths: Sequence[Growth]) -> Tensor:
-        """Logits of all frontiers' nodes, which stay pending."""
+    def _expand(self, growths: Sequence[Growth], heard: bool = True) -> Tensor:
+        """Logits of all frontiers' nodes, which stay pending; without `heard`, of none."""
         tokens: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            mask, start, root = growth.feed(), len(tokens), len(growth.request.tokens) - 1
+            mask, start, root = growth.feed(), len(tokens), self.extent(growth.request) - 1
             tokens += [growth.draft.tokens[node] for node in growth.frontier]
             positions += [root + len(growth.paths[node]) for node in growth.frontier]
             if mask is not None:
                 mask = mask.to(self.model.device)
             spans.append(Span(self._sequence(growth.request), start, len(tokens), mask, extend=True))
-        return self._forward(tokens, positions, spans, range(len(tokens)))
+        return self._forward(tokens, positions, spans, range(len(tokens)) if heard else ())
 
     def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
         device = self.model.device
@@ -393,5 +441,5 @@ class SmallModelDrafter(Drafter):
         sequence = self._sequences.get(request.id)
         if sequence is None:
             sequence = self._sequences[request.id] = self.cache.sequence()
-            sequence.reserve(self._slots(request))
+            sequence.reserve(self._slots(self.extent(request), request.stopper.left))
         return sequence

@@ -84,6 +84,7 @@ class BatchStruct(ctypes.Structure):
         *(("tokens", c_void_p), ("positions", c_void_p), ("axes", c_int64), ("embedded", c_void_p)),
         *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
         *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p)),
+        ("pause", c_int64),
     ]
 
 
