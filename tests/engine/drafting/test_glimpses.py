@@ -10,7 +10,7 @@ import torch
 from hasten import LLM, SamplingParams
 from hasten.cache import Cache
 from hasten.engine import Draft
-from hasten.model import Decoder, Rows, Taps
+from hasten.model import Decoder, Rows, Taps, load_model
 from hasten.model.native.library import LIBRARY
 from helpers import Scripted
 
@@ -99,15 +99,15 @@ def test_who_fails_as_it_looks_fails_alone(llm):
 @pytest.mark.skipif(not LIBRARY.exists(), reason="needs the native step")
 def test_a_pause_changes_no_bit(make_checkpoint):
     """Several pauses in one pass of a deeper model."""
-    llm = LLM(make_checkpoint("llama", num_hidden_layers=5).folder, dtype="float32", backend="native")
+    model = load_model(make_checkpoint("llama", num_hidden_layers=5).folder, "float32", "cpu", "native")
     sites = [("input", 2), ("input", 4), ("output", 1)]
     results, heard = [], []
     for listening in (False, True):
         taps = Taps(sites)
         if listening:
             taps.listeners = {site: lambda state, site=site: heard.append((site, state.clone())) for site in sites}
-        sequence = Cache(llm.model.config.layers, llm.model.cache_dtype, llm.model.device).sequence()
-        logits = llm.model.forward(Rows.of(sequence, list(range(3, 40)), 0), [5, 36], taps)
+        sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
+        logits = model.forward(Rows.of(sequence, list(range(3, 40)), 0), [5, 36], taps)
         results.append((logits, [taps[site] for site in sites]))
     assert [site for site, _ in heard] == sites
     assert all(torch.equal(state, taps[site]) for site, state in heard)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams, UserError
-from hasten.engine import Engine, Target
+from hasten.engine import Draft, Engine, Target
 from hasten.methods.systems import executors
 from hasten.methods.systems.mirror import Mirror, MirrorParameters
 from hasten.model import OracleModel
-from helpers import make_model, make_tokenizer, same
+from helpers import VOCABULARY, make_model, make_tokenizer, same
 
 PROMPTS = [[number * 13 % 140 + 2 for number in range(1, length)] for length in (2, 40, 7, 23)]
 INLINE, PROCESS = "mirror-sd:executor=inline,confidence=0", "mirror-sd:executor=process,confidence=0"
@@ -69,47 +69,39 @@ def test_misses_where_it_does_not(llm):
     assert 0 < clock.law <= clock.step
 
 
-def test_candidates_leave_out_what_stands_there(sure):
-    """The likeliest tokens of a row, but never the window's own next one; behind the window all may be."""
-    seen = []
-    engine = fresh(sure)
-    drafter = engine.drafter(f"{INLINE},width=3")[1]
-    tell = drafter.executor.tell
-
-    def note(name, *arguments):
-        if name == "branch":
-            seen.extend(rows for _, rows in arguments[0])
-        tell(name, *arguments)
-
-    drafter.executor.tell = note
-    request = engine.add(PROMPTS[1], SamplingParams(max_tokens=16, ignore_eos=True), f"{INLINE},width=3")[0]
-    drafts = []
-    while engine.busy:
-        count = len(seen)
-        draft = request.decoding
-        engine.step()
-        drafts += [draft] * (len(seen) - count)
-    assert len(seen) > 3
-    assert all(len(row) == 3 and len(set(row)) == 3 for rows in seen for row in rows)
-    assert {len(rows) for rows in seen} <= set(range(1, 9))
+@pytest.mark.parametrize("kind", KINDS, ids=["greedy", "sampled"])
+def test_candidates_leave_out_what_stands_there(llm, kind):
+    """Behind a row that the window goes on from, its next token can be no end of it; behind the last one all can."""
+    request = fresh(llm).add(PROMPTS[1], SamplingParams(**kind))[0]
+    logits = 3 * torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    at, sampler = len(PROMPTS[1]), request.sampler
+    likely = sampler.choose(logits, range(at, at + 3), [[], [0], [0, 0]])
+    draft = Draft.chain([likely[0], (likely[1] + 1) % VOCABULARY])
+    rows = Mirror._candidates(request, draft, logits, 4)
+    assert likely[0] not in rows[0] and rows[1][0] == likely[1] and rows[2][0] == likely[2]
+    for number, (row, drafted) in enumerate(zip(rows, [*draft.tokens, None], strict=True)):
+        scores = logits[number].clone()
+        if kind:
+            noise = torch.tensor(sampler.noise(at + number, range(VOCABULARY)))
+            scores = scores / kind["temperature"] + noise
+        order = [token for token in scores.argsort(descending=True).tolist() if token != drafted]
+        assert row == order[:4]
 
 
 def test_many_requests_share_the_width(llm):
     """Paper's schedule: 64 candidates per row in all."""
     engine, widths = fresh(llm), []
-    drafter = engine.drafter(f"{INLINE},width=16,length=1")[1]
-    tell = drafter.executor.tell
+    spec = f"{INLINE},width=16,length=1"
+    drafter = engine.drafter(spec)[1]
+    branch = drafter.executor.rollouts.branch
 
-    def note(name, *arguments):
-        if name == "branch":
-            widths.append((len(arguments[0]), max(len(row) for _, rows in arguments[0] for row in rows)))
-        tell(name, *arguments)
+    def note(messages):
+        widths.append((len(messages), max(len(row) for _, rows in messages for row in rows)))
+        branch(messages)
 
-    drafter.executor.tell = note
+    drafter.executor.rollouts.branch = note
     for number in range(12):
-        engine.add(
-            PROMPTS[number % 4], SamplingParams(max_tokens=4 + number, ignore_eos=True), f"{INLINE},width=16,length=1"
-        )
+        engine.add(PROMPTS[number % 4], SamplingParams(max_tokens=4 + number, ignore_eos=True), spec)
     list(engine.run())
     assert all(width <= max(1, 64 // count) for count, width in widths)
     assert max(width for _, width in widths) == 16
@@ -154,23 +146,24 @@ def test_a_process_that_was_killed_is_told_and_started_anew(llm):
 
 
 @processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_its_process_ends_however_this_one_does(tiny, number):
     program = (
-        "import sys; from hasten import LLM, SamplingParams; from hasten.methods.systems import executors\n"
-        f"llm = LLM({str(tiny)!r}, dtype='float32', method={PROCESS!r})\n"
-        "for _ in llm.stream([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True)):\n"
-        f"    print(llm.engine.drafter({PROCESS!r})[1].executor.pid, flush=True)\n"
-        "    sys.stdin.read(1)\n"
+        "import sys; from pathlib import Path\n"
+        "from hasten.methods.drafters.small_model import SmallCheckpoint\n"
+        "from hasten.methods.systems.executors import Process, Setup\n"
+        f"checkpoint = SmallCheckpoint(Path({f'{tiny}-draft'!r}), 'float32', 'cpu', 'auto')\n"
+        "process = Process(Setup(checkpoint, frozenset(), 4, 0.0, 2, (0,), False))\n"
+        "process.start()\n"
+        "print(process.pid, flush=True)\n"
+        "sys.stdin.read(1)\n"
     )
-    command = [sys.executable, "-c", program]
-    pipe = subprocess.PIPE
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as owner:
         assert owner.stdout is not None
         worker = int(owner.stdout.readline())
         assert _alive(worker)
         owner.send_signal(number)
-        owner.wait(20)
     assert _ends(worker)
 
 

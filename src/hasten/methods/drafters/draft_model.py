@@ -109,7 +109,7 @@ class DraftModel(SmallModelDrafter):
             sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
             first, vocabulary = growth.draft.tokens[0], min(request.sampler.vocabulary, model.config.vocab_size)
             chain = model.backend.chain(
-                model, sequence, first, len(request.tokens), vocabulary, most, growth.confidence / growth.values[0]
+                model, sequence, first, self.extent(request), vocabulary, most, growth.confidence / growth.values[0]
             )
             for token, probability in chain:
                 growth.add(len(growth.draft) - 1, token, probability)

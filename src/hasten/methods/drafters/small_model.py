@@ -221,6 +221,10 @@ class Growth(ABC):
             return [iter(pairs) for pairs in rows]
         return self.matching.children(distribution, self.frontier, paths, most)
 
+    def row(self, node: int) -> int | None:
+        """The pending row of a node; None where it was not fed."""
+        return self._slots[node][-1] if node in self._slots else None
+
     def feed(self) -> Tensor | None:
         """Number the frontier behind the rows fed before; boolean [frontier, fed] says which rows each one sees.
 
@@ -342,6 +346,10 @@ class SmallModelDrafter(Drafter):
         """How many tokens a request has for the small model."""
         return len(request.tokens)
 
+    def context(self, request: Request) -> Sequence[int]:
+        """These tokens."""
+        return request.tokens
+
     def _slots(self, extent: int, left: int) -> int:
         """Slots that a request's cache begins with; see `grown`."""
         return extent + min(left, 512) + self.headroom_rows
@@ -412,7 +420,7 @@ class SmallModelDrafter(Drafter):
     def _words(self, request: Request, start: int, stop: int) -> list[int]:
         """Some of a request's tokens. What says nothing to this model (another one's embeddings, tokens beyond its own)
         is some word to it."""
-        tokens, known = request.tokens[start:stop], self.model.config.vocab_size
+        tokens, known = list(self.context(request)[start:stop]), self.model.config.vocab_size
         if not request.spans and known >= request.sampler.vocabulary:
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
@@ -429,11 +437,17 @@ class SmallModelDrafter(Drafter):
             if mask is not None:
                 mask = mask.to(self.model.device)
             spans.append(Span(self._sequence(growth.request), start, len(tokens), mask, extend=True))
-        return self._forward(tokens, positions, spans, range(len(tokens)) if heard else ())
+        return self._forward(tokens, positions, spans, range(len(tokens)) if heard else (), drafted=True)
 
-    def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
+    def _forward(
+        self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int], drafted: bool = False
+    ) -> Tensor:
         device = self.model.device
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
+        return self.drafted(rows, wanted) if drafted else self.model.forward(rows, wanted)
+
+    def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        """The pass over nodes of drafts; see `Model.forward`. Committed tokens are always read by the model itself."""
         return self.model.forward(rows, wanted)
 
     def _sequence(self, request: Request) -> SequenceCache:

@@ -112,7 +112,7 @@ class Tree(Growth):
     @property
     def unfed(self) -> list[int]:
         """Nodes of the window that the small model has not read."""
-        return [node for node in self.window if node not in self._slots]
+        return [node for node in self.window if self.row(node) is None]
 
     def shown(self) -> Window:
         """The window as the target gets it."""
@@ -154,7 +154,7 @@ class Tree(Growth):
             return None, []
         start = self.branches.get((len(accepted), came[-1]))
         nodes = accepted if start is None else [*accepted, start]
-        return start, [self._slots[node][-1] for node in nodes if node in self._slots]
+        return start, [row for row in map(self.row, nodes) if row is not None]
 
     def adopt(self, other: Tree, start: int) -> None:
         """Take another tree's chain as the window, as far as it has grown."""
