@@ -27,6 +27,7 @@ from hasten.cache import Cache
 from hasten.engine import Engine
 from hasten.methods.drafters.small_model import find_small_model
 from hasten.methods.systems.easyspec import LayerSeconds, critical_path
+from hasten.methods.systems.executors import Process
 from hasten.methods.systems.mirror import Mirror
 from hasten.model import Decoder, Rows
 
@@ -34,10 +35,16 @@ from hasten.model import Decoder, Rows
 class Way:
     """A method, and what it made of the prompts, one after the other."""
 
-    def __init__(self, llm: LLM, spec: str, prompts: list[list[int]], params: SamplingParams) -> None:
+    def __init__(
+        self, llm: LLM, spec: str, prompts: list[list[int]], params: SamplingParams, drafter_core: int | None = None
+    ) -> None:
         engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids, folder=llm.engine.target.folder)
         self.drafter = engine.drafter(spec)[1]
         self.drafter.prepare()
+        if drafter_core is not None:
+            # Not one of those of this process, of which the method would choose.
+            assert isinstance(self.drafter, Mirror) and isinstance(self.drafter.executor, Process)
+            os.sched_setaffinity(self.drafter.executor.pid, [drafter_core])
         self.outputs: list[list[int]] = []
         started, steps, self.proposed, self.accepted = time.perf_counter(), 0, 0, 0
         for prompt in prompts:
@@ -54,7 +61,8 @@ class Way:
     def line(self, name: str, plain: Way) -> str:
         same = "" if self.outputs == plain.outputs else "  OTHER TOKENS"
         speed = self.tokens / self.seconds
-        return f"{name:34} {speed:8.1f} tokens/s  {plain.seconds / self.seconds:5.2f}x  {self.per_step:5.2f} per step{same}"
+        factor = plain.seconds / self.seconds
+        return f"{name:34} {speed:8.1f} tokens/s  {factor:5.2f}x  {self.per_step:5.2f} per step{same}"
 
 
 def mirror(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], params: SamplingParams) -> None:
@@ -73,14 +81,8 @@ def mirror(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], para
     layers = len(llm.model.config.layers)
     for layer in sorted({max(1, layers // 4), max(1, layers // 2), max(1, 3 * layers // 4)}):
         for width in (1, 4, 8):
-            # The drafter's core is not among those of this process any more.
-            os.sched_setaffinity(0, mine)
-            way = Way.__new__(Way)
-            spec = f"mirror-sd:executor=process,{draft},layer={layer},width={width}"
-            engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids, folder=llm.engine.target.folder)
-            engine.drafter(spec)[1].prepare()
-            os.sched_setaffinity(0, mine[:-1])
-            way.__init__(llm, spec, prompts, params)
+            spec = f"mirror-sd:executor=process,pin=false,{draft},layer={layer},width={width}"
+            way = Way(llm, spec, prompts, params, drafter_core=mine[-1])
             print(way.line(f"mirror-sd, layer {layer}, width {width}", plain))
             assert isinstance(way.drafter, Mirror)
             print(f"    {law(way.drafter)}")
@@ -155,7 +157,7 @@ def main() -> None:
     parser.add_argument("--gather", type=float, default=0.0, help="seconds to bring a group's outputs together")
     options = parser.parse_args()
     llm = LLM(options.model)
-    texts = [prompt.text for prompt in load_suite(options.suite, options.per_task)]
+    texts = [prompt.prompt for prompt in load_suite(options.suite, options.per_task)]
     prompts = [llm.tokenizer(text)["input_ids"] for text in texts]
     params = SamplingParams(max_tokens=options.tokens)
     {"mirror": mirror, "easyspec": easyspec}[options.what](llm, options, prompts, params)

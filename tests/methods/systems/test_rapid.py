@@ -108,3 +108,24 @@ def test_what_it_refuses(llm, monkeypatch):
     for wrong in ("query=0", "chunk=0", "ratio=0", "least=60"):
         with pytest.raises(UserError, match=f"rapid: {wrong.partition('=')[0]} must"):
             llm.engine.drafter(f"rapid:{wrong}")
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+def test_transfer_judges_by_what_was_moved(llm, kind):
+    """Without strength, greedily, the target's tokens; with it, others, for which the drafter is the reason."""
+    asked, spec = SamplingParams(max_tokens=40, ignore_eos=True, **kind), SPEC.replace("rapid", "rapid-transfer")
+    plain = llm.generate([LONG], asked, "plain")[0].token_ids
+    still, far = (llm.generate([LONG], asked, f"{spec},strength={strength}")[0] for strength in (0, 60))
+    assert far.token_ids != plain
+    assert len(far.token_ids) == 40 and far.choices[0].statistics.accepted > still.choices[0].statistics.accepted
+    if not kind:
+        assert still.token_ids == plain
+    again = llm.generate([LONG, LONG[:70]], asked, f"{spec},strength=60")[0]
+    assert again.token_ids == far.token_ids
+
+
+def test_transfer_refuses_trees(llm):
+    with pytest.raises(UserError, match="rapid-transfer: width must be 1"):
+        llm.engine.drafter("rapid-transfer:width=2")
+    with pytest.raises(UserError, match="rapid-transfer: strength must be"):
+        llm.engine.drafter("rapid-transfer:strength=-1")

@@ -5,25 +5,31 @@ even a small drafter is slow, as its own cache is read for each token. So the dr
 chunks that a retriever finds (`retrieval.py`), in their order, with both ends of the prompt. Then the target itself
 may be the drafter (`model=self`, the same weights and a second, short cache), or a small model.
 
-Exactness: lossless. The target reads the whole prompt and verifies all. The paper's quality transfer, which moves the
-target's distribution towards the drafter's (its eta above 0), is another method's text and is not here.
+Exactness: `rapid` is lossless: the target reads the whole prompt and verifies all. `rapid-transfer` is lossy, by intent:
+where the drafter is surer, the target's distribution is moved towards its own before it judges (`Transfer`), since a
+model may answer better from what was retrieved than from all. The paper's proof that this gives the target's
+distribution holds without the move only; with it a token that both gain comes out more often than the target says it.
 
 Different from the paper: chunks are of tokens, cut anywhere; the query is what stands at both ends of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.engine import Request, Target, register
+from torch import Tensor
+
+from hasten.engine import Drawn, Request, Target, Transfer, register
 from hasten.errors import require
-from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
+from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters, Levels
 from hasten.methods.drafters.small_model import load_small_model
 from hasten.methods.systems.retrieval import BM25, Encoder, Retriever, shortened
 from hasten.model import Model
 
+DRAWN = 24
+"""Bytes per token of a distribution that is kept: itself, and its ids and sums while it is drawn from."""
 HEAD = 32
 """Tokens at the beginning of a prompt that are always kept: what opens a chat, and what is asked for."""
 
@@ -114,3 +120,71 @@ class Rapid(DraftModel):
 
     def context(self, request: Request) -> Sequence[int]:
         return [*self._contexts[request.id], *request.output]
+
+
+@dataclass(frozen=True)
+class TransferParameters(RapidParameters):
+    """Parameters of the drafter.
+
+    Attributes:
+        strength: of the move: the paper's eta, 10 or 20 where the target drafts for itself, 40 or 50 for a larger drafter.
+        tail: tokens of less than this share of the drafter's likeliest one are not moved.
+
+    Raises:
+        UserError: out of range.
+    """
+
+    slug: ClassVar[str] = "rapid-transfer"
+
+    strength: float = 10.0
+    tail: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks = (
+            (0 <= self.strength <= 100, "strength must be between 0 and 100"),
+            (0 <= self.tail <= 1, "tail must be between 0 and 1"),
+            (self.width == 1, "width must be 1: it judges chains"),
+        )
+        require(checks, self.slug)
+
+
+@register(
+    "rapid-transfer",
+    family="systems",
+    exactness="lossy",
+    paper="2502.20330",
+    title="RAPID: the target's answers, moved towards the retrieving drafter's",
+    parameters=TransferParameters,
+)
+class RapidTransfer(Rapid):
+    """Drafts as `rapid` does, drawn from distributions that verification is given."""
+
+    plain_tokens = False
+    parameters: TransferParameters
+
+    def start(self, request: Request, budget: int) -> Levels:
+        growth = _Drawn(self, request, budget, self.parameters)
+        growth.draft.transfer = Transfer(self.parameters.strength, self.parameters.tail)
+        return growth
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        """What all nodes were drawn from stays until they are verified, beside what the base says."""
+        kept = sum(min(nodes, self.parameters.levels) * DRAWN * request.sampler.vocabulary for request in requests)
+        return super().scratch_bytes(requests, nodes) + kept
+
+
+class _Drawn(Levels):
+    """A chain of tokens that are drawn, whatever rule the request would choose; or, greedily, of the likeliest ones."""
+
+    def __init__(self, drafter: RapidTransfer, request: Request, budget: int, parameters: TransferParameters) -> None:
+        super().__init__(drafter, request, budget, parameters)
+        self.sampled = not request.params.greedy
+
+    def children(self, logits: Tensor, most: int) -> list[Iterator[tuple[int, float]]]:
+        if self.request.params.greedy:
+            paths = [self.paths[node] for node in self.frontier]
+            scores = self.drafter.distribution(self.request, logits, paths).scores
+            for node, each in zip(self.frontier, scores.double().softmax(-1).nan_to_num(0.0).cpu(), strict=True):
+                self.draft.drawn[node] = Drawn(each)
+        return super().children(logits, most)
