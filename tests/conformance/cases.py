@@ -40,7 +40,6 @@ VARIANTS = {
     ],
     # A drafter of two layers has none to compute at once: tests/methods/systems/test_easyspec.py has a deeper one.
     "easyspec": ["easyspec:confidence=0,length=4"],
-    "rapid": ["rapid:least=40,query=4,chunk=3", "rapid:model=auto,least=37,query=2,chunk=2,width=2,length=3"],
     "mirror-sd": ["mirror-sd:executor=inline", "mirror-sd:executor=inline,confidence=0,length=3,width=8"],
     "medusa": ["medusa:nodes=12", "medusa:tree=static,nodes=30"],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.

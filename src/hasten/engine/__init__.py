@@ -5,7 +5,7 @@ from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.view import Hypothesis, View
 from hasten.engine.canvas.window import BlockWindow, FullWindow, Passes, Window
 from hasten.engine.context import ContextPolicy
-from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe, Transfer
+from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
 from hasten.engine.job import Job
@@ -43,7 +43,6 @@ __all__ = [
     "SamplingParams",
     "Statistics",
     "Target",
-    "Transfer",
     "TokenLogprobs",
     "View",
     "Window",

@@ -49,21 +49,6 @@ class Probe:
         return max(0, len(self.tokens) - self.silent)
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """A drafter that may know better: verification moves the target's distribution towards the one that it drew from.
-
-    Lossy; for chains whose distributions are all in `Draft.drawn`. See `hasten.engine.drafting.verification.transferred`.
-
-    Attributes:
-        strength: of the move, 0 for none.
-        tail: tokens of less than this share of the drafter's likeliest one are not moved.
-    """
-
-    strength: float
-    tail: float
-
-
 @dataclass
 class Draft:
     """Node i is `tokens[i]` below node `parents[i]` (ROOT or an earlier node).
@@ -71,7 +56,7 @@ class Draft:
     A node listed in `drawn` (or ROOT) has sampled children; all other nodes have deterministic ones (top-k, lookup).
     The acceptance rule follows from that, per node. `estimates` are the drafter's own, one per node or none at all: the
     probability that verification accepts the node and all above it. Their sum is the expected number of accepted
-    tokens; planners read them. `probes` are further rows of the step. `transfer` asks for another, lossy rule.
+    tokens; planners read them. `probes` are further rows of the step.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -79,7 +64,6 @@ class Draft:
     drawn: dict[int, Drawn] = field(default_factory=dict)
     estimates: list[float] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
-    transfer: Transfer | None = None
 
     @classmethod
     def chain(cls, tokens: Sequence[int], estimates: Sequence[float] = ()) -> Draft:
@@ -174,7 +158,6 @@ class Draft:
             {number[node]: drawn for node, drawn in self.drawn.items() if node in number},
             [self.estimates[node] for node in nodes] if self.estimates else [],
             self._probes_of(number),
-            self.transfer,
         )
 
     def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
@@ -186,7 +169,7 @@ class Draft:
         depths: list[int] = []
         number: dict[int, int] = {ROOT: ROOT}
         closed: set[int] = set()
-        kept = Draft(transfer=self.transfer)
+        kept = Draft()
         for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=False)):
             level = 1 if parent == ROOT else depths[parent] + 1 if 0 <= parent < node else depth + 1
             depths.append(level)

@@ -88,7 +88,7 @@ class Speculation:
         """
         sampler, params = request.sampler, request.params
         matched = params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not self.draft.drawn)
-        if sampler.is_argmax or not matched or self.draft.transfer is not None or not answer.finite[0]:
+        if sampler.is_argmax or not matched or not answer.finite[0]:
             return None
         return sampler.walk(answer.logits, len(request.tokens), self.draft)
 
@@ -184,7 +184,7 @@ class Speculation:
     def _verify(self, request: Request, answer: Answer) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
         sampler, params, draft = request.sampler, request.params, self.draft
-        if sampler.is_argmax and draft.transfer is None:
+        if sampler.is_argmax:
             return verification.match(draft, answer.best)
         walk = self.walk(request, answer)
         if walk is not None:
@@ -194,14 +194,10 @@ class Speculation:
 
         def target(node: int) -> Tensor:
             row = node + 1
-            if params.greedy:
-                return sampler.adjusted(logits[row : row + 1], [paths[row]])[0].double().softmax(-1).cpu()
             return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
 
         coins = sampler.coins(len(request.tokens))
         with on_one_thread():
-            if draft.transfer is not None:
-                return verification.transferred(draft, target, coins, draft.transfer, params.greedy)
             if params.acceptance == "max":
                 return verification.reject(draft, target, coins)
             return verification.typical(draft, target, coins, params)

@@ -5,8 +5,7 @@ descends while a child has that token; the output is what plain decoding would g
 `max`, where a draft has sampled nodes: Leviathan et al. 2211.17192 and Chen et al. 2302.01318 for a sampled child
 (rule B), SpecInfer 2305.09781 for several drawn with replacement (C), Sequoia 2402.12374 without (D); deterministic
 children are one-hot rounds of the same recursion. A draft without sampled nodes is matched (A), which accepts as often.
-`typical`: Medusa 2401.10774, section 2.3.1; lossy. `transferred`: RAPID 2502.20330, algorithm 1; lossy, where a draft
-asks for it.
+`typical`: Medusa 2401.10774, section 2.3.1; lossy.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Transfer
+from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.sampling.noise import Uniforms
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import draw
@@ -59,7 +58,11 @@ def reject(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms) -> Ve
         residual = target(node)
         accepted = None
         drawn = draft.drawn.get(node)
-        proposal = None if drawn is None else _dense(drawn, residual)
+        proposal = None
+        if drawn is not None:
+            proposal = drawn.probabilities.clone()
+            if drawn.ids is not None:
+                proposal = torch.zeros_like(residual).index_add_(0, drawn.ids, proposal)
         tried: set[int] = set()
         for rank, child in enumerate(below.get(node, ())):
             token = draft.tokens[child]
@@ -124,43 +127,3 @@ def typical(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms, para
         return Verdict([], first)
     best = max(score, key=lambda node: score[node])
     return Verdict(draft.path(best), draw(at(best), coins.draw()))
-
-
-def transferred(
-    draft: Draft, target: Callable[[int], Tensor], coins: Uniforms, transfer: Transfer, greedy: bool
-) -> Verdict:
-    """A chain against the target's distributions p, moved towards those that it was drawn from, q.
-
-    A token is accepted as often as `moved` over q allows, and drawn from what p has above both of them otherwise. So it
-    comes out with min(q, moved), and its share of the rest: p itself for a strength of 0, and more than p has for what
-    the drafter is surer of. Greedily the likeliest token of `moved` is right. Behind the chain p decides.
-    """
-    below, path, node = draft.children(), list[int](), ROOT
-    while True:
-        p, drawn = target(node), draft.drawn.get(node)
-        if drawn is None or node not in below:
-            return Verdict(path, int(p.argmax()) if greedy else draw(p, coins.draw()))
-        q, child = _dense(drawn, p), below[node][0]
-        towards, token = moved(p, q, transfer), draft.tokens[child]
-        if greedy:
-            likeliest = int(towards.argmax())
-            if likeliest != token:
-                return Verdict(path, likeliest)
-        elif coins.draw() * float(q[token]) >= float(towards[token]):
-            rest = (p - torch.minimum(towards, q)).clamp(min=0)
-            return Verdict(path, draw(rest if float(rest.sum()) > 0 else p, coins.draw()))
-        path.append(child)
-        node = child
-
-
-def moved(p: Tensor, q: Tensor, transfer: Transfer) -> Tensor:
-    """softmax(log p + strength * (q - p)), but for the tail of q: a step of distillation on the target's logits."""
-    step = transfer.strength * (q - p)
-    return (p.log() + step.masked_fill(q < transfer.tail * q.max(), 0.0)).softmax(-1)
-
-
-def _dense(drawn: Drawn, like: Tensor) -> Tensor:
-    """Probabilities over the whole vocabulary, a copy."""
-    if drawn.ids is None:
-        return drawn.probabilities.clone()
-    return torch.zeros_like(like).index_add_(0, drawn.ids, drawn.probabilities)

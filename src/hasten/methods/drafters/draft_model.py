@@ -86,8 +86,8 @@ class DraftModel(SmallModelDrafter):
     def widest(self, nodes: int) -> int:
         return min(nodes, self.parameters.width)
 
-    def start(self, request: Request, budget: int) -> Levels:
-        return Levels(self, request, budget, self.parameters)
+    def start(self, request: Request, budget: int) -> _Levels:
+        return _Levels(self, request, budget, self.parameters)
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         """As the base says; the greedy chain of a lone request is one native call, where the model runs natively."""
@@ -109,7 +109,7 @@ class DraftModel(SmallModelDrafter):
             sequence, most = self._sequence(request), min(growth.depth, growth.nodes) - 1
             first, vocabulary = growth.draft.tokens[0], min(request.sampler.vocabulary, model.config.vocab_size)
             chain = model.backend.chain(
-                model, sequence, first, self.extent(request), vocabulary, most, growth.confidence / growth.values[0]
+                model, sequence, first, len(request.tokens), vocabulary, most, growth.confidence / growth.values[0]
             )
             for token, probability in chain:
                 growth.add(len(growth.draft) - 1, token, probability)
@@ -118,7 +118,7 @@ class DraftModel(SmallModelDrafter):
         return [growth.draft]
 
 
-class Levels(Growth):
+class _Levels(Growth):
     """Level by level, as many nodes expanded on each as the width says."""
 
     def __init__(self, drafter: DraftModel, request: Request, budget: int, parameters: DraftModelParameters) -> None:

@@ -346,10 +346,6 @@ class SmallModelDrafter(Drafter):
         """How many tokens a request has for the small model."""
         return len(request.tokens)
 
-    def context(self, request: Request) -> Sequence[int]:
-        """These tokens."""
-        return request.tokens
-
     def _slots(self, extent: int, left: int) -> int:
         """Slots that a request's cache begins with; see `grown`."""
         return extent + min(left, 512) + self.headroom_rows
@@ -420,7 +416,7 @@ class SmallModelDrafter(Drafter):
     def _words(self, request: Request, start: int, stop: int) -> list[int]:
         """Some of a request's tokens. What says nothing to this model (another one's embeddings, tokens beyond its own)
         is some word to it."""
-        tokens, known = list(self.context(request)[start:stop]), self.model.config.vocab_size
+        tokens, known = request.tokens[start:stop], self.model.config.vocab_size
         if not request.spans and known >= request.sampler.vocabulary:
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
