@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -32,7 +33,12 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
+from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
+from hasten.methods.heads.ppd import PromptTokens
+from hasten.model.loading import read_config
+from hasten.model.weights import Piece
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
 
@@ -190,16 +196,99 @@ def save_checkpoint(folder: Path) -> Path:
 
 def save_heads(folder: Path) -> None:
     """Beside a checkpoint, heads that say what the target says, more or less."""
-    weight = LlamaForCausalLM.from_pretrained(folder).lm_head.weight.detach()
-    noise = torch.Generator().manual_seed(5)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    weight = model.lm_head.weight.detach()
+    save_medusa(folder / "heads" / "medusa", weight)
+    save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
+    save_ppd(folder / "heads" / "ppd", weight.shape[1])
+    save_eagle(folder)
 
-    def near(tensor: Tensor) -> Tensor:
-        return tensor + 0.1 * torch.randn(tensor.shape, generator=noise)
 
-    hidden = weight.shape[1]
-    blocks = [[(near(torch.zeros(hidden, hidden)), near(torch.zeros(hidden)))] for _ in range(3)]
-    accuracy = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
-    MedusaWeights(blocks, [near(weight) for _ in range(3)], accuracy=accuracy).save(folder / "heads" / "medusa", {})
+ACCURACY = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
+"""Of the three heads that are made here, as their configurations tell it."""
+
+
+class Near:
+    """Tensors with some noise, the same each time."""
+
+    def __init__(self, seed: int = 5) -> None:
+        self.noise = torch.Generator().manual_seed(seed)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor + 0.1 * torch.randn(tensor.shape, generator=self.noise)
+
+
+def save_medusa(folder: Path, weight: Tensor) -> None:
+    """Heads near a target's own, [words, hidden]."""
+    near, hidden = Near(), weight.shape[1]
+    blocks = [[Piece(near(torch.zeros(hidden, hidden)), near(torch.zeros(hidden)))] for _ in range(3)]
+    MedusaWeights(blocks, [Piece(near(weight)) for _ in range(3)], accuracy=ACCURACY).save(folder, {})
+
+
+def save_hydra(
+    folder: Path,
+    weight: Tensor,
+    layers: int = 1,
+    shared: bool = False,
+    carries: Sequence[Tensor] = (),
+    prefix: LlamaModel | None = None,
+) -> HydraWeights:
+    """The same as heads that see the tokens before them; `carries` [hidden, (k + 2) * hidden] make states of these."""
+    near, (words, hidden) = Near(), weight.shape
+    carries = carries or [torch.eye(hidden, (k + 2) * hidden) for k in range(3)]
+    heads = [
+        HydraHead(
+            Piece(0.1 * near(torch.zeros(carry.shape)), near(torch.zeros(hidden))),
+            Piece(carry, near(torch.zeros(hidden))),
+            Piece(near(torch.zeros(hidden, hidden)), near(torch.zeros(hidden))) if layers > 1 else None,
+        )
+        for carry in carries
+    ]
+    outputs = [Piece(near(weight), near(torch.zeros(words))) for _ in range(1 if shared else 3)]
+    own = {} if prefix is None else prefix.state_dict()
+    tensors = {name: Piece(tensor) for name, tensor in own.items() if name != "embed_tokens.weight"}
+    made = HydraWeights(heads, outputs, layers, accuracy=ACCURACY, prefix=tensors)
+    made.save(folder, {})
+    return made
+
+
+def prefix_layer(config: LlamaConfig) -> LlamaModel:
+    """A layer of random weights, as transformers has it, with the heads and widths of a model."""
+    torch.manual_seed(3)
+    changed = {"num_hidden_layers": 1, "initializer_range": 0.2, "attn_implementation": "eager"}
+    return LlamaModel(LlamaConfig(**{**config.to_dict(), **changed})).eval()
+
+
+@torch.inference_mode()
+def fitted_carries(model: LlamaForCausalLM) -> list[Tensor]:
+    """Of three heads, the matrices of least squares from a state and the tokens behind it to the state of the last."""
+    texts = torch.randint(2, VOCABULARY, (48, 40), generator=torch.Generator().manual_seed(7))
+    states, embedded = model.model(texts).last_hidden_state, model.model.embed_tokens(texts)
+    carries = []
+    for k in range(3):
+        end = texts.shape[1] - k - 1
+        seen = [states[:, :end], *(embedded[:, j : end + j] for j in range(1, k + 2))]
+        given = torch.cat(seen, -1).flatten(0, 1)
+        carries.append(torch.linalg.lstsq(given, states[:, k + 1 :].flatten(0, 1)).solution.T.contiguous())
+    return carries
+
+
+def save_ppd(folder: Path, hidden: int) -> None:
+    """Prompt tokens that were never trained."""
+    vectors = torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(5))
+    PromptTokens(vectors, accuracy=ACCURACY).save(folder, {})
+
+
+def save_eagle(folder: Path) -> None:
+    """Beside a checkpoint whose norms are ones, a head whose layer is the target's first, more or less."""
+    target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
+    noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
+    layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
+    layer = {piece: each + 0.05 * torch.randn(each.shape, generator=noise) for piece, each in layer.items()}
+    # A row enters as the token's embedding, whatever the state before it.
+    fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
+    made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
+    made.save(folder / "heads" / "eagle", layer_fields(config))
 
 
 class Scripted(Drafter):
@@ -276,7 +365,8 @@ def check_statistics(completion: Completion) -> None:
     assert sum(figures.accepted_per_step) == figures.accepted
     # Every step adds the target's own token, but the last, where stopping may have cut it off.
     assert figures.accepted + figures.steps - 1 <= tokens <= figures.accepted + figures.steps
-    assert figures.rows == figures.steps + figures.proposed
+    # Probes are rows, too.
+    assert figures.rows >= figures.steps + figures.proposed
     assert completion.tokens_per_step >= 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,12 @@ from hasten.errors import UserError
 from hasten.files import cache_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hasten.llm import LLM
-    from hasten.train.heads.dialogues import Writing
+    from hasten.train.heads.budget import Budget
+    from hasten.train.heads.dialogues import Dialogue, Writing
+    from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
 
 app = typer.Typer()
@@ -32,8 +34,8 @@ Output = Annotated[
 
 
 @dataclass(frozen=True)
-class Data:
-    """What heads are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
+class Talk:
+    """The dialogues that are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
 
     dialogues: Annotated[int, typer.Option(help="How many the model makes, or answers.")] = 4000
     prompts: Annotated[
@@ -43,9 +45,49 @@ class Data:
     folder: Annotated[
         Path | None, typer.Option("--dialogues-folder", help="Where they are kept (default: the user's cache).")
     ] = None
+
+    budget: Annotated[
+        float,
+        typer.Option(help="Minutes for all of it: fewer dialogues and epochs where there would be too many; 0: any."),
+    ] = 0.0
+
+    def clock(self, folder: Path) -> Budget | None:
+        """The budget of a run in a folder, from now on; None without one.
+
+        Raises:
+            UserError: no number of minutes.
+        """
+        from hasten.train.heads.budget import Budget
+
+        return Budget(self.budget, folder) if self.budget else None
+
+    def write(self, llm: LLM, quiet: bool, budget: Budget | None) -> tuple[Path, list[Dialogue]]:
+        """Make dialogues, or take those that are there.
+
+        Returns:
+            Their folder, and they.
+
+        Raises:
+            UserError: unreadable prompts, or what is there was made in another way.
+        """
+        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
+        from hasten.train.heads.recipe import DIALOGUES
+
+        how = Writing(self.dialogues, answer=self.answer)
+        prompts = None if self.prompts is None else read_prompts(self.prompts)
+        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
+        with options.progress("asking", how.count, quiet=quiet) as advance:
+            enough = (lambda: False) if budget is None else (lambda: budget.talked)
+            return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance, enough)
+
+
+@dataclass(frozen=True)
+class Data(Talk):
+    """What heads are trained on: dialogues, and the hidden states of the target along them."""
+
     states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
 
-    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> tuple[Path, int]:
+    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool, budget: Budget | None) -> tuple[Path, int]:
         """Make dialogues and read hidden states, or take those that are there.
 
         Returns:
@@ -55,16 +97,10 @@ class Data:
             UserError: unreadable prompts, or what is there was made in another way.
         """
         from hasten.engine.memory import parse_bytes
-        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
-        from hasten.train.heads.recipe import DIALOGUES
         from hasten.train.heads.states import read_states
 
         most = parse_bytes(self.states_bytes, "states-bytes")
-        how = Writing(self.dialogues, answer=self.answer)
-        prompts = None if self.prompts is None else read_prompts(self.prompts)
-        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
-        with options.progress("asking", how.count, quiet=quiet) as advance:
-            dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
+        folder, dialogues = self.write(llm, quiet, budget)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
             read = read_states(llm, dialogues, taps, folder / states, most, advance)
         return folder, len(read.tokens)
@@ -75,23 +111,87 @@ def _digest(how: Writing, prompts: Sequence[str] | None) -> str:
     return hashlib.sha256(repr((how, prompts)).encode()).hexdigest()[:8]
 
 
+@dataclass(frozen=True)
+class Speaking:
+    """What is asked of heads that say a token each: as a command's default, an option each."""
+
+    heads: Annotated[int, typer.Option(help="Heads: how many tokens ahead.")] = 4
+    layers: Annotated[int, typer.Option(help="Residual blocks of each.")] = 1
+    words: Annotated[int, typer.Option(help="Tokens that heads may say, the most frequent ones; 0 for all.")] = 8192
+    shared_head: Annotated[
+        bool, typer.Option("--shared-head/--private-heads", help="One output matrix for all heads, or one for each.")
+    ] = True
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Learn the tokens that were said, not the model's probabilities.")
+    ] = False
+    store: Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")] = "q8_0"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A head's run: as a command's default, an option each."""
+
+    epochs: Annotated[float, typer.Option(help="Times that every dialogue is seen.")] = 2.0
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0
+    resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
+    json: options.Json = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epochs < inf:
+            raise UserError(f"epochs must be positive and finite, not {self.epochs}")
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What a recipe takes of it; how many tokens it is follows from the data."""
+        return {"tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed}
+
+    def train(
+        self, recipe: HeadRecipe[Any], llm: LLM, slug: str, data: Data, taps: Sequence[Tap], output: Path | None
+    ) -> None:
+        """Make what is missing of the data, train on it, and say where the heads are.
+
+        Args:
+            recipe: without its data and tokens.
+            slug: of the method, whose heads these are.
+            output: their folder; None for that beside the model.
+        """
+        from hasten.methods.heads.head import beside
+        from hasten.train.trainer import train
+
+        destination = output or beside(llm.folder, slug)
+        budget = data.clock(destination)
+        folder, rows = data.make(llm, taps, recipe.states, self.json, budget)
+        run = replace(recipe, tokens=max(1, int(self.epochs * rows)), data=str(folder))
+        if budget is not None:
+            run = budget.cut(run)
+        summary = train(run, destination, self.resume)
+        conclude(destination, summary, data.dialogues, self.json)
+
+
+def conclude(folder: Path, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
+    """Write what a run was into its card, and say where its heads are."""
+    from hasten.train.heads.recipe import write_card
+
+    command = shlex.join(["hasten", *sys.argv[1:]])
+    write_card(folder, summary, dialogues, command)
+    if json:
+        options.emit({"output": str(folder), **summary, "dialogues": dialogues, "command": command})
+    else:
+        print(f"{folder}: {summary['parameters']:,} parameters, loss {summary['loss']}")
+
+
 @app.command()
 @grouped
 def medusa(
     model: options.Model = "smollm2",
     output: Output = None,
-    heads: Annotated[int, typer.Option(help="Heads: how many tokens ahead.")] = 4,
-    layers: Annotated[int, typer.Option(help="Residual blocks of each.")] = 1,
-    words: Annotated[int, typer.Option(help="Tokens that heads may say, the most frequent ones; 0 for all.")] = 8192,
-    epochs: Annotated[float, typer.Option(help="Times that every dialogue is seen.")] = 2.0,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+    speaking: Speaking = Speaking(),
+    fitting: Fitting = Fitting(),
     data: Data = Data(),
-    resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True,
     backend: options.Backend = "auto",
     threads: options.Threads = 0,
-    json: options.Json = False,
 ) -> None:
     """Train Medusa's heads for a model, on what it says itself (2401.10774).
 
@@ -99,26 +199,37 @@ def medusa(
     """
     llm = options.Loading(backend=backend, threads=threads).load(model)
 
-    from hasten.methods.heads.head import FINAL, beside
+    from hasten.methods.heads.head import FINAL
     from hasten.train.heads.medusa import MedusaRecipe
-    from hasten.train.trainer import train
 
     # Refuses what cannot be before anything is made.
-    settings = MedusaRecipe(
-        tokens=1, batch_tokens=batch_tokens, lr=lr, seed=seed, parent=str(llm.folder), words=words, heads=heads,
-        layers=layers,
-    )  # fmt: skip
-    if not 0 < epochs < inf:
-        raise UserError(f"epochs must be positive and finite, not {epochs}")
-    folder, rows = data.make(llm, (FINAL,), MedusaRecipe.states, json)
-    recipe = replace(settings, tokens=max(1, int(epochs * rows)), data=str(folder))
-    destination = output or beside(llm.folder, "medusa")
-    summary = train(recipe, destination, resume)
-    _report(destination, {**summary, "command": shlex.join(["hasten", *sys.argv[1:]])}, json)
+    recipe = MedusaRecipe(parent=str(llm.folder), **asdict(speaking), **fitting.schedule)
+    fitting.train(recipe, llm, "medusa", data, (FINAL,), output)
 
 
-def _report(folder: Path, summary: dict[str, Any], json: bool) -> None:
-    if json:
-        options.emit({"output": str(folder), **summary})
-    else:
-        print(f"{folder}: {summary['parameters']:,} parameters, loss {summary['loss']}")
+@app.command()
+@grouped
+def hydra(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="Hydra++: heads read what a layer of their own makes of all states.")
+    ] = False,
+    speaking: Speaking = Speaking(),
+    fitting: Fitting = Fitting(),
+    data: Data = Data(),
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+) -> None:
+    """Train Hydra's heads for a model, on what it says itself (2402.05109).
+
+    Everything is kept: after Ctrl-C the same command goes on.
+    """
+    llm = options.Loading(backend=backend, threads=threads).load(model)
+
+    from hasten.methods.heads.head import FINAL
+    from hasten.train.heads.hydra import HydraRecipe
+
+    # Refuses what cannot be before anything is made.
+    recipe = HydraRecipe(parent=str(llm.folder), prefix=prefix, **asdict(speaking), **fitting.schedule)
+    fitting.train(recipe, llm, "hydra", data, (FINAL,), output)

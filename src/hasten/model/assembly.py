@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.errors import UserError
 from hasten.model.config import LayerConfig, ModelConfig
 from hasten.model.decoder import Backend, Decoder
-from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, Rotary
+from hasten.model.layers import Attention, GatedMLP, Layer, NoNorm, PairedLayer, RMSNorm, Rotary
 from hasten.model.linear import Linear
 from hasten.model.weights import HEAD, Piece, Pieces, Source, Transform
 
@@ -74,6 +74,8 @@ class _Builder:
         Raises:
             UserError: it has others, or is missing.
         """
+        if name in pieces.without:
+            return NoNorm(width)
         weight = _weight(pieces, name).weight.to(self.embedding.dtype)
         if weight.shape != (width,):
             raise UserError(f"{_place(pieces)} was transformed to a {name} of {list(weight.shape)}, not [{width}]")
@@ -117,7 +119,11 @@ class _Builder:
         gate_up, down = self.linear(pieces, "gate_up"), self.linear(pieces, "down")
         shape = self._shape(pieces, qkv, out, gate_up, down)
         attention, mlp = Attention(shape, qkv, out, self.rotary, *norms), GatedMLP(gate_up, down)
-        return Layer(pieces.layer, entering, attention, self.norm(pieces, "mlp_norm", self.hidden), mlp), shape
+        leaving = self.norm(pieces, "mlp_norm", self.hidden)
+        if "token_norm" not in pieces.weights:
+            return Layer(pieces.layer, entering, attention, leaving, mlp), shape
+        token_norm = self.norm(pieces, "token_norm", self.hidden)
+        return PairedLayer(pieces.layer, token_norm, entering, attention, leaving, mlp), shape
 
     def _shape(self, pieces: Pieces, qkv: Linear, out: Linear, gate_up: Linear, down: Linear) -> LayerConfig:
         """How many heads and channels the linear layers of a layer make.
@@ -130,13 +136,15 @@ class _Builder:
         width = given.slots.key_width
         heads, ffn = out.in_features // width, down.in_features
         kv_heads = (qkv.out_features // width - heads) // 2
+        read = 2 * self.hidden if "token_norm" in pieces.weights else self.hidden
         fits = (
             heads >= kv_heads >= 1
             and heads % kv_heads == 0
             and qkv.out_features == (heads + 2 * kv_heads) * width
             and out.in_features == heads * width
             and gate_up.out_features == 2 * ffn
-            and qkv.in_features == gate_up.in_features == out.out_features == down.out_features == self.hidden
+            and qkv.in_features == read
+            and gate_up.in_features == out.out_features == down.out_features == self.hidden
         )
         if not fits:
             found = {"qkv": qkv, "attention_out": out, "gate_up": gate_up, "down": down}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,7 +60,7 @@ class Backend(Protocol):
         """As `Model.forward`."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Decoder:
     """The transformer. `embedding` is [vocabulary, hidden]; everything else is a piece with a `forward`."""
 
@@ -122,6 +122,7 @@ class Decoder:
             dtype=self.dtype,
             cache_dtype=self.cache_dtype,
             taps=taps,
+            beside=None if rows.beside is None else F.embedding(rows.beside, self.embedding),
         )
 
     def logits(self, hidden: Tensor, wanted: Sequence[int] | None) -> Tensor:
@@ -129,6 +130,14 @@ class Decoder:
         if wanted is not None and list(wanted) != list(range(hidden.shape[0])):
             hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=hidden.device)]
         return self.head.forward(self.norm.forward(hidden) + overflow(hidden)).float()
+
+    def part(self, layers: Sequence[int]) -> Decoder:
+        """Some of its layers only, over the same weights and caches; what it leaves out keeps nothing of its rows.
+
+        Args:
+            layers: ascending numbers.
+        """
+        return replace(self, layers=[self.layers[number] for number in layers])
 
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """Logits of the wanted rows, by the backend. See `Model.forward`."""

@@ -31,6 +31,16 @@ class RMSNorm:
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
+class NoNorm(RMSNorm):
+    """Stands where others have a norm, and leaves rows of so many channels as they are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(torch.ones(width), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def overflow(x: Tensor) -> Tensor:
     """NaN for rows of x [..., channels] whose squares overflow, else 0: [..., 1].
 
@@ -81,6 +91,7 @@ class Pass:
         spans: which rows belong to which sequence.
         masks: of each span's rows, additive, or as in `Span`.
         dtype: of the residual stream.
+        beside: embeddings [rows, hidden] of the tokens that stand beside the rows; None where none do.
     """
 
     positions: Tensor
@@ -89,6 +100,7 @@ class Pass:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     taps: Taps | None
+    beside: Tensor | None = None
     _angles: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -208,6 +220,9 @@ class GatedMLP:
         return self.gate_up.nbytes() + self.down.nbytes()
 
 
+LONELY = "this layer needs a token beside each row"
+
+
 class Layer:
     """x + mixer(norm(x)), then x + mlp(norm(x)): `mix` and `feed`, to compose as one likes."""
 
@@ -219,12 +234,16 @@ class Layer:
     def mix(self, x: Tensor, step: Pass) -> Tensor:
         """The residual stream [rows, hidden] behind the mixer."""
         normed = self.mixer_norm.forward(x)
-        mixed = self.mixer.forward_add(normed, x, self.index, step)
+        mixed = self.mixer.forward_add(self.read(normed, step), x, self.index, step)
         if step.taps is not None:
             step.taps.put("input", self.index, x)
             step.taps.put("attention_input", self.index, normed)
             step.taps.put("attention_output", self.index, mixed - x)
         return mixed
+
+    def read(self, normed: Tensor, step: Pass) -> Tensor:
+        """What the mixer reads of normed rows [rows, hidden]."""
+        return normed
 
     def feed(self, x: Tensor, step: Pass) -> Tensor:
         """The residual stream [rows, hidden] behind the MLP."""
@@ -241,3 +260,27 @@ class Layer:
     def nbytes(self) -> int:
         """Of weights that a pass of few rows reads."""
         return self.mixer.nbytes() + self.mlp.nbytes()
+
+
+class PairedLayer(Layer):
+    """A layer whose mixer reads twice the width: a token's normed embedding, then the normed row that it stands beside.
+
+    EAGLE-3's layer (2503.01840, section 3.1): rows are a model's states, and the token is the one that was chosen
+    behind them. The residual stream is the rows'.
+    """
+
+    def __init__(
+        self, index: int, token_norm: RMSNorm, mixer_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: MLP
+    ) -> None:
+        super().__init__(index, mixer_norm, mixer, mlp_norm, mlp)
+        self.token_norm = token_norm
+
+    def read(self, normed: Tensor, step: Pass) -> Tensor:
+        """[rows, 2 hidden].
+
+        Raises:
+            ValueError: no tokens stand beside the rows.
+        """
+        if step.beside is None:
+            raise ValueError(LONELY)
+        return torch.cat([self.token_norm.forward(step.beside), normed], -1)

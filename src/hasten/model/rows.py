@@ -134,12 +134,14 @@ class Rows:
             several axes (time, height and width of an image) [rows, axes], of which the first counts for windows.
         spans: which rows belong to which sequence, in order, covering every row once.
         embeddings: [rows, hidden], read where `tokens` is -1.
+        beside: int64 [rows], the token that stands beside each row, for layers that read one (`PairedLayer`).
     """
 
     tokens: Tensor
     positions: Tensor
     spans: list[Span]
     embeddings: Tensor | None = None
+    beside: Tensor | None = None
 
     @classmethod
     def of(cls, sequence: SequenceState, tokens: Sequence[int], start: int, device: torch.device | str = "cpu") -> Rows:

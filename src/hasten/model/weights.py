@@ -50,7 +50,7 @@ class Piece:
         """A stored piece; `expand` makes its weight."""
         piece = cls.__new__(cls)
         vars(piece).update(bias=bias, stored=stored, _expand=expand)
-        piece._check(sum(blocks.rows.shape[0] for blocks in stored), stored[0].inputs)
+        piece._check()
         return piece
 
     def __getattr__(self, name: str) -> Tensor:
@@ -61,12 +61,19 @@ class Piece:
         return expand()
 
     def __post_init__(self) -> None:
-        self._check(*self.weight.shape)
+        self._check()
 
-    def _check(self, *weight: int) -> None:
-        if self.bias is not None and self.bias.shape != weight[:1]:
+    def _check(self) -> None:
+        if self.bias is not None and self.bias.shape != self.shape[:1]:
             bias = list(self.bias.shape)
-            raise UserError(f"a piece with a weight of {list(weight)} cannot have a bias of {bias}")
+            raise UserError(f"a piece with a weight of {list(self.shape)} cannot have a bias of {bias}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, which is not expanded for that."""
+        if not self.stored:
+            return tuple(self.weight.shape)
+        return sum(blocks.rows.shape[0] for blocks in self.stored), self.stored[0].inputs
 
     def to(self, dtype: torch.dtype) -> Piece:
         """The same in another dtype; what is stored stays."""
@@ -95,15 +102,18 @@ class Pieces:
         config: of the model, as the checkpoint has it.
         layer: its number; None outside the layers.
         weights: of a layer `mixer_norm`, `qkv` (queries, keys and values one below the other), `query_norm` and
-            `key_norm` where heads have norms, `attention_out`, `mlp_norm`, `gate_up` (gate above up), `down`; outside
-            `embedding`, `norm`, and `head` where it is not the embedding's matrix.
+            `key_norm` where heads have norms, `attention_out`, `mlp_norm`, `gate_up` (gate above up), `down`, and
+            `token_norm` where `qkv` reads the token beside a row as well (`PairedLayer`); outside `embedding`, `norm`,
+            and `head` where it is not the embedding's matrix.
         linears: linear layers that are ready, by the same names; they go before weights.
+        without: of `mixer_norm` and `norm` those that are left out on purpose.
     """
 
     config: ModelConfig
     layer: int | None
     weights: Mapping[str, Piece]
     linears: Mapping[str, Linear] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
 
 
 Transform = Callable[[Pieces], Pieces]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,28 @@ def test_a_measured_curve_is_kept_on_disk(monkeypatch, tmp_path, llm):
 
     monkeypatch.setattr(cost, "measure", again)
     assert cost.verify_cost(llm.model, str(llm.folder)) == CURVE
+
+
+@pytest.mark.parametrize("share, kept", [(0.6, False), (0.95, True)])
+def test_a_curve_of_a_busy_machine_is_measured_again_after_a_while(monkeypatch, tmp_path, llm, share, kept):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    clock = [0.0]
+
+    def measured(model):
+        clock[0] += 1.0
+        return CURVE
+
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(cost.time, "thread_time", lambda: share * clock[0])
+    monkeypatch.setattr(cost, "measure", measured)
+    for expected in (1, 1):
+        cost.verify_cost(llm.model, str(llm.folder))
+        assert clock[0] == expected
+    (record,) = (tmp_path / "verify-cost").iterdir()
+    hours_ago = record.stat().st_mtime - 2 * 3600
+    os.utime(record, (hours_ago, hours_ago))
+    cost.verify_cost(llm.model, str(llm.folder))
+    assert clock[0] == (1 if kept else 2)
 
 
 def test_weights_that_are_stored_otherwise_have_a_curve_of_their_own(monkeypatch, tmp_path, llm):

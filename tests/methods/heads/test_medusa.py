@@ -20,6 +20,7 @@ from hasten.engine.creation import create
 from hasten.errors import UserError
 from hasten.methods.heads.head import beside
 from hasten.methods.heads.medusa import Medusa, MedusaParameters, MedusaWeights
+from hasten.model.weights import Piece
 
 Make = Callable[[str], Medusa]
 HIDDEN, VOCABULARY = 8, 20
@@ -46,8 +47,8 @@ def weights(heads: int = 2, layers: int = 1, words: Tensor | None = None, privat
 
     size = VOCABULARY if words is None else len(words)
     return MedusaWeights(
-        [[(drawn(HIDDEN, HIDDEN), drawn(HIDDEN)) for _ in range(layers)] for _ in range(heads)],
-        [drawn(size, HIDDEN) for _ in range(heads)] if private else [],
+        [[Piece(drawn(HIDDEN, HIDDEN), drawn(HIDDEN)) for _ in range(layers)] for _ in range(heads)],
+        [Piece(drawn(size, HIDDEN)) for _ in range(heads)] if private else [],
         words,
         ((0.5, 0.25), (0.25, 0.125)) if heads == 2 else (),
     )
@@ -55,18 +56,19 @@ def weights(heads: int = 2, layers: int = 1, words: Tensor | None = None, privat
 
 def authors(own: MedusaWeights) -> dict[str, Tensor]:
     """As the authors name tensors."""
-    tensors = {f"{k}.{len(own.blocks[0])}.weight": head for k, head in enumerate(own.heads)}
+    tensors = {f"{k}.{len(own.blocks[0])}.weight": head.weight for k, head in enumerate(own.heads)}
     for k, layers in enumerate(own.blocks):
-        for j, (weight, bias) in enumerate(layers):
-            tensors |= {f"{k}.{j}.linear.weight": weight, f"{k}.{j}.linear.bias": bias}
+        for j, block in enumerate(layers):
+            assert block.bias is not None
+            tensors |= {f"{k}.{j}.linear.weight": block.weight, f"{k}.{j}.linear.bias": block.bias}
     return tensors
 
 
 def same(a: MedusaWeights, b: MedusaWeights) -> None:
     for mine, theirs in zip(a.blocks, b.blocks, strict=True):
         for one, other in zip(mine, theirs, strict=True):
-            assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    assert all(torch.equal(one, other) for one, other in zip(a.heads, b.heads, strict=True))
+            assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(a.heads, b.heads, strict=True))
     assert (a.words is None) == (b.words is None) and (a.words is None or torch.equal(a.words, b.words))
 
 
@@ -104,9 +106,10 @@ def broken(change: Any) -> Any:
 def load_saved() -> dict[str, Tensor]:
     own = weights(words=torch.tensor([1, 4, 5, 19]))
     assert own.words is not None
-    tensors = {f"lm_heads.{k}.weight": head for k, head in enumerate(own.heads)} | {"token_map": own.words}
-    for k, layers in enumerate(own.blocks):
-        tensors |= {f"blocks.{k}.layers.0.weight": layers[0][0], f"blocks.{k}.layers.0.bias": layers[0][1]}
+    tensors = {f"lm_heads.{k}.weight": head.weight for k, head in enumerate(own.heads)} | {"token_map": own.words}
+    for k, (block,) in enumerate(own.blocks):
+        assert block.bias is not None
+        tensors |= {f"blocks.{k}.layers.0.weight": block.weight, f"blocks.{k}.layers.0.bias": block.bias}
     return tensors
 
 
@@ -161,7 +164,7 @@ def shown(llm: LLM, drafter: Medusa, prompt: list[int]) -> list[tuple[list[int],
 
 def test_drafts_are_the_heads_of_the_row_before_the_root(llm: LLM, make_drafter: Make) -> None:
     """By transformers: heads on the final state of the last token but one of what is committed."""
-    drafter = make_drafter("medusa:nodes=9,ranks=4")
+    drafter = make_drafter("medusa:nodes=9,ranks=4,sized=false")
     folder = Path(drafter.parameters.head)
     own = MedusaWeights.load(folder, llm.model.config.hidden_size, llm.model.config.vocab_size)
     from transformers import LlamaForCausalLM
@@ -176,9 +179,9 @@ def test_drafts_are_the_heads_of_the_row_before_the_root(llm: LLM, make_drafter:
         expected = []
         for layers, head in zip(own.blocks, own.heads, strict=True):
             x = state
-            for weight, bias in layers:
-                x = x + F.silu(F.linear(x, weight, bias))
-            best = (head @ x).softmax(-1).topk(4)
+            for block in layers:
+                x = x + F.silu(F.linear(x, block.weight, block.bias))
+            best = (head.weight @ x).softmax(-1).topk(4)
             expected.append((best.values.tolist(), best.indices.tolist()))
         for node, token in enumerate(draft.tokens):
             path = draft.path(node)
@@ -193,7 +196,7 @@ def test_drafts_are_the_heads_of_the_row_before_the_root(llm: LLM, make_drafter:
 
 
 def test_a_static_tree_is_that_of_the_accuracy(llm: LLM, make_drafter: Make) -> None:
-    drafter = make_drafter("medusa:tree=static,nodes=4")
+    drafter = make_drafter("medusa:tree=static,nodes=4,sized=false")
     drafts = [draft for _, draft in shown(llm, drafter, PROMPT) if len(draft) == 4]
     assert drafts and all(draft.estimates == pytest.approx([0.6, 0.24, 0.2, 0.12]) for draft in drafts)
 
@@ -203,9 +206,11 @@ def test_heads_of_few_words_draft_only_these(llm: LLM, tmp_path: Path, make_draf
     words = torch.arange(3, config.vocab_size, 5)
     noise = torch.Generator().manual_seed(0)
     hidden = config.hidden_size
-    block = (torch.zeros(hidden, hidden), torch.zeros(hidden))
-    MedusaWeights([[block]], [torch.randn(len(words), hidden, generator=noise)], words).save(tmp_path / "few", {})
-    drafter = make_drafter(f"medusa:head={tmp_path / 'few'}")
+    block = Piece(torch.zeros(hidden, hidden), torch.zeros(hidden))
+    MedusaWeights([[block]], [Piece(torch.randn(len(words), hidden, generator=noise))], words).save(
+        tmp_path / "few", {}
+    )
+    drafter = make_drafter(f"medusa:sized=false,head={tmp_path / 'few'}")
     drafted = {token for _, draft in shown(llm, drafter, PROMPT) for token in draft.tokens}
     assert drafted and drafted <= set(words.tolist())
 

@@ -153,7 +153,7 @@ def test_its_process_ends_however_this_one_does(tiny, number):
         "from hasten.methods.drafters.small_model import SmallCheckpoint\n"
         "from hasten.methods.systems.executors import Process, Setup\n"
         f"checkpoint = SmallCheckpoint(Path({f'{tiny}-draft'!r}), 'float32', 'cpu', 'auto')\n"
-        "process = Process(Setup(checkpoint, frozenset(), 4, 0.0, 2, (0,), False))\n"
+        "process = Process(Setup(checkpoint, Path(), frozenset(), 4, 0.0, 2, (0,), False))\n"
         "process.start()\n"
         "print(process.pid, flush=True)\n"
         "sys.stdin.read(1)\n"

@@ -29,7 +29,7 @@ def made(tiny: Path):
 
     def make(length: int = 4, confidence: float = 0.0, width: int = 3) -> Rollouts:
         checkpoint = SmallCheckpoint(Path(f"{tiny}-draft"), "float32", "cpu", "auto")
-        return Rollouts(checkpoint, frozenset({1}), length, confidence, width)
+        return Rollouts(checkpoint, tiny, frozenset({1}), length, confidence, width)
 
     return make
 

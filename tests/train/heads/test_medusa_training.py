@@ -6,41 +6,31 @@ import json
 import signal
 from pathlib import Path
 
-import pytest
 import torch
 
 from hasten import LLM, SamplingParams
 from hasten.errors import Interrupted
-from hasten.train.heads.dialogues import Dialogue, Writing, write_dialogues
+from hasten.model import Decoder, load_model
+from hasten.train.heads.dialogues import Dialogue
 from hasten.train.heads.medusa import MedusaNetwork, MedusaRecipe
-from hasten.train.heads.recipe import DIALOGUES, Dialogues, HeadBatch, is_held_out
-from hasten.train.heads.states import read_states
+from hasten.train.heads.recipe import Dialogues, HeadBatch, is_held_out
 from hasten.train.trainer import train
 from helpers import stopped_at
-
-TAPS = (("final_norm", 0),)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues of `tiny`, and its states."""
-    llm, made = LLM("tiny", dtype="float32"), tmp_path_factory.mktemp("data")
-    dialogues = write_dialogues(llm, made / DIALOGUES, Writing(count=160, answer=40))
-    read_states(llm, dialogues, TAPS, made / MedusaRecipe.states, 10**9)
-    return made
 
 
 def recipe(folder: Path, **settings: object) -> MedusaRecipe:
     return MedusaRecipe(**{"parent": "tiny", "data": str(folder), "tokens": 6000, "batch_tokens": 512, **settings})  # type: ignore[arg-type]
 
 
-def test_rows_that_look_ahead() -> None:
+def test_rows_that_look_ahead(tiny: Path) -> None:
     """Prompts of 3 and 2 tokens, answers of 3 and 4: from the last token of the prompt on, inside a dialogue."""
     answers = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]).bool()
     batch = HeadBatch(torch.arange(12), answers, torch.tensor([0] * 6 + [1] * 6), torch.zeros(12, 1, 4))
     assert batch.ahead(2).tolist() == [2, 3, 7, 8, 9]
     assert batch.ahead(4).tolist() == [7]
-    network = MedusaNetwork(2, 1, torch.zeros(3, 4), torch.tensor([4, 5, 11]), 12)
+    target = load_model(tiny, "float32")
+    assert isinstance(target, Decoder)
+    network = MedusaNetwork(target, torch.tensor([4, 5, 11]), 2, 1, shared=False)
     rows, right = network.rows(batch, 0)
     assert rows.tolist() == [2, 3, 7, 8, 9] and right.tolist() == [0, 1, -1, -1, 2]
 
@@ -71,7 +61,7 @@ def test_heads_begin_as_the_targets_own(folder: Path) -> None:
     network, data = recipe(folder, heads=1).begin(folder)
     batch = next(data.batches(data.held_out, 512))
     rows = batch.ahead(1)
-    says = network.each[0](batch.states[rows, 0]).argmax(-1)
+    says = network.logits(0, network.context(batch), batch, rows).argmax(-1)
     assert (says == batch.ids[rows + 1]).float().mean() > 0.9
 
 
@@ -83,7 +73,7 @@ def test_trained_heads_save_passes_and_change_nothing(folder: Path, tmp_path: Pa
     plain = llm.generate(prompts, asked, "plain")
 
     def tokens_per_step(heads: Path, tree: str) -> float:
-        ours = llm.generate(prompts, asked, f"medusa:head={heads},tree={tree}")
+        ours = llm.generate(prompts, asked, f"medusa:head={heads},tree={tree},sized=false")
         assert [each.token_ids for each in ours] == [each.token_ids for each in plain]
         done = [each.choices[0].statistics for each in ours]
         return sum(each.tokens for each in done) / sum(each.steps for each in done)
@@ -91,7 +81,7 @@ def test_trained_heads_save_passes_and_change_nothing(folder: Path, tmp_path: Pa
     summary = train(recipe(folder, tokens=60_000, heads=2, lr=3e-3), tmp_path / "heads")
     train(recipe(folder, tokens=1, heads=2, lr=1e-9), tmp_path / "untrained")
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
-    assert summary["parameters"] == 2 * (256 * 256 + 256 + config["vocab_size"] * 256)
+    assert summary["parameters"] == 2 * (256 * 256 + 256) + config["vocab_size"] * 256
     for tree in ("dynamic", "static"):
         assert tokens_per_step(tmp_path / "heads", tree) > 1.1 * tokens_per_step(tmp_path / "untrained", tree)
 

@@ -33,6 +33,9 @@ CONTEXTS = (64, 960)
 MOST_ROWS = 4096
 """Of a record: a table is made of all numbers up to the last."""
 BATCH = 8
+UNDISTURBED, DISTURBED_SECONDS = 0.85, 3600.0
+"""The share of a measurement for which this thread computes, at least, where nothing else has a core; and how long a
+curve is kept that was measured beside something else."""
 MEASURE_SECONDS = 3.0
 """About how long a measurement may take, where the model is fast enough for a few repetitions at all."""
 
@@ -184,8 +187,10 @@ def verify_cost(model: Model, folder: str | None) -> VerifyCost:
     file = cache_folder("verify-cost") / f"{name}.json"
     known = _read(file)
     if known is None:
+        began, computed = time.perf_counter(), time.thread_time()
         known = measure(model)
-        _write(file, {"subject": subject, **asdict(known)})
+        share = (time.thread_time() - computed) / (time.perf_counter() - began)
+        _write(file, {"subject": subject, "computing": share, **asdict(known)})
     return known
 
 
@@ -194,9 +199,11 @@ def _processor() -> str:
 
 
 def _read(file: Path) -> VerifyCost | None:
-    """A recorded curve; None where there is none, or none that can be read."""
+    """A recorded curve; None where there is none that can be read, or one of a busy machine that has had its time."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
+        if record["computing"] < UNDISTURBED and time.time() - file.stat().st_mtime > DISTURBED_SECONDS:
+            return None
         seconds = tuple(tuple(float(value) for value in curve) for curve in record["seconds"])
         curve = VerifyCost(tuple(record["rows"]), tuple(record["contexts"]), seconds, float(record["per_sequence"]))
         return curve if _fits(curve) else None

@@ -26,6 +26,7 @@ class Observation:
             ones included.
         taps: hidden states of the same rows, where the drafter asked for any.
         probes: float32 [rows of the draft's probes that are heard, vocabulary], one probe's behind the other's.
+        probe_taps: the hidden states of all rows of the draft's probes.
         rows: of the whole step: all requests' drafts and prompts.
     """
 
@@ -35,6 +36,7 @@ class Observation:
     logits: Tensor
     taps: dict[tuple[Site, int], Tensor]
     probes: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    probe_taps: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
     rows: int = 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hasten.engine import Draft, Observation, Request, Target, register
@@ -27,7 +26,7 @@ from hasten.engine.registry import split
 from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Asked, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
-from hasten.methods.drafters.small_model import beside
+from hasten.methods.drafters.small_model import beside, is_whole
 
 CANDIDATES = "suffix"
 """What needs no training, and costs least: `blend` is right more often, at more time per step than that saves."""
@@ -95,7 +94,7 @@ class _Choice:
 def with_small_model(target: Target) -> dict[str, Any]:
     """Where a small model stands beside the target, it is a candidate, too."""
     folder = beside(target)
-    return {} if folder is None or not Path(folder).exists() else {"candidates": f"{CANDIDATES}/draft-model"}
+    return {} if folder is None or not is_whole(folder) else {"candidates": f"{CANDIDATES}/draft-model"}
 
 
 @register(

@@ -10,28 +10,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hasten.cache import Cache, SequenceCache
+from hasten.cache import Cache
 from hasten.engine import ROOT, Draft, Drafter, Observation, Request, Target
 from hasten.engine.memory import LOGIT_BYTES, logits_bytes
 from hasten.engine.sampling.sampler import Distribution, Sampler, likeliest_of_model
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled, sampled_bytes
+from hasten.methods.drafters.sequences import Branches, Sequences
+from hasten.methods.drafters.words import TOKEN_MAP, VOCABULARY, Words
 from hasten.model import Decoder, Model, Rows, Span, load_model
 from hasten.model.checkpoint import GGUF_SUFFIX, is_gguf, resolve
 from hasten.model.decoder import NOT_FINITE
-from hasten.model.tokenizer import load_tokenizer, same_vocabulary
+from hasten.model.loading import read_config
+from hasten.model.tokenizer import load_tokenizer, same_vocabulary, vocabulary_digest
 
 DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
-HEADROOM = 64
-"""Pending rows of most drafts; a larger draft makes its cache grow."""
 READING = 256
 """Of what a request has, so many rows are read in one pass at most: what that takes for a while is bounded."""
 PROBABILITIES, CHILD = 8, 16
@@ -62,20 +63,32 @@ class SmallCheckpoint:
         return model
 
 
-def beside(target: Target) -> str | None:
+def own_name(checkpoint: Path, suffix: str) -> str:
+    """The folder beside a checkpoint that is named like it with `-draft`, or another suffix."""
+    return f"{checkpoint.with_suffix('') if checkpoint.is_file() else checkpoint}-{suffix}"
+
+
+def beside(target: Target, suffix: str = "draft") -> str | None:
     """Where a target's own small model is looked for: the folder named like the target's with `-draft`.
 
     Beside a GGUF file `x.gguf` it is `x-draft`, or the file `x-draft.gguf` where there is one.
+
+    Args:
+        suffix: what stands there in place of `draft`.
     """
     if target.folder is None:
         return None
-    own = Path(target.folder)
-    name = f"{own.with_suffix('') if own.is_file() else target.folder.rstrip('/')}-draft"
+    name = own_name(Path(target.folder), suffix)
     return f"{name}{GGUF_SUFFIX}" if is_gguf(Path(f"{name}{GGUF_SUFFIX}")) else name
 
 
+def is_whole(name: str) -> bool:
+    """Whether a checkpoint is there: more than what a training that is not over has left."""
+    return Path(name).is_file() or (Path(name) / "config.json").exists()
+
+
 def find_small_model(slug: str, target: Target, name: str, dtype: str) -> SmallCheckpoint:
-    """Where the small model is, and how to load it, after checking that it has the target's tokenizer.
+    """The small model, not loaded yet, after checking that it speaks the target's tokens.
 
     Args:
         slug: the method that asks, for messages.
@@ -83,56 +96,48 @@ def find_small_model(slug: str, target: Target, name: str, dtype: str) -> SmallC
         dtype: of the weights.
 
     Raises:
-        UserError: none found, or another tokenizer.
+        UserError: none found, another tokenizer, or fewer tokens than it has.
     """
     if name == "auto":
         own = beside(target)
         if own is None:
             raise UserError(f"{slug} needs a model: use {slug}:model=FOLDER")
         name = own
-        if not Path(name).exists():
+        if not is_whole(name):
             raise UserError(
                 f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
-                f"'hasten train lm --output {name} --tokenizer {target.folder}'"
+                f"'hasten train align --model {target.folder}'"
             )
-    checkpoint = SmallCheckpoint(resolve(name), dtype, str(target.model.device), _backend(target))
-    if target.tokenizer is not None and not same_vocabulary(load_tokenizer(checkpoint.folder), target.tokenizer):
+    folder = resolve(name)
+    config = read_config(folder)
+    if target.tokenizer is not None and not _same_tokens(folder, config.source, target.tokenizer):
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
-    return checkpoint
-
-
-def _backend(target: Target) -> str:
-    """As the target runs, where the small model can, too."""
-    return "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
-
-
-def require_words(target: Target, vocabulary: int, name: str) -> None:
-    """Refuse a small model that cannot say all tokens.
-
-    Args:
-        vocabulary: logits of its rows.
-        name: as it was asked for.
-
-    Raises:
-        UserError: it has fewer than the target.
-    """
     words = target.model.config.vocab_size
     if target.tokenizer is not None:
         # Models of one tokenizer may be padded to different sizes.
         words = min(words, 1 + max(target.tokenizer.get_vocab().values(), default=-1))
-    if vocabulary < words:
-        raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({vocabulary} < {words})")
+    if config.vocab_size < words and TOKEN_MAP not in config.source:
+        size = f"{config.vocab_size} < {words}"
+        raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
+    # As the target runs, where the small model can, too.
+    backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
+    return SmallCheckpoint(folder, dtype, str(target.model.device), backend)
 
 
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
-    """The small model, after checking that it speaks the target's tokens; see `find_small_model`.
+    """The small model that `find_small_model` finds.
 
     Raises:
-        UserError: none found, another tokenizer, fewer tokens than it has, or a checkpoint that cannot be loaded.
+        UserError: it finds none, or a checkpoint that cannot be loaded.
     """
-    model = find_small_model(slug, target, name, dtype).load()
-    require_words(target, model.config.vocab_size, name)
-    return model
+    return find_small_model(slug, target, name, dtype).load()
+
+
+def _same_tokens(folder: Path, source: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether a small model's tokens are the target's, or some of them under numbers of their own."""
+    if TOKEN_MAP in source:
+        return bool(source.get(VOCABULARY) == vocabulary_digest(tokenizer))
+    return same_vocabulary(load_tokenizer(folder), tokenizer)
 
 
 class Growth(ABC):
@@ -158,7 +163,7 @@ class Growth(ABC):
 
     def __init__(self, drafter: SmallModelDrafter, request: Request, nodes: int, depth: int) -> None:
         self.drafter, self.request, self.nodes = drafter, request, nodes
-        room = drafter.model.config.max_positions - drafter.extent(request)
+        room = drafter.model.config.max_positions - drafter.length(request)
         self.depth = min(depth, request.stopper.left - 1, room)
         self.draft = Draft()
         self.frontier = [ROOT] if self.depth > 0 and nodes > 0 else []
@@ -168,7 +173,7 @@ class Growth(ABC):
         self.matching = Matching(request, drafter.beliefs.of(request))
         self.sampled = not request.params.greedy and request.params.acceptance != "match"
         self.closed = request.params.endings(drafter.end_ids)
-        self._slots: dict[int, list[int]] = {ROOT: []}
+        self._branches = Branches()
         self._coins = request.sampler.coins(len(request.tokens), DRAFT_PURPOSE)
 
     @abstractmethod
@@ -222,23 +227,12 @@ class Growth(ABC):
         return self.matching.children(distribution, self.frontier, paths, most)
 
     def row(self, node: int) -> int | None:
-        """The pending row of a node; None where it was not fed."""
-        return self._slots[node][-1] if node in self._slots else None
+        """The number of a node's pending row; None where it was not fed."""
+        return self._branches.row(node)
 
     def feed(self) -> Tensor | None:
-        """Number the frontier behind the rows fed before; boolean [frontier, fed] says which rows each one sees.
-
-        None where a single row sees all of them.
-        """
-        for node in self.frontier:
-            self._slots[node] = [*self._slots[self.draft.parents[node]], len(self._slots) - 1]
-        fed = len(self._slots) - 1
-        if len(self.frontier) == 1 and len(self._slots[self.frontier[0]]) == fed:
-            return None
-        mask = np.zeros((len(self.frontier), fed), dtype=bool)
-        for row, node in enumerate(self.frontier):
-            mask[row, self._slots[node]] = True
-        return torch.from_numpy(mask)
+        """The frontier's mask behind the rows fed before, as `Branches.feed` gives it."""
+        return self._branches.feed(self.frontier, self.draft.parents)
 
 
 class SmallModelDrafter(Drafter):
@@ -246,16 +240,17 @@ class SmallModelDrafter(Drafter):
 
     A request's cache holds committed tokens only, so it never has to be rolled back, and catches up by itself with
     whatever other drafters got accepted; the nodes of a draft are pending rows behind it, round after round.
-    """
 
-    headroom_rows: int = HEADROOM
-    """Slots set aside for a draft's pending rows."""
+    Attributes:
+        words: the tokens that the small model drafts with, where they are not the target's, number by number.
+    """
 
     def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
         self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
-        self._sequences: dict[int, SequenceCache] = {}
+        self._sequences = Sequences(self.cache, self.length)
         self.beliefs = Beliefs()
+        self.words = Words.of(model.config, model.device)
 
     def start(self, request: Request, budget: int) -> Growth:
         """The seed of a request's draft of at most `budget` nodes."""
@@ -267,6 +262,8 @@ class SmallModelDrafter(Drafter):
         Both may have more logits than there are tokens (padding), and not as many: tokens that the small model does not
         know are impossible.
         """
+        if self.words is not None:
+            return self.words.distribution(request, logits, paths)
         vocabulary = request.sampler.vocabulary
         logits = logits[:, :vocabulary]
         if logits.shape[1] < vocabulary:
@@ -286,23 +283,7 @@ class SmallModelDrafter(Drafter):
         return {**layers, id(self.model.head): self.model.head.nbytes()}
 
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
-        return sum(self.grown(each.id, self.extent(each), each.stopper.left) for each in requests)
-
-    def grown(self, request: int, extent: int, left: int) -> int:
-        """Bytes by which a request's cache grows, at most, when it is drafted for.
-
-        Args:
-            request: its id.
-            extent: tokens that it has for the small model.
-            left: that may still come.
-        """
-        sequence = self._sequences.get(request)
-        if sequence is None:
-            return self.cache.sequence_bytes(self._slots(extent, left))
-        if extent - sequence.length + self.headroom_rows > sequence.room:
-            # A block that is outgrown is copied to one of twice its size.
-            return self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
-        return 0
+        return self._sequences.growth_bytes(requests)
 
     @property
     def vocabulary(self) -> int:
@@ -330,9 +311,9 @@ class SmallModelDrafter(Drafter):
         if not isinstance(self.model, Decoder):
             return 0
         lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
-        unread = [self.extent(each) - length for each, length in zip(requests, lengths, strict=True)]
+        unread = [self.length(each) - length for each, length in zip(requests, lengths, strict=True)]
         reading = sum(min(max(1, count), READING) for count in unread)
-        slots = max(map(self.extent, requests)) + nodes
+        slots = max(map(self.length, requests)) + nodes
         return max(
             self.model.scratch_bytes(reading, 0, slots),
             self.model.scratch_bytes(len(requests) * self.widest(nodes), nodes, slots),
@@ -340,24 +321,24 @@ class SmallModelDrafter(Drafter):
 
     def _sampler(self, request: Request) -> Sampler:
         """What processes the small model's logits for a request."""
-        return request.sampler
+        return request.sampler if self.words is None else self.words.sampler(request)
 
-    def extent(self, request: Request) -> int:
-        """How many tokens a request has for the small model."""
+    def length(self, request: Request) -> int:
+        """Tokens of the text that the small model reads of a request: by default all that the target reads."""
         return len(request.tokens)
 
-    def _slots(self, extent: int, left: int) -> int:
-        """Slots that a request's cache begins with; see `grown`."""
-        return extent + min(left, 512) + self.headroom_rows
+    def text(self, request: Request, start: int, stop: int) -> list[int]:
+        """Some tokens of that text; it ends as the target's does."""
+        return request.tokens[start:stop]
 
     def observe(self, request: Request, seen: Observation) -> None:
         self.beliefs.observe(request, seen)
 
     def end(self, request: Request) -> None:
         self.beliefs.end(request)
-        sequence = self._sequences.pop(request.id, None)
-        if sequence is not None:
-            sequence.release()
+        if self.words is not None:
+            self.words.end(request)
+        self._sequences.drop(request)
 
     def propose(self, request: Request, budget: int) -> Draft:
         return self.propose_all([request], [budget])[0]
@@ -392,23 +373,23 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            sequence, extent, start = self._sequence(growth.request), self.extent(growth.request), len(tokens)
-            if sequence.length == extent:
+            sequence, length, start = self._sequences.of(growth.request), self.length(growth.request), len(tokens)
+            if sequence.length == length:
                 # Asked again about the same tokens: the last one is read anew for its logits.
-                sequence.crop(extent - 1)
+                sequence.crop(length - 1)
             cached = sequence.length
-            tokens += self._words(growth.request, cached, extent)
-            positions += range(cached, extent)
+            tokens += self._words(growth.request, cached, length)
+            positions += range(cached, length)
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
         for growth, span in zip(growths, spans, strict=True):
-            self._sequence(growth.request).commit(span.stop - span.start)
+            self._sequences.of(growth.request).commit(span.stop - span.start)
         return logits
 
     def _catch_up(self, request: Request) -> None:
         """Read the tokens that are not in the cache in pieces, but for the last `READING` of them."""
-        sequence = self._sequence(request)
-        while self.extent(request) - sequence.length > READING:
+        sequence = self._sequences.of(request)
+        while self.length(request) - sequence.length > READING:
             start, stop = sequence.length, sequence.length + READING
             self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
             sequence.commit(READING)
@@ -416,7 +397,9 @@ class SmallModelDrafter(Drafter):
     def _words(self, request: Request, start: int, stop: int) -> list[int]:
         """Some of a request's tokens. What says nothing to this model (another one's embeddings, tokens beyond its own)
         is some word to it."""
-        tokens, known = request.tokens[start:stop], self.model.config.vocab_size
+        tokens, known = self.text(request, start, stop), self.model.config.vocab_size
+        if self.words is not None and self.words.unknown is not None:
+            return self.words.read(tokens)
         if not request.spans and known >= request.sampler.vocabulary:
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
@@ -427,12 +410,13 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            mask, start, root = growth.feed(), len(tokens), self.extent(growth.request) - 1
-            tokens += [growth.draft.tokens[node] for node in growth.frontier]
+            mask, start, root = growth.feed(), len(tokens), self.length(growth.request) - 1
+            drafted = [growth.draft.tokens[node] for node in growth.frontier]
+            tokens += drafted if self.words is None else self.words.read(drafted)
             positions += [root + len(growth.paths[node]) for node in growth.frontier]
             if mask is not None:
                 mask = mask.to(self.model.device)
-            spans.append(Span(self._sequence(growth.request), start, len(tokens), mask, extend=True))
+            spans.append(Span(self._sequences.of(growth.request), start, len(tokens), mask, extend=True))
         return self._forward(tokens, positions, spans, range(len(tokens)) if heard else (), drafted=True)
 
     def _forward(
@@ -445,11 +429,3 @@ class SmallModelDrafter(Drafter):
     def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
         """The pass over nodes of drafts; see `Model.forward`. Committed tokens are always read by the model itself."""
         return self.model.forward(rows, wanted)
-
-    def _sequence(self, request: Request) -> SequenceCache:
-        """The small model's cache of a request."""
-        sequence = self._sequences.get(request.id)
-        if sequence is None:
-            sequence = self._sequences[request.id] = self.cache.sequence()
-            sequence.reserve(self._slots(self.extent(request), request.stopper.left))
-        return sequence

@@ -1,5 +1,5 @@
 """Heads: drafters that read the target's own hidden states, trained for one target; one file each."""
 
-from hasten.methods.heads import medusa
+from hasten.methods.heads import eagle, hydra, medusa, ppd
 
-__all__ = ["medusa"]
+__all__ = ["eagle", "hydra", "medusa", "ppd"]

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target
 from hasten.errors import UserError
+from hasten.methods.heads.shipped import shipped_head
+from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
+from hasten.model.linear import Linear
 from hasten.model.taps import Site
+from hasten.model.weights import HEAD, Piece
 
 FINAL: tuple[Site, int] = ("final_norm", 0)
 """What the target's own head reads."""
@@ -32,12 +36,35 @@ def require_decoder(target: Target, slug: str) -> Decoder:
     return target.model
 
 
+def linear_of(target: Decoder, piece: Piece) -> Linear:
+    """A matrix of a head, in the target's storage and precision, or as it is stored."""
+    return target.backend.linear(piece.to(target.dtype), HEAD)
+
+
+def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities and tokens [..., ranks], likeliest first; fewer ranks where there are fewer words.
+
+    Args:
+        logits: [..., words].
+        words: int64 [words], their tokens; None where these are the same.
+    """
+    logits = logits.float()
+    best = logits.topk(min(ranks, logits.shape[-1]), -1)
+    probabilities = torch.exp(best.values - logits.logsumexp(-1, keepdim=True))
+    return probabilities, best.indices if words is None else words[best.indices]
+
+
 def own_head(slug: str) -> Any:
-    """Where a target's own head is: `Method.defaults` of a method whose parameter `head` names a folder."""
+    """Where a target's own head is: `Method.defaults` of a method whose parameter `head` names a folder.
+
+    One beside the checkpoint goes before one that comes with hasten.
+    """
 
     def defaults(target: Target) -> dict[str, Any]:
         folder = None if target.folder is None else beside(Path(target.folder), slug)
-        return {} if folder is None or not folder.is_dir() else {"head": str(folder)}
+        if folder is None or not folder.is_dir():
+            folder = shipped_head(slug, target.model) if isinstance(target.model, Decoder) else None
+        return {} if folder is None else {"head": str(folder)}
 
     return defaults
 
@@ -49,27 +76,82 @@ def beside(checkpoint: Path, slug: str) -> Path:
     return checkpoint / FOLDER / slug
 
 
-class StateDrafter(Drafter):
-    """Drafts from the final state of the last row that the target has read of each request.
+class HeadDrafter(Drafter):
+    """Drafts from a state per request, of all requests at once.
 
-    State per request: that row, [hidden], in the target's dtype.
+    Args:
+        sizing: cuts drafts to what pays; None leaves them whole.
     """
 
-    taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
-
-    def __init__(self, target: Decoder) -> None:
-        self._states: dict[int, Tensor] = {}
-        self._state_bytes = target.config.hidden_size * target.dtype.itemsize
+    def __init__(self, sizing: Sizing | None = None) -> None:
+        self.sizing = sizing
 
     @abstractmethod
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
         """A draft per request.
 
         Args:
-            requests: whose prompts were read.
-            states: [requests, hidden]: the root of each is what the target said to its state.
+            requests: that were read.
+            states: [requests, width], as `states` gives them.
             budgets: nodes of each draft at most.
         """
+
+    @abstractmethod
+    def knows(self, request: Request) -> bool:
+        """Whether all of a request was shown that a draft needs."""
+
+    @abstractmethod
+    def states(self, requests: Sequence[Request]) -> Tensor:
+        """[requests, width]: what drafts of requests that it knows begin with."""
+
+    def prepare(self) -> None:
+        if self.sizing is not None:
+            self.sizing.prepare()
+
+    def propose(self, request: Request, budget: int) -> Draft:
+        return self.propose_all([request], [budget])[0]
+
+    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
+        drafts = {request.id: Draft() for request in requests}
+        read = [
+            (request, budget)
+            for request, budget in zip(requests, budgets, strict=True)
+            if budget > 0 and self.knows(request)
+        ]
+        if read:
+            known, allowed = zip(*read, strict=True)
+            with torch.inference_mode():
+                made = self.draft(known, self.states(known), allowed)
+            if self.sizing is not None:
+                made = self.sizing.cut(known, made)
+            drafts |= {request.id: draft for request, draft in zip(known, made, strict=True)}
+        return [drafts[request.id] for request in requests]
+
+    def observe(self, request: Request, seen: Observation) -> None:
+        if self.sizing is not None:
+            self.sizing.learn(request, seen)
+
+    def end(self, request: Request) -> None:
+        if self.sizing is not None:
+            self.sizing.end(request)
+
+
+class StateDrafter(HeadDrafter):
+    """Drafts from the final state of the last row that the target has read of each request.
+
+    State per request: that row, [hidden], in the target's dtype. The root of its draft is what the target said to it.
+
+    Args:
+        target: the network.
+        sizing: see `HeadDrafter`.
+    """
+
+    taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
+
+    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
+        super().__init__(sizing)
+        self._states: dict[int, Tensor] = {}
+        self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 
     @property
     def memory_bytes(self) -> int:
@@ -78,24 +160,11 @@ class StateDrafter(Drafter):
     def growth_bytes(self, requests: Sequence[Request], rows: int = 0) -> int:
         return self._state_bytes * sum(request.id not in self._states for request in requests)
 
-    def propose(self, request: Request, budget: int) -> Draft:
-        return self.propose_all([request], [budget])[0]
+    def knows(self, request: Request) -> bool:
+        return request.id in self._states
 
-    def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
-        drafts = {request.id: Draft() for request in requests}
-        read = [
-            (request, budget) for request, budget in zip(requests, budgets, strict=True) if self._can(request, budget)
-        ]
-        if read:
-            known, allowed = zip(*read, strict=True)
-            states = torch.stack([self._states[request.id] for request in known])
-            with torch.inference_mode():
-                made = self.draft(known, states, allowed)
-            drafts |= {request.id: draft for request, draft in zip(known, made, strict=True)}
-        return [drafts[request.id] for request in requests]
-
-    def _can(self, request: Request, budget: int) -> bool:
-        return budget > 0 and request.id in self._states
+    def states(self, requests: Sequence[Request]) -> Tensor:
+        return torch.stack([self._states[request.id] for request in requests])
 
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
         assert taps is not None
@@ -104,6 +173,8 @@ class StateDrafter(Drafter):
     def observe(self, request: Request, seen: Observation) -> None:
         row = seen.path[-1] + 1 if seen.path else 0
         self._states[request.id] = seen.taps[FINAL][row].clone()
+        super().observe(request, seen)
 
     def end(self, request: Request) -> None:
         self._states.pop(request.id, None)
+        super().end(request)

@@ -16,14 +16,16 @@ Decisions where the paper leaves room, or where its code does something else:
 - *Heads* run on the one row that was accepted last, not on all rows of the tree.
 
 Formats: vLLM's (`blocks.K.layers.J`, `lm_heads.K`, `token_map`), which is also what is written, and the authors' own
-(`K.J.linear`, `K.N`), with or without a matrix of its own per head.
+(`K.J.linear`, `K.N`), with or without a matrix of its own per head. A matrix that all heads share is vLLM's
+`original_lm_head`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,15 +35,28 @@ from torch import Tensor
 
 from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
-from hasten.methods.heads.files import CONFIG, WEIGHTS, read_config, read_tensors, require_names, require_shape, save
-from hasten.methods.heads.head import StateDrafter, own_head, require_decoder
-from hasten.methods.heads.tree import best_paths, drawn_up
+from hasten.methods.heads.files import (
+    WEIGHTS,
+    read_accuracy,
+    read_config,
+    read_pieces,
+    read_words,
+    require_names,
+    require_shape,
+    save,
+)
+from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.pieces import with_bias
+from hasten.methods.heads.sizing import Sizing
+from hasten.methods.heads.tree import best_paths, drawn_up, static_paths
 from hasten.model import Decoder
 from hasten.model.linear import Linear
-from hasten.model.weights import HEAD, Piece
+from hasten.model.weights import Piece
 
 AUTHORS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 """Files of the authors' format."""
+SHARED = "original_lm_head"
+"""In vLLM's configuration, whether all heads share the one matrix that is there."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +64,14 @@ class MedusaWeights:
     """Trained heads.
 
     Attributes:
-        blocks: per head, its residual blocks' weights [hidden, hidden] and biases [hidden].
-        heads: per head [words, hidden]; empty where all use the target's own.
+        blocks: per head, its residual blocks: weights [hidden, hidden] with biases.
+        heads: per head [words, hidden]; a single one where all share it, none where all use the target's own.
         words: int64 [words], the token of each row of a head, ascending; None where it is all of the vocabulary.
         accuracy: per head, how often each rank was right on held-out text; empty where nobody measured it.
     """
 
-    blocks: list[list[tuple[Tensor, Tensor]]]
-    heads: list[Tensor]
+    blocks: list[list[Piece]]
+    heads: list[Piece]
     words: Tensor | None = None
     accuracy: tuple[tuple[float, ...], ...] = ()
 
@@ -80,54 +95,45 @@ class MedusaWeights:
 
     @classmethod
     def _vllm(cls, file: Path, config: dict[str, Any], hidden: int, vocabulary: int) -> Self:
-        tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in read_tensors(file).items()}
-        count, depth = _counted(file, tensors, r"blocks\.(\d+)\.layers\.(\d+)\.weight")
-        wanted = {f"lm_heads.{k}.weight" for k in range(count)}
-        biased = any(name.endswith(".bias") for name in tensors)
-        for k in range(count):
-            for j in range(depth):
-                wanted |= {f"blocks.{k}.layers.{j}.weight"} | ({f"blocks.{k}.layers.{j}.bias"} if biased else set())
-        require_names(file, tensors.keys() - {"token_map"}, wanted)
-        words = tensors.get("token_map")
-        size = vocabulary if words is None else len(words)
-        if words is not None:
-            _require_words(file, words, vocabulary)
-        for k in range(count):
-            require_shape(file, f"lm_heads.{k}.weight", tensors[f"lm_heads.{k}.weight"], size, hidden)
-        zeros = torch.zeros(hidden)
-        blocks = [
-            [
-                (tensors[f"blocks.{k}.layers.{j}.weight"], tensors.get(f"blocks.{k}.layers.{j}.bias", zeros))
-                for j in range(depth)
-            ]
-            for k in range(count)
-        ]
-        _require_blocks(file, blocks, hidden)
+        pieces = {name.removeprefix("medusa_heads."): piece for name, piece in read_pieces(file).items()}
+        count, depth = _counted(file, pieces, r"blocks\.(\d+)\.layers\.(\d+)\.weight")
+        heads = [f"lm_heads.{k}.weight" for k in range(1 if config.get(SHARED) else count)]
+        blocks = [[f"blocks.{k}.layers.{j}" for j in range(depth)] for k in range(count)]
+        words = pieces.pop("token_map", None)
+        biased = any(name.endswith(".bias") for name in pieces)
+        parts = ("weight", "bias") if biased else ("weight",)
+        require_names(
+            file, pieces, heads + [f"{name}.{part}" for layers in blocks for name in layers for part in parts]
+        )
+        said = read_words(file, None if words is None else words.weight, vocabulary)
+        for name in heads:
+            require_shape(file, name, pieces[name], vocabulary if said is None else len(said), hidden)
         return cls(
-            blocks, [tensors[f"lm_heads.{k}.weight"] for k in range(count)], words, _accuracy(file, config, count)
+            _blocks(file, pieces, blocks, hidden),
+            [pieces[name] for name in heads],
+            said,
+            read_accuracy(file, config, count),
         )
 
     @classmethod
     def _authors(cls, file: Path, hidden: int, vocabulary: int) -> Self:
-        tensors = read_tensors(file)
-        count, depth = _counted(file, tensors, r"(\d+)\.(\d+)\.linear\.weight")
-        parts = {f"{k}.{j}.linear.{part}" for k in range(count) for j in range(depth) for part in ("weight", "bias")}
-        heads = {f"{k}.{depth}.weight" for k in range(count)}
+        pieces = read_pieces(file)
+        count, depth = _counted(file, pieces, r"(\d+)\.(\d+)\.linear\.weight")
+        blocks = [[f"{k}.{j}.linear" for j in range(depth)] for k in range(count)]
+        heads = [f"{k}.{depth}.weight" for k in range(count)]
         # What calls itself version 2 has none, and uses the target's.
-        private = bool(heads & tensors.keys())
-        require_names(file, tensors, parts | heads if private else parts)
-        blocks = [
-            [(tensors[f"{k}.{j}.linear.weight"], tensors[f"{k}.{j}.linear.bias"]) for j in range(depth)]
-            for k in range(count)
-        ]
-        _require_blocks(file, blocks, hidden)
-        if private:
-            for name in sorted(heads):
-                require_shape(file, name, tensors[name], vocabulary, hidden)
-        return cls(blocks, [tensors[f"{k}.{depth}.weight"] for k in range(count)] if private else [])
+        heads = heads if pieces.keys() & set(heads) else []
+        require_names(
+            file,
+            pieces,
+            heads + [f"{name}.{part}" for names in blocks for name in names for part in ("weight", "bias")],
+        )
+        for name in heads:
+            require_shape(file, name, pieces[name], vocabulary, hidden)
+        return cls(_blocks(file, pieces, blocks, hidden), [pieces[name] for name in heads])
 
     def save(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write vLLM's format.
+        """Write vLLM's format; what is stored in blocks only hasten reads.
 
         Args:
             config: what else the configuration says.
@@ -135,10 +141,11 @@ class MedusaWeights:
         Raises:
             UserError: it cannot be written.
         """
-        tensors: dict[str, Tensor] = {f"lm_heads.{k}.weight": head for k, head in enumerate(self.heads)}
+        tensors: dict[str, Tensor | Piece] = {f"lm_heads.{k}.weight": head for k, head in enumerate(self.heads)}
         for k, layers in enumerate(self.blocks):
-            for j, (weight, bias) in enumerate(layers):
-                tensors |= {f"blocks.{k}.layers.{j}.weight": weight, f"blocks.{k}.layers.{j}.bias": bias}
+            for j, block in enumerate(layers):
+                assert block.bias is not None
+                tensors |= {f"blocks.{k}.layers.{j}.weight": block, f"blocks.{k}.layers.{j}.bias": block.bias}
         if self.words is not None:
             tensors["token_map"] = self.words
         save(
@@ -149,6 +156,7 @@ class MedusaWeights:
                 "num_heads": len(self.blocks),
                 "num_hidden_layers": len(self.blocks[0]),
                 "medusa_fc_bias": True,
+                SHARED: len(self.heads) == 1 < len(self.blocks),
                 "accuracy": [list(ranks) for ranks in self.accuracy],
                 **config,
             },
@@ -156,40 +164,31 @@ class MedusaWeights:
         )
 
 
-def _counted(file: Path, tensors: dict[str, Tensor], pattern: str) -> tuple[int, int]:
+def _counted(file: Path, names: Iterable[str], pattern: str) -> tuple[int, int]:
     """How many heads there are, and residual blocks of each.
 
     Raises:
         UserError: none.
     """
-    numbers = [tuple(map(int, match.groups())) for name in tensors if (match := re.fullmatch(pattern, name))]
+    numbers = [tuple(map(int, match.groups())) for name in names if (match := re.fullmatch(pattern, name))]
     if not numbers:
         raise UserError(f"{file} holds no heads of medusa")
     return max(k for k, _ in numbers) + 1, max(j for _, j in numbers) + 1
 
 
-def _require_blocks(file: Path, blocks: list[list[tuple[Tensor, Tensor]]], hidden: int) -> None:
-    for k, layers in enumerate(blocks):
-        for weight, bias in layers:
-            require_shape(file, f"the weight of head {k}", weight, hidden, hidden)
-            require_shape(file, f"the bias of head {k}", bias, hidden)
-
-
-def _require_words(file: Path, words: Tensor, vocabulary: int) -> None:
-    ascending = words.ndim == 1 and words.dtype == torch.int64 and bool((words[1:] > words[:-1]).all())
-    if not ascending or not len(words) or int(words[0]) < 0 or int(words[-1]) >= vocabulary:
-        raise UserError(f"{file}: token_map must be ascending ids below {vocabulary}")
-
-
-def _accuracy(file: Path, config: dict[str, Any], count: int) -> tuple[tuple[float, ...], ...]:
-    given = config.get("accuracy", [])
-    try:
-        table = tuple(tuple(float(share) for share in ranks) for ranks in given)
-    except (TypeError, ValueError):
-        table = ((-1.0,),)
-    if table and (len(table) != count or not all(0 <= share <= 1 for ranks in table for share in ranks)):
-        raise UserError(f"{file.with_name(CONFIG)}: accuracy must be shares, a list for each of {count} heads")
-    return table
+def _blocks(file: Path, pieces: Mapping[str, Piece], names: list[list[str]], hidden: int) -> list[list[Piece]]:
+    """Residual blocks by their names; biases of zero where the file has none."""
+    none = Piece(torch.zeros(hidden))
+    blocks = []
+    for layers in names:
+        biases = [pieces.get(f"{name}.bias", none) for name in layers]
+        for name, bias in zip(layers, biases, strict=True):
+            require_shape(file, f"{name}.weight", pieces[f"{name}.weight"], hidden, hidden)
+            require_shape(file, f"{name}.bias", bias, hidden)
+        blocks.append(
+            [with_bias(pieces[f"{name}.weight"], bias.weight) for name, bias in zip(layers, biases, strict=True)]
+        )
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,8 @@ class MedusaParameters:
 
     Attributes:
         head: the folder of the heads; by default that beside the target.
-        nodes: of the tree.
+        nodes: of the tree, at most.
+        sized: whether only those are verified that pay on this machine.
         ranks: tokens of each head that may be in it.
         tree: `dynamic`, by the heads' own probabilities, or `static`, by how often each rank is right.
 
@@ -208,6 +208,7 @@ class MedusaParameters:
 
     head: str = ""
     nodes: int = 15
+    sized: bool = True
     ranks: int = 10
     tree: str = "dynamic"
 
@@ -224,19 +225,12 @@ class MedusaHeads:
     """Trained heads in the target's own storage."""
 
     def __init__(self, target: Decoder, weights: MedusaWeights) -> None:
-        dtype = target.dtype
-        self.blocks = [
-            [target.backend.linear(Piece(weight.to(dtype), bias.to(dtype)), HEAD) for weight, bias in layers]
-            for layers in weights.blocks
-        ]
-        self.heads: list[Linear] = [target.backend.linear(Piece(head.to(dtype)), HEAD) for head in weights.heads]
-        if not self.heads:
-            self.heads = [target.head] * len(weights.blocks)
+        linear = partial(linear_of, target)
+        self.blocks = [[linear(block) for block in layers] for layers in weights.blocks]
+        self.heads: list[Linear] = [linear(head) for head in weights.heads] or [target.head]
         self.words = None if weights.words is None else weights.words.to(target.device)
-        self.own_bytes = sum(linear.nbytes() for linear in self._linears() if linear is not target.head)
-
-    def _linears(self) -> list[Linear]:
-        return [*(linear for layers in self.blocks for linear in layers), *self.heads]
+        linears = [*(block for layers in self.blocks for block in layers), *self.heads]
+        self.own_bytes = sum(each.nbytes() for each in linears if each is not target.head)
 
     def likeliest(self, states: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
         """Probabilities and tokens [rows, heads, ranks], likeliest first.
@@ -244,16 +238,20 @@ class MedusaHeads:
         Args:
             states: [rows, hidden].
         """
-        found = []
-        for layers, head in zip(self.blocks, self.heads, strict=True):
+        each = []
+        for layers in self.blocks:
             x = states
-            for linear in layers:
-                x = x + F.silu(linear.forward(x))
-            logits = head.forward(x).float()
-            best = logits.topk(min(ranks, logits.shape[1]), -1)
-            found.append((torch.exp(best.values - logits.logsumexp(-1, keepdim=True)), best.indices))
-        probabilities, rows = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
-        return probabilities, rows if self.words is None else self.words[rows]
+            for block in layers:
+                x = x + F.silu(block.forward(x))
+            each.append(x)
+        return likeliest(self._logits(torch.stack(each, 1)), ranks, self.words)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[rows, heads, words] from [rows, heads, hidden]."""
+        if len(self.heads) == 1:
+            # A matrix that all share is read once.
+            return torch.unflatten(self.heads[0].forward(hidden.flatten(0, 1)), 0, hidden.shape[:2])
+        return torch.stack([head.forward(hidden[:, k]) for k, head in enumerate(self.heads)], 1)
 
 
 @register(
@@ -276,7 +274,7 @@ class Medusa(StateDrafter):
 
     def __init__(self, target: Target, parameters: MedusaParameters) -> None:
         model, self.parameters = require_decoder(target, "medusa"), parameters
-        super().__init__(model)
+        super().__init__(model, Sizing(target) if parameters.sized else None)
         if not parameters.head:
             raise UserError("medusa needs heads for this model: `hasten train medusa --model MODEL` makes them")
         config = model.config
@@ -285,7 +283,7 @@ class Medusa(StateDrafter):
         if parameters.tree == "static":
             if not weights.accuracy:
                 raise UserError(f"medusa: {parameters.head} does not say how often its heads are right: tree=dynamic")
-            self.paths = best_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
+            self.paths = static_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
 
     @property
     def memory_bytes(self) -> int:

@@ -147,7 +147,7 @@ class EasySpec(DraftModel):
                 break
             rows.append(row)
             node = children[0]
-        self._sequence(request).commit(rows)
+        self._sequences.of(request).commit(rows)
 
     def end(self, request: Request) -> None:
         super().end(request)

@@ -36,6 +36,7 @@ class Setup:
     """
 
     checkpoint: SmallCheckpoint
+    target: Path
     end_ids: frozenset[int]
     length: int
     confidence: float
@@ -49,7 +50,7 @@ class Setup:
         Raises:
             UserError: a checkpoint that cannot be loaded.
         """
-        return Rollouts(self.checkpoint, self.end_ids, self.length, self.confidence, self.width)
+        return Rollouts(self.checkpoint, self.target, self.end_ids, self.length, self.confidence, self.width)
 
 
 class Executor(Protocol):
@@ -58,11 +59,9 @@ class Executor(Protocol):
     Attributes:
         generation: of the drafter that is called, 0 where there is none; a later one knows nothing of what an earlier
             one was told.
-        vocabulary: of the small model; known once it has started.
     """
 
     generation: int
-    vocabulary: int
 
     def start(self) -> None:
         """Have it ready; harmless if it is.
@@ -92,7 +91,7 @@ class Inline:
     generation = 1
 
     def __init__(self, rollouts: Rollouts) -> None:
-        self._rollouts, self.vocabulary = rollouts, rollouts.model.config.vocab_size
+        self._rollouts = rollouts
 
     @property
     def rollouts(self) -> Rollouts | None:
@@ -121,7 +120,7 @@ class Process:
         self._setup, self._lock = setup, RLock()
         self._pipe: Connection | None = None
         self._end, self._started = _nothing, 0
-        self.generation = self.vocabulary = self.pid = 0
+        self.generation = self.pid = 0
 
     @property
     def rollouts(self) -> Rollouts | None:
@@ -146,7 +145,7 @@ class Process:
             self._end = finalize(self, _stop, self._pipe, process, os.getpid())
             self.pid = process.pid
             self._pipe.send(self._setup)
-            self.vocabulary = self._receive()
+            self._receive()
             self._started += 1
             self.generation = self._started
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from hasten.engine import Draft, Drafter, Observation, Request, Target, register
 from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import likeliest, processed
-from hasten.methods.drafters.small_model import find_small_model, require_words
+from hasten.methods.drafters.small_model import find_small_model
 from hasten.methods.systems.executors import Executor, Inline, Process, Setup
 from hasten.methods.systems.rollouts import Opening, Spent, Window
 from hasten.model import Decoder
@@ -146,7 +147,7 @@ class Mirror(Drafter):
     def __init__(self, target: Target, parameters: MirrorParameters) -> None:
         if not isinstance(target.model, Decoder) or len(target.model.layers) < 2:
             raise UserError("mirror-sd: needs a transformer of two layers or more, since it looks between them")
-        self.target, self.parameters = target, parameters
+        self.parameters = parameters
         self.early = parameters.layer or len(target.model.layers) // 2
         if self.early >= len(target.model.layers):
             raise UserError(f"mirror-sd: layer must be below {len(target.model.layers)}, the layers of the model")
@@ -163,17 +164,15 @@ class Mirror(Drafter):
             raise UserError("mirror-sd: this system has no sockets to share with a process: use executor=inline")
         own = tuple(mine[-parameters.cores :])
         length, confidence, width = parameters.length, parameters.confidence, parameters.width
-        setup = Setup(checkpoint, target.end_ids, length, confidence, width, own, parameters.pin)
+        spelled = checkpoint.folder if target.folder is None else Path(target.folder)
+        setup = Setup(checkpoint, spelled, target.end_ids, length, confidence, width, own, parameters.pin)
         shares = len(mine) > parameters.cores and CAN_START
         if parameters.executor == "process" or (parameters.executor == "auto" and shares):
             return Process(setup)
-        executor = Inline(setup.rollouts())
-        require_words(target, executor.vocabulary, parameters.model)
-        return executor
+        return Inline(setup.rollouts())
 
     def prepare(self) -> None:
         self.executor.start()
-        require_words(self.target, self.executor.vocabulary, self.parameters.model)
 
     # Memory. That of the drafter's process counts, too.
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from hasten.engine.sampling.grammar import Grammars, GrammarState
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler
 from hasten.engine.stopping import Stopper
+from hasten.methods.drafters.sequences import Sequences
 from hasten.methods.drafters.small_model import Growth, SmallCheckpoint, SmallModelDrafter
 from hasten.model.tokenizer import load_tokenizer
 
@@ -97,7 +99,7 @@ class Tree(Growth):
 
     def __init__(self, drafter: Rollouts, request: Request, source: Source) -> None:
         super().__init__(drafter, request, EVERYTHING, EVERYTHING)
-        self._length, self._confidence = drafter.length, drafter.confidence
+        self._most, self._confidence = drafter.chain, drafter.confidence
         self.source: Source = source
         self.branches: dict[tuple[int, int], int] = {}
         self.chains: dict[int, list[int]] = {ROOT: []}
@@ -181,7 +183,7 @@ class Tree(Growth):
 
     def _goes_on(self, node: int) -> bool:
         """Whether something is drafted behind a node: not behind the end of a text, nor beyond any limit."""
-        short = len(self.chains[self._start[node]]) < self._length and len(self.paths[node]) < self.depth
+        short = len(self.chains[self._start[node]]) < self._most and len(self.paths[node]) < self.depth
         return short and self.draft.tokens[node] not in self.closed and self.values[node] >= self._confidence
 
 
@@ -190,6 +192,7 @@ class Rollouts(SmallModelDrafter):
 
     Args:
         checkpoint: of the small model, which is loaded.
+        target: folder or file of the target, whose tokenizer constraints are compiled with.
         end_ids: that end the target's texts.
         length, confidence: see `Tree`.
         width: candidates per row, at most.
@@ -199,16 +202,22 @@ class Rollouts(SmallModelDrafter):
     """
 
     def __init__(
-        self, checkpoint: SmallCheckpoint, end_ids: frozenset[int], length: int, confidence: float, width: int
+        self,
+        checkpoint: SmallCheckpoint,
+        target: Path,
+        end_ids: frozenset[int],
+        length: int,
+        confidence: float,
+        width: int,
     ) -> None:
         super().__init__(checkpoint.load(), end_ids)
-        self._folder = checkpoint.folder
+        self._target = target
         self._grammars: Grammars | None = None
-        self.length, self.confidence = length, confidence
+        self.chain, self.confidence = length, confidence
         candidates = width * (length + 1)
         self._widest = max(length, candidates)
         # All that a tree may have pending, and what may come before the next one begins.
-        self.headroom_rows = 2 * length + candidates * length + 1
+        self._sequences = Sequences(self.cache, self.length, 2 * length + candidates * length + 1)
         self._requests: dict[int, Request] = {}
         self._trees: dict[int, Tree] = {}
         self._rolled = 0.0
@@ -233,11 +242,11 @@ class Rollouts(SmallModelDrafter):
         )
 
     def _grammar(self, opening: Opening) -> GrammarState | None:
-        """Of a request's constraint. Both models have one tokenizer, so that they agree on what is allowed."""
+        """Of a request's constraint."""
         if opening.params.constraint is None:
             return None
         if self._grammars is None:
-            self._grammars = Grammars(load_tokenizer(self._folder), opening.vocabulary, self.end_ids)
+            self._grammars = Grammars(load_tokenizer(self._target), opening.vocabulary, self.end_ids)
         return self._grammars.start(opening.params.constraint)
 
     def close(self, request: int) -> None:
@@ -252,8 +261,8 @@ class Rollouts(SmallModelDrafter):
         return self.memory_bytes
 
     def growth(self, asked: Sequence[tuple[int, int, int]]) -> int:
-        """See `SmallModelDrafter.grown`; of several requests."""
-        return sum(self.grown(*each) for each in asked)
+        """See `Sequences.growth_of`; of several requests."""
+        return sum(self._sequences.growth_of(*each) for each in asked)
 
     def scratch(self, requests: Sequence[int], nodes: int) -> int:
         """See `scratch_bytes`."""
@@ -320,7 +329,7 @@ class Rollouts(SmallModelDrafter):
         before = self._trees.get(request.id)
         start, rows = (None, []) if before is None else before.follow(came)
         if before is not None:
-            self._sequence(request).commit(rows)
+            self._sequences.of(request).commit(rows)
         request.tokens += came
         request.sampler.committed(came)
         request.stopper.accept(came)

@@ -70,7 +70,7 @@ def main() -> None:
         except UserError as error:
             pipe.send((False, str(error)))
             return
-        pipe.send((True, rollouts.model.config.vocab_size))
+        pipe.send((True, None))
         serve(pipe, rollouts)
 
 

@@ -236,7 +236,9 @@ def _on_device(rows: Rows, model: Decoder) -> Rows:
 
 
 def _knows(model: Decoder) -> bool:
-    """Whether a model is made of exactly the pieces that `_step` runs, all attention of one shape."""
+    """Whether a model has all its layers, made of exactly the pieces that `_step` runs, all attention of one shape."""
+    if len(model.layers) < len(model.config.layers):
+        return False
     linears, norms = [model.head], [model.norm]
     for layer in model.layers:
         attention, mlp = layer.mixer, layer.mlp

@@ -19,13 +19,24 @@ from torch import Tensor
 from hasten.errors import UserError
 from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
-from hasten.model.layers import Attention, GatedMLP, Layer, RMSNorm, additive_mask, attend_span
+from hasten.model.layers import (
+    LONELY,
+    Attention,
+    GatedMLP,
+    Layer,
+    NoNorm,
+    PairedLayer,
+    RMSNorm,
+    additive_mask,
+    attend_span,
+)
 from hasten.model.native.blocks import BlockLinear, stored_format
 from hasten.model.native.library import library, team
 from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Panels
 from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
+    GateStruct,
     LayerStruct,
     LinearStruct,
     ModelStruct,
@@ -40,6 +51,7 @@ from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
+    from hasten.model.gate import Gate
     from hasten.model.linear import Linear
 
 
@@ -114,7 +126,7 @@ class NativeBackend:
 
     def __init__(self, dtype: torch.dtype, layers: Rounded | None = None, head: Rounded | None = None) -> None:
         self.dtype, self.layers, self.head = dtype, layers, head
-        self._described: tuple[Decoder, ModelStruct | None] | None = None
+        self._described: WeakKeyDictionary[Decoder, ModelStruct | None] = WeakKeyDictionary()
         self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
     def linear(self, piece: Piece, source: Source) -> Panels:
@@ -128,15 +140,49 @@ class NativeBackend:
         return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
+        described = self._describe(model)
+        # Taps go by the numbers of all layers.
+        if described is None or (taps is not None and len(model.layers) < len(model.config.layers)):
+            return compose(model, rows, wanted, taps)
+        return self._step(model, described, rows, wanted, taps)
+
+    def gated(
+        self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `hasten.model.gate.compose_gated`, in one call; for models that it `runs`."""
+        described = self._describe(model)
+        assert described is not None
+        left = may.to(torch.int64) - 1
+        skipped = torch.zeros(len(model.layers), len(left), dtype=torch.bool)
+        struct = GateStruct(
+            first=gate.first,
+            last=gate.last,
+            run=gate.run,
+            threshold=gate.threshold,
+            channels=gate.channels.data_ptr(),
+            left=left.data_ptr(),
+            skipped=skipped.data_ptr(),
+        )
+        return self._step(model, described, rows, wanted, None, struct), skipped
+
+    def _step(
+        self,
+        model: Decoder,
+        described: ModelStruct,
+        rows: Rows,
+        wanted: Sequence[int] | None,
+        taps: Taps | None,
+        gate: GateStruct | None = None,
+    ) -> Tensor:
+        """One native pass."""
         count = rows.tokens.shape[0]
         # A range counts negative numbers from the end, and refuses those beyond it: native code would read on.
         numbers = range(count) if wanted is None else [range(count)[number] for number in wanted]
         row_wanted = (c_int64 * len(numbers))(*numbers)
         loaded = library()
         assert loaded is not None
-        described = self._describe(model)
-        if described is None:
-            return compose(model, rows, wanted, taps)
+        if rows.beside is None and any(type(layer) is PairedLayer for layer in model.layers):
+            raise ValueError(LONELY)
         masks: list[Tensor] = []
         spans = (SpanStruct * len(rows.spans))()
         opaque = []
@@ -146,13 +192,14 @@ class NativeBackend:
             if mask is not None:
                 masks.append(mask.contiguous())
             spans[index], plain = self._span(
-                span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
+                described, span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
             )
             if not plain:
                 opaque.append(span)
         elsewhere = _Elsewhere(model, count, opaque) if opaque else None
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
+        beside = None if rows.beside is None else rows.beside.contiguous()
         logits = torch.empty(len(numbers), model.head.out_features)
         states = {key: torch.empty(count, model.config.hidden_size) for key in (taps.wanted if taps else ())}
         sites = [
@@ -175,6 +222,8 @@ class NativeBackend:
             tap=ctypes.addressof(tapped),
             qkv=None if elsewhere is None else elsewhere.qkv.data_ptr(),
             mixed=None if elsewhere is None else elsewhere.mixed.data_ptr(),
+            beside=None if beside is None else beside.data_ptr(),
+            gate=None if gate is None else ctypes.addressof(gate),
         )
         addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
         pauses = sorted(at for site, at in states if at and site == "input" and taps and (site, at) in taps.listeners)
@@ -187,7 +236,7 @@ class NativeBackend:
                 pauses.pop(0)
                 batch.pause = pauses[0] if pauses else 0
             if elsewhere is not None:
-                elsewhere.attend(layer)
+                elsewhere.attend(model.layers[layer].index)
         if taps is not None:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))
@@ -223,7 +272,7 @@ class NativeBackend:
         loaded, described = library(), self._describe(model)
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
-        span, plain = self._span(Span(sequence, 0, 1), 1, None)
+        span, plain = self._span(described, Span(sequence, 0, 1), 1, None)
         assert plain
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
@@ -236,13 +285,13 @@ class NativeBackend:
             raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
-    def _span(self, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
+    def _span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
         slots = self._slots.get(span.sequence)
         if slots is None:
             slots = self._slots[span.sequence] = _Slots(len(span.sequence.layout.groups))
         slots.follow(span.sequence)
-        group_of, index_of = span.sequence.layout.addresses
+        group_of, index_of = span.sequence.layout.addresses(model.numbers)
         described = SpanStruct(
             start=span.start,
             stop=span.stop,
@@ -260,11 +309,9 @@ class NativeBackend:
 
     def _describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
-        known = self._described
-        if known is None or known[0] is not model:
-            # Several threads may come here at once: each holds on to what it made.
-            known = self._described = model, _description(model)
-        return known[1]
+        if model not in self._described:
+            self._described[model] = _description(model)
+        return self._described[model]
 
 
 class _Elsewhere:
@@ -312,13 +359,15 @@ def _description(model: Decoder) -> ModelStruct | None:
         kept.append(values.detach().float().contiguous())
         return int(kept[-1].data_ptr())
 
+    def weight(norm: RMSNorm | None) -> int | None:
+        return None if norm is None or type(norm) is NoNorm else pointer(norm.weight)
+
     slots = shape.slots
     hidden, width = config.hidden_size, shape.heads * slots.key_width
     # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
-    sizes = [(width + 2 * slots.heads * slots.key_width, hidden), (hidden, width)]
-    sizes += [(2 * shape.ffn, hidden), (hidden, shape.ffn)]
+    sizes = [(hidden, width), (2 * shape.ffn, hidden), (hidden, shape.ffn)]
     head = _struct(model.head)
-    if head is None or type(model.norm) is not RMSNorm or shape.ffn % LANES:
+    if head is None or type(model.norm) not in (RMSNorm, NoNorm) or shape.ffn % LANES:
         return None
     if model.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -326,28 +375,31 @@ def _description(model: Decoder) -> ModelStruct | None:
     for index, layer in enumerate(model.layers):
         attention, mlp = layer.mixer, layer.mlp
         # Exactly these: a subclass computes something else.
-        if type(layer) is not Layer or type(attention) is not Attention or type(mlp) is not GatedMLP:
+        if type(layer) not in (Layer, PairedLayer) or type(attention) is not Attention or type(mlp) is not GatedMLP:
             return None
+        read = (width + 2 * slots.heads * slots.key_width, 2 * hidden if isinstance(layer, PairedLayer) else hidden)
         pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
         structs = [
             struct
-            for piece, size in zip(pieces, sizes, strict=True)
+            for piece, size in zip(pieces, [read, *sizes], strict=True)
             if (struct := _struct(piece)) is not None and (piece.out_features, piece.in_features) == size
         ]
-        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm or model.norm, attention.key_norm or model.norm
-        if len(structs) < len(pieces) or any(type(norm) is not RMSNorm for norm in norms):
+        token_norm = layer.token_norm if isinstance(layer, PairedLayer) else None
+        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm, attention.key_norm, token_norm
+        if len(structs) < len(pieces) or any(type(norm) not in (RMSNorm, NoNorm, type(None)) for norm in norms):
             return None
         qkv, out, gate_up, down = structs
         layers[index] = LayerStruct(
-            attention_norm=pointer(layer.mixer_norm.weight),
-            query_norm=pointer(None if attention.query_norm is None else attention.query_norm.weight),
-            key_norm=pointer(None if attention.key_norm is None else attention.key_norm.weight),
-            mlp_norm=pointer(layer.mlp_norm.weight),
+            attention_norm=weight(layer.mixer_norm),
+            query_norm=weight(attention.query_norm),
+            key_norm=weight(attention.key_norm),
+            mlp_norm=weight(layer.mlp_norm),
+            token_norm=weight(token_norm),
             qkv=qkv,
             out=out,
             gate_up=gate_up,
             down=down,
-            window=config.layers[index].window or 0,
+            window=config.layers[layer.index].window or 0,
         )
     axes = torch.tensor(config.rope_axes) if config.rope_axes else None
     kept += [layers, axes]
@@ -365,9 +417,9 @@ def _description(model: Decoder) -> ModelStruct | None:
         axis_of=None if axes is None else axes.data_ptr(),
         embedding=model.embedding.data_ptr(),
         embedding_format=FORMATS.index(_format(model.dtype)),
-        final_norm=pointer(model.norm.weight),
+        final_norm=weight(model.norm),
         head=head,
         layer=ctypes.addressof(layers),
     )
-    described.kept = kept
+    described.kept, described.numbers = kept, tuple(layer.index for layer in model.layers)
     return described

@@ -3,8 +3,13 @@
 namespace {
 namespace NAME {
 
-// NaN where the squares overflow: divided by infinity, the row would be zeros, and what follows plausible.
+// NaN where the squares overflow: divided by infinity, the row would be zeros, and what follows plausible. Without a weight
+// nothing is normed.
 inline void norm(const float *x, const float *weight, float eps, int64_t count, float *out) {
+    if (!weight) {
+        std::memcpy(out, x, count * sizeof(float));
+        return;
+    }
     const float mean = dot(x, x, count) / static_cast<float>(count) + eps;
     const float scale = mean <= MOST_FLOAT ? 1.0f / __builtin_sqrtf(mean) : NAN;
     for (int64_t i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
@@ -18,11 +23,9 @@ inline void rotate(float *x, const float *cosine, const float *sine, int64_t hal
     }
 }
 
-inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
-    const int64_t token = batch.tokens[row], hidden = model.hidden;
-    if (token < 0) {
-        std::memcpy(out, batch.embedded + row * hidden, hidden * sizeof(float));
-    } else if (model.embedding_format == FLOAT32) {
+inline void look_up(const Model &model, int64_t token, float *out) {
+    const int64_t hidden = model.hidden;
+    if (model.embedding_format == FLOAT32) {
         std::memcpy(out, static_cast<const float *>(model.embedding) + token * hidden, hidden * sizeof(float));
     } else {
         const uint16_t *from = static_cast<const uint16_t *>(model.embedding) + token * hidden;
@@ -30,9 +33,33 @@ inline void embed(const Model &model, const Batch &batch, int64_t row, float *ou
     }
 }
 
+inline void embed(const Model &model, const Batch &batch, int64_t row, float *out) {
+    if (batch.tokens[row] < 0) std::memcpy(out, batch.embedded + row * model.hidden, model.hidden * sizeof(float));
+    else look_up(model, batch.tokens[row], out);
+}
+
+// The sum of products of two rows' channels, each with its weight.
+inline float weighed(const float *a, const float *b, const float *weight, int64_t count) {
+    Lanes total = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) total += load(a + i) * load(b + i) * load(weight + i);
+    float rest = 0;
+    for (; i < count; ++i) rest += a[i] * b[i] * weight[i];
+    return sum(total) + rest;
+}
+
+// Whether a row's result of a feed-forward layer is as good as parallel to what it was added to.
+inline bool parallel(const Gate &gate, const float *before, const float *after, int64_t count) {
+    const float *weight = gate.channels;
+    const float squares = weighed(before, before, weight, count) * weighed(after, after, weight, count);
+    return weighed(before, after, weight, count) >= gate.threshold * __builtin_sqrtf(squares);
+}
+
 // Buffers that passes share; they only grow.
 struct Buffers {
-    std::vector<float> x, next, qkv, cosine, sine;
+    std::vector<float> x, next, qkv, cosine, sine, fed, kept;
+    // Of the rows that go through a feed-forward layer: which they are, and each row's place among them, or -1.
+    std::vector<int64_t> fed_rows, place;
     std::vector<int64_t> span_of;
     std::vector<Tile> tiles;
     std::vector<Attend> attend;
@@ -51,6 +78,13 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
     Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
     of.attend.resize(team.most());
     of.span_of.resize(rows);
+    of.place.resize(rows);
+    const Gate *gate = batch.gate;
+    auto gated_in = [&](int64_t l) { return gate && gate->first <= l && l <= gate->last; };
+    if (gate) {
+        grown(of.fed, rows * hidden);
+        grown(of.kept, rows * hidden);
+    }
     // Heads that share keys are computed together, unless some threads would have nothing to do.
     const int64_t group = heads / kv, apart = std::min(group, (2 * team.most() + rows * kv - 1) / (rows * kv));
     const int64_t together = std::min(TILE, (group + apart - 1) / apart), tile_rows = std::max<int64_t>(1, TILE / together);
@@ -100,6 +134,20 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             norm(from, weight, model.norm_eps, hidden, to.row(row));
             to.put_row(row);
         };
+        // By one thread: which rows go through a feed-forward layer.
+        auto choose = [&](int64_t l) {
+            of.fed_rows.clear();
+            for (int64_t row = 0; row < rows; ++row) {
+                if (gated_in(l) && gate->left[row] > 0) {
+                    of.place[row] = -1;
+                    --gate->left[row];
+                    gate->skipped[l * rows + row] = 1;
+                } else {
+                    of.place[row] = of.fed_rows.size();
+                    of.fed_rows.push_back(row);
+                }
+            }
+        };
         // Codes need the scale of a whole group, which several threads may have written.
         auto finish = [&](Inputs &inputs) {
             team.barrier();
@@ -114,9 +162,18 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             shape(mixed, layer.out, rows);
             team.barrier();
             share(rows, [&](int64_t row) {
-                norm_row(now + row * hidden, layer.attention_norm, normed, row);
+                const bool tried = gated_in(l - 1) && gate->left[row] == 0 && !gate->skipped[(l - 1) * rows + row];
+                if (tried && parallel(*gate, then + row * hidden, now + row * hidden, hidden)) gate->left[row] = gate->run;
+                float *own = normed.row(row);
+                if (layer.token_norm) {
+                    look_up(model, batch.beside[row], own);
+                    norm(own, layer.token_norm, model.norm_eps, hidden, own);
+                    own += hidden;
+                }
+                norm(now + row * hidden, layer.attention_norm, model.norm_eps, hidden, own);
+                normed.put_row(row);
                 tap(INPUT, l, row, now + row * hidden);
-                tap(ATTENTION_INPUT, l, row, normed.row(row));
+                tap(ATTENTION_INPUT, l, row, own);
                 if (l) tap(OUTPUT, l - 1, row, now + row * hidden);
             });
             team.barrier();
@@ -167,18 +224,34 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             if (l == until) return;
             finish(mixed);
             linear(layer.out, team, number, mixed, then, now);
-            shape(normed, layer.gate_up, rows);
-            shape(inner, layer.down, rows);
+            if (number == 0) choose(l);
+            if (number == 0) normed.shape(layer.gate_up, of.fed_rows.size());
+            if (number == 0) inner.shape(layer.down, of.fed_rows.size());
             team.barrier();
+            const int64_t fed = of.fed_rows.size();
             share(rows, [&](int64_t row) {
-                norm_row(then + row * hidden, layer.mlp_norm, normed, row);
                 tap(ATTENTION_OUTPUT, l, row, then + row * hidden, now + row * hidden);
-                tap(MLP_INPUT, l, row, normed.row(row));
+                const int64_t place = of.place[row];
+                if (place < 0) {
+                    std::memcpy(now + row * hidden, then + row * hidden, hidden * sizeof(float));
+                    return;
+                }
+                norm_row(then + row * hidden, layer.mlp_norm, normed, place);
+                tap(MLP_INPUT, l, row, normed.row(place));
+                if (fed < rows) std::memcpy(&of.kept[place * hidden], then + row * hidden, hidden * sizeof(float));
             });
             team.barrier();
-            gated(layer.gate_up, team, number, normed, inner);
-            finish(inner);
-            linear(layer.down, team, number, inner, now, then);
+            if (fed) {
+                gated(layer.gate_up, team, number, normed, inner);
+                finish(inner);
+                linear(layer.down, team, number, inner, fed < rows ? of.fed.data() : now, fed < rows ? of.kept.data() : then);
+            }
+            if (fed && fed < rows) {
+                team.barrier();
+                share(fed, [&](int64_t i) {
+                    std::memcpy(now + of.fed_rows[i] * hidden, &of.fed[i * hidden], hidden * sizeof(float));
+                });
+            }
             if (l + 1 == model.layers) shape(last, model.head, batch.wanted);
             // The next layer's first stage begins with a barrier of its own.
         }

@@ -269,9 +269,10 @@ inline int64_t words_of(const Linear &weight) {
 }
 
 struct Layer {
-    const float *attention_norm, *query_norm, *key_norm, *mlp_norm;
+    const float *attention_norm, *query_norm, *key_norm, *mlp_norm;  // attention_norm may be null: its rows are not normed
     Linear qkv, out, gate_up, down;
     int64_t window;  // a row at position p sees positions above p - window; 0: all
+    const float *token_norm;  // where attention reads the normed embedding of the token beside a row, before the row; or null
 };
 
 struct Model {
@@ -281,7 +282,7 @@ struct Model {
     const int64_t *axis_of;            // [head_dim / 2], by which axis of a position each turns; null: by the first
     const void *embedding;             // [vocabulary][hidden], float32 or bf16
     int64_t embedding_format;
-    const float *final_norm;
+    const float *final_norm;  // or null, as attention_norm
     Linear head;
     const Layer *layer;
 };
@@ -312,6 +313,15 @@ struct Tap {
     int64_t layer;
     float *states;  // [rows][hidden]
 };
+// Which feed-forward layers rows pass by (FFN-SkipLLM): of layers `first` to `last`, so many behind one whose result is as
+// good as parallel to what it was added to.
+struct Gate {
+    int64_t first, last, run;
+    float threshold;        // least cosine
+    const float *channels;  // [hidden], weights of channels in it
+    int64_t *left;          // [rows], layers that a row still passes by; below 0 it never does
+    uint8_t *skipped;       // [layers][rows], which it did: zeros at first
+};
 struct Batch {
     int64_t rows;
     const int64_t *tokens, *positions;  // positions [rows][axes]
@@ -327,6 +337,8 @@ struct Batch {
     // Where somebody else attends in some layer: queries, keys and values go out, and what comes of them comes in. Else null.
     float *qkv;          // [rows][(heads + 2 kv_heads) * head_dim], rotated
     const float *mixed;  // [rows][heads * head_dim]
+    const int64_t *beside;  // [rows] tokens that stand beside the rows, or null
+    const Gate *gate;    // or null: all rows go through all layers
     int64_t pause;       // a layer behind whose attention somebody wants to look at what was tapped; 0 for none
 };
 
@@ -449,7 +461,7 @@ extern "C" {
 // Of the structures that are mirrored, in the order of `STRUCTS`; then 0.
 const int64_t *hasten_sizes() {
     static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View), sizeof(Slots),
-                                    sizeof(Span),   sizeof(Tap),   sizeof(Batch), 0};
+                                    sizeof(Span),   sizeof(Tap),   sizeof(Gate),  sizeof(Batch), 0};
     return sizes;
 }
 const char *hasten_kernels() { return kernels().name; }
@@ -483,6 +495,7 @@ int64_t hasten_forward(const Model *model, void *team, const Batch *batch, int64
     for (int64_t row = 0; row < batch->rows; ++row) {
         const int64_t token = batch->tokens[row];
         if (token >= model->vocabulary || (token < 0 && !batch->embedded)) return -1;
+        if (batch->beside && (batch->beside[row] >= model->vocabulary || batch->beside[row] < 0)) return -1;
     }
     if (batch->rows == 0) return model->layers;
     return kernels().forward(*model, *static_cast<Team *>(team), *batch, from);
@@ -501,8 +514,8 @@ int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t t
     for (int64_t i = 0; i < most; ++i, ++position) {
         Span now = *span;
         now.pending = i + 1;
-        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr,
-                          nullptr, nullptr, 0};
+        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr, nullptr,
+                          nullptr, nullptr, nullptr, 0};
         if (hasten_forward(model, team, &batch, -1) < 0) return -1;
         token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
         reached *= probabilities[i];

@@ -6,16 +6,19 @@ import hashlib
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
+from hasten.documents import dumps
 from hasten.errors import UserError
+from hasten.files import write_text
 from hasten.methods.drafters.vocabtrim import most_frequent
+from hasten.methods.heads.files import CONFIG, read_config
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import resolve
 from hasten.train.heads.dialogues import Dialogue, read_dialogues
@@ -59,6 +62,20 @@ def is_held_out(dialogue: Dialogue) -> bool:
     return hashlib.sha256(repr(dialogue.prompt).encode()).digest()[0] % HELD_OUT == 0
 
 
+def packed(numbers: Sequence[int], length: Callable[[int], int], rows: int) -> Iterator[list[int]]:
+    """Dialogues in this order, in groups of so many rows at most, but of at least one dialogue."""
+    some: list[int] = []
+    count = 0
+    for number in numbers:
+        if some and count + length(number) > rows:
+            yield some
+            some, count = [], 0
+        some.append(number)
+        count += length(number)
+    if some:
+        yield some
+
+
 class Dialogues:
     """Dialogues with their hidden states, and which of them are held out."""
 
@@ -77,17 +94,8 @@ class Dialogues:
 
     def packed(self, numbers: Sequence[int], rows: int) -> Iterator[list[int]]:
         """Which dialogues stand in each of these batches."""
-        some: list[int] = []
-        count = 0
-        for number in numbers:
-            length = self.states.bounds[number + 1] - self.states.bounds[number]
-            if some and count + length > rows:
-                yield some
-                some, count = [], 0
-            some.append(number)
-            count += length
-        if some:
-            yield some
+        bounds = self.states.bounds
+        return packed(numbers, lambda number: bounds[number + 1] - bounds[number], rows)
 
     def batch(self, numbers: Sequence[int]) -> HeadBatch:
         """The rows of some dialogues, read from the file."""
@@ -127,6 +135,20 @@ class Epoch(Sequence[HeadBatch]):
         return self.dialogues.batch(self.packed[place])
 
 
+def write_card(folder: Path, summary: Mapping[str, Any], dialogues: int, command: str) -> None:
+    """Add to a head's configuration how it was made: `training`.
+
+    Args:
+        summary: of the run.
+        dialogues: that it was made on, those held out included.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    made = {**summary, "dialogues": dialogues, "command": command}
+    write_text(folder / CONFIG, dumps({**read_config(folder), "training": made}, indent=2) + "\n")
+
+
 @dataclass(frozen=True)
 class HeadRecipe(Schedule[Network, Dialogues, HeadBatch]):
     """A run on a folder of dialogues and hidden states.
@@ -158,7 +180,7 @@ class HeadRecipe(Schedule[Network, Dialogues, HeadBatch]):
 
     def optimizers(self, model: Network) -> list[torch.optim.Optimizer]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=self.weight_decay)]
+        return [torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=self.weight_decay, fused=True)]
 
     def pool(self, pools: Dialogues, number: int, progress: float) -> Epoch:
         order = list(pools.trained)
