@@ -33,8 +33,13 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.heads.chimera_weights import NAMES, ChimeraWeights, LayerWeights
+from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
+from hasten.methods.heads.hidden_transfer import Transfer
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
+from hasten.methods.heads.ppd import PromptTokens
+from hasten.model.loading import read_config
 from hasten.model.weights import Piece
 from hasten.train.data import Batch
 from hasten.train.trainer import Trainer
@@ -197,6 +202,10 @@ def save_heads(folder: Path) -> None:
     weight = model.lm_head.weight.detach()
     save_medusa(folder / "heads" / "medusa", weight)
     save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
+    save_ppd(folder / "heads" / "ppd", weight.shape[1])
+    save_hidden_transfer(folder / "heads" / "hidden-transfer", weight.shape[1])
+    save_chimera(folder / "heads" / "chimera", model)
+    save_eagle(folder)
 
 
 ACCURACY = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
@@ -266,6 +275,60 @@ def fitted_carries(model: LlamaForCausalLM) -> list[Tensor]:
         given = torch.cat(seen, -1).flatten(0, 1)
         carries.append(torch.linalg.lstsq(given, states[:, k + 1 :].flatten(0, 1)).solution.T.contiguous())
     return carries
+
+
+def save_ppd(folder: Path, hidden: int) -> None:
+    """Prompt tokens that were never trained."""
+    vectors = torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(5))
+    PromptTokens(vectors, accuracy=ACCURACY).save(folder, {})
+
+
+@torch.inference_mode()
+def save_chimera(
+    folder: Path, model: LlamaForCausalLM, words: Tensor | None = None, wide: bool = False
+) -> ChimeraWeights:
+    """Trigrams that make states by least squares, a layer that adds little to them, and heads that add little again.
+
+    Args:
+        words: that they may say.
+        wide: whether heads are the authors', [words, 2 hidden].
+    """
+    texts = torch.randint(2, VOCABULARY, (48, 40), generator=torch.Generator().manual_seed(7))
+    states, embedded = model.model(texts).last_hidden_state, model.model.embed_tokens(texts)
+    given = torch.cat([embedded[:, :-2], embedded[:, 1:-1], embedded[:, 2:]], -1).flatten(0, 1)
+    out = torch.linalg.lstsq(given, states[:, 2:].flatten(0, 1)).solution.T.contiguous()
+    near, hidden, weight = Near(), model.config.hidden_size, model.lm_head.weight.detach()
+    layer = {
+        part: Piece(0.3 * near(tensor) if tensor.dim() > 1 else near(tensor))
+        for part, name in NAMES.items()
+        for tensor in [model.model.layers[0].get_parameter(f"{name}.weight").detach()]
+    }
+    said = weight if words is None else weight[words]
+    heads = [
+        near(torch.cat([torch.zeros_like(said), said], 1) if wide else torch.zeros(hidden, hidden)) for _ in range(3)
+    ]
+    mix = Piece(0.1 * near(torch.zeros(3 * hidden, 3 * hidden)), near(torch.zeros(3 * hidden)))
+    made = ChimeraWeights(mix, Piece(out), LayerWeights(**layer), [*map(Piece, heads)], None, words, ACCURACY)
+    made.save(folder, {})
+    return made
+
+
+def save_eagle(folder: Path) -> None:
+    """Beside a checkpoint whose norms are ones, a head whose layer is the target's first, more or less."""
+    target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
+    noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
+    layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
+    layer = {piece: each + 0.05 * torch.randn(each.shape, generator=noise) for piece, each in layer.items()}
+    # A row enters as the token's embedding, whatever the state before it.
+    fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
+    made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
+    made.save(folder / "heads" / "eagle", layer_fields(config))
+
+
+def save_hidden_transfer(folder: Path, hidden: int) -> None:
+    """Maps that leave a state nearly as it is."""
+    near = Near()
+    Transfer(torch.stack([near(torch.eye(hidden)) for _ in range(3)]), 1, ACCURACY).save(folder, {})
 
 
 class Scripted(Drafter):
@@ -342,7 +405,8 @@ def check_statistics(completion: Completion) -> None:
     assert sum(figures.accepted_per_step) == figures.accepted
     # Every step adds the target's own token, but the last, where stopping may have cut it off.
     assert figures.accepted + figures.steps - 1 <= tokens <= figures.accepted + figures.steps
-    assert figures.rows == figures.steps + figures.proposed
+    # Probes are rows, too.
+    assert figures.rows >= figures.steps + figures.proposed
     assert completion.tokens_per_step >= 1
 
 

@@ -32,14 +32,21 @@ VARIANTS = {
         "draft-model:confidence=0,length=4",
         "draft-model:width=3,length=3",
     ],
+    # Of two layers: mostly sure behind the first, and now and then.
+    "s2d": ["s2d:exits=1/2,threshold=0.3,confidence=0,length=6", "s2d:exits=1/2,threshold=0.8,confidence=0"],
     "dyspec": ["dyspec:nodes=12", "dyspec:construction=fixed,nodes=10,max_depth=4"],
+    "rapid": ["rapid:head=1,tail=3,chunk=8,least=8", "rapid:head=2,tail=2,chunk=8,least=0,share=0.3,confidence=0.01"],
     "vocabtrim": ["vocabtrim:tokens=90,confidence=0", "vocabtrim:tokens=60,forced=false,width=3,length=3"],
     "specmemo": [
         "specmemo:drafter=ngram",
         "specmemo:budget=64MiB,nodes=12,drafter=aded:shared=false",
     ],
+    "chimera": ["chimera:nodes=12,least=0,sized=false", "chimera:tree=static,nodes=30,ranks=3,width=6,sized=false"],
+    "eagle": ["eagle:nodes=12,depth=4,least=0,sized=false", "eagle:tree=chain,depth=6,least=0,sized=false"],
     "hydra": ["hydra:nodes=12,sized=false", "hydra:tree=static,nodes=30,ranks=3,width=4,sized=false"],
     "medusa": ["medusa:nodes=12,sized=false", "medusa:tree=static,nodes=30,sized=false"],
+    "hidden-transfer": ["hidden-transfer:sized=false", "hidden-transfer:sized=false,nodes=30,rows=90,ranks=20"],
+    "ppd": ["ppd:sized=false", "ppd:sized=false,nodes=30,rows=90,ranks=20"],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],
     # They need a model that fills masked positions: tests/methods/diffusion has one.

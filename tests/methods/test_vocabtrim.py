@@ -49,7 +49,7 @@ class OracleVocabTrim(VocabTrim):
         return self.counts
 
     def _trim(self, model):
-        return OracleModel(lambda history: self.law(history)[self.to_full], len(self.to_full))
+        return OracleModel(lambda history: self.law(history)[self.kept.tokens], len(self.kept.tokens))
 
 
 def vocabtrim(law: Law, kept: list[int], **parameters):
@@ -90,21 +90,21 @@ def test_forced_tokens(llm):
 def test_counts_of_a_file(llm, words, tmp_path):
     drafter = made(llm, tokens=5, calibration=str(words), forced=False)
     ids = llm.tokenizer.encode(CALIBRATION + "\n") * 2
-    assert drafter.to_full.tolist() == sorted(most_frequent(Counter(ids), 5, VOCABULARY))
-    assert drafter.coverage == sum(id_ in drafter.to_trim for id_ in ids) / len(ids)
+    assert drafter.kept.tokens.tolist() == sorted(most_frequent(Counter(ids), 5, VOCABULARY))
+    assert drafter.coverage == sum(id_ in drafter.kept.number_of for id_ in ids) / len(ids)
     lines = tmp_path / "lines.jsonl"
     lines.write_text(json.dumps({"prompt": "cat", "answer": "zz"}) + "\n")
     drafter = made(llm, tokens=3, calibration=str(lines), forced=False)
-    assert llm.tokenizer.encode("z")[0] in drafter.to_trim
-    assert made(llm, tokens=3, calibration=str(lines)).to_trim.keys() >= {START, END}
+    assert llm.tokenizer.encode("z")[0] in drafter.kept.number_of
+    assert made(llm, tokens=3, calibration=str(lines)).kept.number_of.keys() >= {START, END}
 
 
 def test_built_in_text(llm):
     drafter = made(llm)
-    assert len(drafter.to_full) >= VOCABULARY // 4
+    assert len(drafter.kept.tokens) >= VOCABULARY // 4
     assert 0.3 < drafter.coverage < 1
     # What is kept says more of the text than as many tokens at random.
-    assert drafter.coverage > len(drafter.to_full) / VOCABULARY
+    assert drafter.coverage > len(drafter.kept.tokens) / VOCABULARY
 
 
 def test_text_of_the_target(llm, words):
@@ -112,10 +112,10 @@ def test_text_of_the_target(llm, words):
     plain, own = (
         made(llm, tokens=9, calibration=str(words), source=source, forced=False) for source in ("text", "target")
     )
-    assert plain.to_full.tolist() != own.to_full.tolist()
+    assert plain.kept.tokens.tolist() != own.kept.tokens.tolist()
     assert (
-        own.to_full.tolist()
-        == made(llm, tokens=9, calibration=str(words), source="target", forced=False).to_full.tolist()
+        own.kept.tokens.tolist()
+        == made(llm, tokens=9, calibration=str(words), source="target", forced=False).kept.tokens.tolist()
     )
 
 
@@ -161,10 +161,10 @@ def test_targets_that_cannot_be_served(llm):
 def test_trimmed_head_is_rows_of_the_full_one(llm, tiny, words, dtype, tolerance, tokens):
     drafter = made(llm, tokens=tokens, calibration=str(words), forced=False, dtype=dtype)
     full = load_model(f"{tiny}-draft", dtype=dtype, device="cpu")
-    kept = drafter.to_full.tolist()
+    kept = drafter.kept.tokens.tolist()
     assert len(kept) == tokens == drafter.model.head.out_features
     assert kept == sorted(kept)
-    assert {row: token for token, row in drafter.to_trim.items()} == dict(enumerate(kept))
+    assert {row: token for token, row in drafter.kept.number_of.items()} == dict(enumerate(kept))
     hidden = torch.randn(7, full.config.hidden_size, dtype=full.dtype)
     torch.testing.assert_close(
         drafter.model.head.forward(hidden), full.head.forward(hidden)[:, kept], atol=tolerance, rtol=0
@@ -182,7 +182,7 @@ def test_head_with_a_bias(llm, words):
     full.head = fastest_linear(full.head.dequant(), torch.linspace(-3, 3, VOCABULARY))
     trimmed = drafter._trim(full)
     hidden = torch.randn(3, full.config.hidden_size)
-    expected = full.head.forward(hidden)[:, drafter.to_full]
+    expected = full.head.forward(hidden)[:, drafter.kept.tokens]
     torch.testing.assert_close(trimmed.head.forward(hidden), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_head_with_a_bias(llm, words):
 def test_output_is_plain_decodings(llm, words, tokens, forced):
     spec = f"vocabtrim:tokens={tokens},forced={forced},calibration={words},confidence=0"
     drafter = llm.engine.drafter(spec)[1]
-    assert (END in drafter.to_trim) == (tokens > 16)
+    assert (END in drafter.kept.number_of) == (tokens > 16)
     penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.3, "logit_bias": {5: 3.0, 40: 2.0, 149: -9.0}}
     for settings in ({}, {"temperature": 0.8}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, **penalties}, penalties):
         asked = [SamplingParams(max_tokens=24, seed=number, **settings) for number in range(len(PROMPTS))]
@@ -203,7 +203,7 @@ def test_output_is_plain_decodings(llm, words, tokens, forced):
             same(mine.choices[0], theirs.choices[0])
         assert sum(each.choices[0].statistics.accepted for each in got) > 5
     assert drafter.cache.used_bytes == 0
-    assert drafter._samplers == drafter._proposed == {}
+    assert drafter.kept._samplers == drafter._proposed == {}
 
 
 @pytest.mark.parametrize("temperature, acceptance", [(0.0, "match"), (0.9, "match")])
@@ -221,7 +221,7 @@ def test_everything_kept_is_the_draft_model(llm, words, temperature, acceptance,
 
 def test_drafts_stay_inside(llm, words):
     spec = f"vocabtrim:tokens=16,forced=false,calibration={words},confidence=0,width=2,length=3"
-    kept = set(made(llm, tokens=16, forced=False, calibration=str(words)).to_trim)
+    kept = set(made(llm, tokens=16, forced=False, calibration=str(words)).kept.number_of)
     for settings in ({}, {"temperature": 0.9}, {"temperature": 0.9, "acceptance": "max"}):
         drafts, *_ = recorded(llm, spec, **settings)
         proposed = [token for own in drafts.values() for draft in own for token in draft.tokens]
@@ -293,7 +293,7 @@ def test_padding_is_never_kept():
 
     target = Target(OracleModel(EIGHT, 8), tokenizer=Five())
     parameters = VocabTrimParameters(tokens=8, forced=False)
-    assert OracleVocabTrim(target, parameters, EIGHT_DRAFT, Counter([6, 7, 2])).to_full.tolist() == [0, 1, 2, 3, 4]
+    assert OracleVocabTrim(target, parameters, EIGHT_DRAFT, Counter([6, 7, 2])).kept.tokens.tolist() == [0, 1, 2, 3, 4]
 
 
 # Statistics
@@ -354,4 +354,4 @@ def test_rejections_of_a_whole_run():
 
 def test_every_end_of_text_keeps_its_row(llm):
     drafter = Engine(llm.model, llm.tokenizer, {137, 141}, folder=str(llm.folder)).drafter("vocabtrim:tokens=1")[1]
-    assert {137, 141} <= set(drafter.to_full.tolist())
+    assert {137, 141} <= set(drafter.kept.tokens.tolist())

@@ -18,10 +18,11 @@ from hasten.errors import UserError
 from hasten.files import cache_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hasten.llm import LLM
-    from hasten.train.heads.dialogues import Writing
+    from hasten.train.heads.budget import Budget
+    from hasten.train.heads.dialogues import Dialogue, Writing
     from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
 
@@ -33,8 +34,8 @@ Output = Annotated[
 
 
 @dataclass(frozen=True)
-class Data:
-    """What heads are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
+class Talk:
+    """The dialogues that are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
 
     dialogues: Annotated[int, typer.Option(help="How many the model makes, or answers.")] = 4000
     prompts: Annotated[
@@ -44,9 +45,49 @@ class Data:
     folder: Annotated[
         Path | None, typer.Option("--dialogues-folder", help="Where they are kept (default: the user's cache).")
     ] = None
+
+    budget: Annotated[
+        float,
+        typer.Option(help="Minutes for all of it: fewer dialogues and epochs where there would be too many; 0: any."),
+    ] = 0.0
+
+    def clock(self, folder: Path) -> Budget | None:
+        """The budget of a run in a folder, from now on; None without one.
+
+        Raises:
+            UserError: no number of minutes.
+        """
+        from hasten.train.heads.budget import Budget
+
+        return Budget(self.budget, folder) if self.budget else None
+
+    def write(self, llm: LLM, quiet: bool, budget: Budget | None) -> tuple[Path, list[Dialogue]]:
+        """Make dialogues, or take those that are there.
+
+        Returns:
+            Their folder, and they.
+
+        Raises:
+            UserError: unreadable prompts, or what is there was made in another way.
+        """
+        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
+        from hasten.train.heads.recipe import DIALOGUES
+
+        how = Writing(self.dialogues, answer=self.answer)
+        prompts = None if self.prompts is None else read_prompts(self.prompts)
+        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
+        with options.progress("asking", how.count, quiet=quiet) as advance:
+            enough = (lambda: False) if budget is None else (lambda: budget.talked)
+            return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance, enough)
+
+
+@dataclass(frozen=True)
+class Data(Talk):
+    """What heads are trained on: dialogues, and the hidden states of the target along them."""
+
     states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
 
-    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool) -> tuple[Path, int]:
+    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool, budget: Budget | None) -> tuple[Path, int]:
         """Make dialogues and read hidden states, or take those that are there.
 
         Returns:
@@ -56,16 +97,10 @@ class Data:
             UserError: unreadable prompts, or what is there was made in another way.
         """
         from hasten.engine.memory import parse_bytes
-        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
-        from hasten.train.heads.recipe import DIALOGUES
         from hasten.train.heads.states import read_states
 
         most = parse_bytes(self.states_bytes, "states-bytes")
-        how = Writing(self.dialogues, answer=self.answer)
-        prompts = None if self.prompts is None else read_prompts(self.prompts)
-        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
-        with options.progress("asking", how.count, quiet=quiet) as advance:
-            dialogues = write_dialogues(llm, folder / DIALOGUES, how, prompts, advance)
+        folder, dialogues = self.write(llm, quiet, budget)
         with options.progress("reading", len(dialogues), quiet=quiet) as advance:
             read = read_states(llm, dialogues, taps, folder / states, most, advance)
         return folder, len(read.tokens)
@@ -123,19 +158,28 @@ class Fitting:
             output: their folder; None for that beside the model.
         """
         from hasten.methods.heads.head import beside
-        from hasten.train.heads.recipe import write_card
         from hasten.train.trainer import train
 
-        folder, rows = data.make(llm, taps, recipe.states, self.json)
         destination = output or beside(llm.folder, slug)
+        budget = data.clock(destination)
+        folder, rows = data.make(llm, taps, recipe.states, self.json, budget)
         run = replace(recipe, tokens=max(1, int(self.epochs * rows)), data=str(folder))
+        if budget is not None:
+            run = budget.cut(run)
         summary = train(run, destination, self.resume)
-        command = shlex.join(["hasten", *sys.argv[1:]])
-        write_card(destination, summary, data.dialogues, command)
-        if self.json:
-            options.emit({"output": str(destination), **summary, "command": command})
-        else:
-            print(f"{destination}: {summary['parameters']:,} parameters, loss {summary['loss']}")
+        conclude(destination, summary, data.dialogues, self.json)
+
+
+def conclude(folder: Path, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
+    """Write what a run was into its card, and say where its heads are."""
+    from hasten.train.heads.recipe import write_card
+
+    command = shlex.join(["hasten", *sys.argv[1:]])
+    write_card(folder, summary, dialogues, command)
+    if json:
+        options.emit({"output": str(folder), **summary, "dialogues": dialogues, "command": command})
+    else:
+        print(f"{folder}: {summary['parameters']:,} parameters, loss {summary['loss']}")
 
 
 @app.command()
@@ -189,3 +233,33 @@ def hydra(
     # Refuses what cannot be before anything is made.
     recipe = HydraRecipe(parent=str(llm.folder), prefix=prefix, **asdict(speaking), **fitting.schedule)
     fitting.train(recipe, llm, "hydra", data, (FINAL,), output)
+
+
+@app.command()
+@grouped
+def eagle(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    version: Annotated[int, typer.Option(help="1: makes the next hidden state. 3: says the next words.")] = 3,
+    steps: Annotated[int, typer.Option(help="Version 3: how far it drafts on its own outputs in training.")] = 3,
+    words: Annotated[int, typer.Option(help="Tokens that it may say, the most frequent ones; 0 for all.")] = 8192,
+    precision: Annotated[str, typer.Option(help="Of products: bf16 or fp32.")] = "bf16",
+    fitting: Fitting = Fitting(epochs=1.0),
+    data: Data = Data(),
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+) -> None:
+    """Train a head of EAGLE-1 and -2, or of EAGLE-3, for a model, on what it says itself (2401.15077, 2503.01840).
+
+    Everything is kept: after Ctrl-C the same command goes on.
+    """
+    llm = options.Loading(backend=backend, threads=threads).load(model)
+
+    from hasten.train.heads.eagle import Eagle1Recipe, Eagle3Recipe, EagleRecipe
+
+    # Refuses what cannot be before anything is made.
+    given = {"parent": str(llm.folder), "words": words, "precision": precision, **fitting.schedule}
+    if version not in (1, 3):
+        raise UserError(f"version must be 1 or 3, not {version}")
+    recipe: EagleRecipe = Eagle1Recipe(**given) if version == 1 else Eagle3Recipe(steps=steps, **given)
+    fitting.train(recipe, llm, "eagle", data, recipe.taps(len(llm.model.layers)), output)

@@ -5,7 +5,8 @@ from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.view import Hypothesis, View
 from hasten.engine.canvas.window import BlockWindow, FullWindow, Passes, Window
 from hasten.engine.context import ContextPolicy
-from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe
+from hasten.engine.drafting.approximation import Approximation
+from hasten.engine.drafting.draft import ROOT, Draft, Drawn, Probe, SoftRows
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.engine import Engine
 from hasten.engine.job import Job
@@ -19,6 +20,7 @@ from hasten.engine.scheduler import Limits
 
 __all__ = [
     "ROOT",
+    "Approximation",
     "BlockWindow",
     "Canvas",
     "Constraint",
@@ -41,6 +43,7 @@ __all__ = [
     "Progress",
     "Request",
     "SamplingParams",
+    "SoftRows",
     "Statistics",
     "Target",
     "TokenLogprobs",

@@ -13,15 +13,17 @@ from torch import Tensor
 from hasten.cache import Cache, Prefixes
 from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.filling import Filling
+from hasten.engine.computing import Computed, approximated, compute, together
 from hasten.engine.context import EVERYTHING, ContextPolicy
 from hasten.engine.decoding import Answer
+from hasten.engine.drafting.approximation import Approximation
 from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.drafting.speculation import Speculation
 from hasten.engine.drafting.verification import Verdict
 from hasten.engine.job import Job
 from hasten.engine.memory import Footprint, Ledger
-from hasten.engine.packing import packed, taps_of, wanted_taps
+from hasten.engine.packing import taps_of
 from hasten.engine.placement import Placed, Placement
 from hasten.engine.preparation import Preparation, Prepared
 from hasten.engine.prompt import EMBEDDED, Segment
@@ -30,7 +32,7 @@ from hasten.engine.report import TokenKind
 from hasten.engine.request import Progress
 from hasten.engine.sampling.bans import Bans
 from hasten.engine.sampling.params import SamplingParams
-from hasten.engine.sampling.sampler import Sampler, likeliest_if_finite
+from hasten.engine.sampling.sampler import Sampler
 from hasten.engine.sampling.walk import Walk, descend
 from hasten.engine.scheduler import Limits, Scheduler
 from hasten.engine.stopping import FinishReason, Stopper
@@ -52,7 +54,7 @@ class Engine:
         folder: the checkpoint's, for methods that want to know.
         cache_bytes: limit of the KV cache.
         prefix_bytes: of it, what texts may take that outlive their requests: a prompt that begins as one of them is not
-            read again. Tenants share none; a drafter with taps reads all of its prompts.
+            read again. Tenants share none; a drafter may need all of its prompts read.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class Engine:
     def _recall(self, request: Job) -> None:
         """Begin a request behind what an earlier text has in common with its prompt."""
         whole = request.context is EVERYTHING and not request.spans
-        seen = request.drafter.taps or request.params.prompt_logprobs is not None
+        seen = request.drafter.reads_whole or request.params.prompt_logprobs is not None
         if not self.prefixes.limit_bytes or not whole or seen:
             return
         sequence = self.prefixes.fork(request.params.tenant, request.tokens)
@@ -225,27 +227,32 @@ class Engine:
             progress += self._fail(*refused)
         if not placed:
             return progress
-        started = time.perf_counter()
-        rows, wanted = packed(placed, self.model.config.hidden_size, self.model.device)
-        taps = wanted_taps(placed)
-        logits = self.model.forward(rows, wanted, taps)
-        if self.model.config.diffusion is not None:
-            # The mask is not a word: a text that says it would never be finished.
-            logits[:, self.model.config.diffusion.mask_id] = -torch.inf
-        best, finite = likeliest_if_finite(logits)
-        forward_seconds = time.perf_counter() - started
-        self._record(rows, logits)
+        computed = []
+        for group in together(placed):
+            try:
+                computed.append(compute(self.model, group))
+            except Exception as error:
+                if approximated(group[0]) is None:
+                    raise
+                for (request, _), _ in group:
+                    progress += self._fail(request, error)
+        for each in computed:
+            progress += self._receive(each)
+        return progress
 
+    def _receive(self, computed: Computed) -> list[Progress]:
+        """What a pass gave goes to those who were in it."""
+        placed, rows, taps = computed.placed, computed.rows, computed.taps
+        self._record(rows, computed.logits)
         stop = 0
         answers: list[Answer] = []
         for ((request, piece), passage), span in zip(placed, rows.spans, strict=True):
-            request.statistics.forward_seconds += forward_seconds
+            request.statistics.forward_seconds += computed.seconds
             offset, stop = stop, stop + len(passage.wanted)
             hidden = taps_of(taps, request.drafter, span.stop - 1 if piece else span.start, span.stop)
-            answers.append(
-                Answer(logits[offset:stop], best[offset:stop], finite[offset:stop], hidden, len(rows.tokens))
-            )
-        progress += self._judge(placed, answers)
+            own = computed.logits[offset:stop], computed.best[offset:stop], computed.finite[offset:stop]
+            answers.append(Answer(*own, hidden, len(rows.tokens)))
+        progress = self._judge(placed, answers)
         for ((request, piece), _), span, answer in zip(placed, rows.spans, answers, strict=True):
             if request.finish_reason is not None:
                 continue
@@ -449,8 +456,10 @@ class Engine:
         # What was left out, or never was a token, is no text to begin behind.
         whole = request.context is EVERYTHING and not request.spans
         if self.prefixes.limit_bytes and whole and isinstance(request.decoding, Speculation):
-            # The last draft may have been accepted beyond where the text was ended.
-            request.sequence.crop(min(request.read, len(request.tokens)))
-            self.prefixes.keep(request.params.tenant, request.tokens[: request.read], request.sequence)
+            # The last draft may have been accepted beyond where the text was ended; what an approximation keeps of its
+            # own rows is not what the model would.
+            own = request.prompt_length if isinstance(request.drafter, Approximation) else len(request.tokens)
+            request.sequence.crop(min(request.read, own))
+            self.prefixes.keep(request.params.tenant, request.tokens[: min(request.read, own)], request.sequence)
         else:
             request.sequence.release()

@@ -54,7 +54,7 @@ class Placement:
                 except UserError as error:
                     if self._prefixes.evict():
                         continue
-                    if isinstance(request.decoding, Speculation) and request.decoding.draft:
+                    if isinstance(request.decoding, Speculation) and request.decoding.drafted:
                         # Before anybody makes place for it.
                         request.decoding.draft = Draft()
                         continue

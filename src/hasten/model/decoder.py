@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,7 +60,7 @@ class Backend(Protocol):
         """As `Model.forward`."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Decoder:
     """The transformer. `embedding` is [vocabulary, hidden]; everything else is a piece with a `forward`."""
 
@@ -131,6 +131,14 @@ class Decoder:
             hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=hidden.device)]
         return self.head.forward(self.norm.forward(hidden) + overflow(hidden)).float()
 
+    def part(self, layers: Sequence[int]) -> Decoder:
+        """Some of its layers only, over the same weights and caches; what it leaves out keeps nothing of its rows.
+
+        Args:
+            layers: ascending numbers.
+        """
+        return replace(self, layers=[self.layers[number] for number in layers])
+
     def forward(self, rows: Rows, wanted: Sequence[int] | None = None, taps: Taps | None = None) -> Tensor:
         """Logits of the wanted rows, by the backend. See `Model.forward`."""
         return self.backend.forward(self, rows, wanted, taps)
@@ -148,13 +156,21 @@ class TorchBackend:
         return compose(model, rows, wanted, taps)
 
 
+def joined(x: Tensor, rows: Rows, layer: int) -> Tensor:
+    """The residual stream [rows, hidden] at a layer's input, with the rows that enter there."""
+    for first, source, join in rows.joins:
+        if join.layer == layer:
+            x[first : first + len(join.matrices)] = (join.matrices @ x[source].float()).to(x.dtype)
+    return x
+
+
 @torch.inference_mode()
 def compose(model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
     """`Model.forward` from the pieces, one after the other, whatever they are."""
     step = model.start(rows, taps)
     x = model.embed(rows)
     for layer in model.layers:
-        x = layer.forward(x, step)
+        x = layer.forward(joined(x, rows, layer.index), step)
     if taps is not None:
         taps.put("final_norm", 0, model.norm.forward(x))
     return model.logits(x, wanted)

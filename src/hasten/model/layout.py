@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.config import LayerConfig, Slots, SlotsOf
@@ -29,7 +30,6 @@ class Layout:
     Attributes:
         group_of: per layer the number of its group; -1 where it reads no slots.
         index_of: per layer its place among the layers of that group.
-        addresses: of both in memory, as int64 [layers].
     """
 
     def __init__(self, layers: Sequence[LayerConfig], groups: Sequence[Group]) -> None:
@@ -46,9 +46,15 @@ class Layout:
         places = [found.get(number, (-1, -1)) for number in range(len(layers))]
         self.group_of = tuple(group for group, _ in places)
         self.index_of = tuple(index for _, index in places)
-        self._places = torch.tensor([self.group_of, self.index_of], dtype=torch.int64)
-        start = self._places.data_ptr()
-        self.addresses = start, start + self._places.nbytes // 2
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    def addresses(self, layers: tuple[int, ...]) -> tuple[int, int]:
+        """Of both in memory, for some of the layers: int64 [layers] each."""
+        places = self._places.get(layers)
+        if places is None:
+            found = [[where[layer] for layer in layers] for where in (self.group_of, self.index_of)]
+            places = self._places[layers] = torch.tensor(found, dtype=torch.int64)
+        return places.data_ptr(), places.data_ptr() + places.nbytes // 2
 
 
 def by_shape(layers: Sequence[LayerConfig]) -> list[Group]:

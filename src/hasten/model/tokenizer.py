@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -98,6 +100,12 @@ def _reader(folder: Path) -> Any:
 def same_vocabulary(one: Any, other: Any) -> bool:
     """Whether two tokenizers give the same ids to the same tokens."""
     return bool(one.get_vocab() == other.get_vocab())
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's tokens and ids: the same for those that `same_vocabulary` finds the same."""
+    tokens = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def with_text(message: Mapping[str, Any]) -> dict[str, Any]:

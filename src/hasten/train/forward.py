@@ -6,6 +6,7 @@ product that follows, and grouped heads share their keys without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,7 +39,23 @@ class _Normalise(torch.autograd.Function):
 def hidden_states(
     model: LlamaForCausalLM, ids: Tensor, mask: Tensor | None, positions: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The last layer's normalised output [rows, length, width] in `dtype`.
+    """The last layer's normalised output [rows, length, width] in `dtype`; arguments as of `layer_outputs`."""
+    for x in layer_outputs(model, ids, mask, positions, dtype):
+        last = x
+    return normalised(model, last)
+
+
+def normalised(model: LlamaForCausalLM, x: Tensor) -> Tensor:
+    """The model's final norm of a layer's output, in its dtype."""
+    normal: Tensor = _Normalise.apply(x, model.config.rms_norm_eps)  # type: ignore[no-untyped-call]
+    scaled: Tensor = normal * model.model.norm.weight.to(x.dtype)
+    return scaled
+
+
+def layer_outputs(
+    model: LlamaForCausalLM, ids: Tensor, mask: Tensor | None, positions: Tensor | None, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """What each layer gives to the next, [rows, length, width] in `dtype`.
 
     Args:
         model: its weights, float32.
@@ -74,9 +91,7 @@ def hidden_states(
             2, -1
         )
         x = x + F.linear(F.silu(gate) * up, layer.mlp.down_proj.weight.to(dtype))
-    normal: Tensor = _Normalise.apply(x, config.rms_norm_eps)  # type: ignore[no-untyped-call]
-    scaled: Tensor = normal * model.model.norm.weight.to(dtype)
-    return scaled
+        yield x
 
 
 def _project(x: Tensor, norm: LlamaRMSNorm, dtype: torch.dtype, *linears: torch.nn.Linear) -> Tensor:

@@ -92,6 +92,16 @@ class Schedule(ABC, Generic[Network, Pools, Given]):
 AnyRecipe = Schedule[Any, Any, Any]
 
 
+def muon(model: torch.nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Of a whole language model: Muon on the matrices inside the layers, AdamW on the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    return [
+        torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
 @dataclass(frozen=True)
 class Recipe(Schedule[LlamaForCausalLM, Stream, Batch]):
     """Training of a whole model, on tasks and prose: Muon on the matrices inside the layers, AdamW on the rest.
@@ -145,12 +155,7 @@ class Recipe(Schedule[LlamaForCausalLM, Stream, Batch]):
         return self.build(tokenizer), self.stream(tokenizer, folder)
 
     def optimizers(self, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
-        others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
-        return [
-            torch.optim.Muon(matrices, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
+        return muon(model, self.weight_decay)
 
     def pool(self, pools: Stream, number: int, progress: float) -> list[Batch]:
         return pools.pool(number, self.difficulty(progress), opening=progress < self.opening)

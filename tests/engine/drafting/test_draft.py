@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.engine import ROOT, Draft, Drawn, Probe
+from hasten.engine import ROOT, Draft, Drawn, Probe, SoftRows
 
 TREE = Draft([10, 11, 12, 13, 14, 15], [ROOT, ROOT, 0, 0, 2, 1])
 """10 -> (12 -> 14, 13); 11 -> 15."""
@@ -201,3 +201,31 @@ def test_probes_go_with_their_nodes():
         Probe(ROOT, [9, 9]),
         Probe(0, [9, 8]),
     ]
+
+
+def soft(*ahead: int) -> SoftRows:
+    """Rows that see those of the same kind before them; kinds take turns."""
+    number = torch.arange(len(ahead))
+    sees = (number[:, None] >= number) & ((number[:, None] - number) % 2 == 0)
+    return SoftRows(torch.full((len(ahead), 4), float(len(ahead))), ahead, sees)
+
+
+def test_soft_rows_say_where_they_stand_and_what_they_see():
+    """Rows: the root, the nodes 10 and 11, the root's three vectors, a mask behind 11, and two vectors there."""
+    draft = Draft([10, 11], [ROOT, 0])
+    draft.probes = [Probe.of(ROOT, soft(1, 1, 2)), Probe(1, [9]), Probe.of(1, soft(1, 1))]
+    assert draft.probed() == ([-1, -1, -1, 9, -1, -1], [1, 1, 2, 3, 3, 3])
+    assert draft.mask().int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 1],
+    ]
+    assert [(row, states.shape[0]) for row, states in draft.embedded()] == [(3, 3), (7, 2)]
+    assert (draft.rows, draft.heard()) == (8, [0, 1, 2, 6])
+    assert draft.subset([0]).embedded()[0][0] == 2 and draft.subset([0]).rows == 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
+import random
+from functools import cache
+from itertools import combinations, product
 from math import prod
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.engine import ROOT
-from hasten.methods.heads.tree import best_paths, drawn_up
+from hasten.methods.heads.tree import Paths, best_paths, drawn_up, static_paths
 
 TABLE = [[0.5, 0.3, 0.1], [0.6, 0.2], [0.7, 0.1, 0.05]]
 
@@ -49,3 +51,64 @@ def test_a_draft_has_the_tokens_of_the_paths() -> None:
     assert spelled == [[10], [10, 20], [11], [10, 20, 30], [11, 20]]
     assert draft.parents == [ROOT, 0, ROOT, 1, 2]
     assert draft.estimates == pytest.approx([0.5, 0.3, 0.3, 0.21, 0.18])
+
+
+def expected(paths: Paths) -> float:
+    """Tokens of a step, the target's own included."""
+    return 1 + sum(probability for probability, _ in paths)
+
+
+UNORDERED = [[0.2, 0.5, 0.1], [0.1, 0.3], [0.6, 0.05, 0.2]]
+"""Ranks that were right by chance more often than better ones."""
+
+
+@pytest.mark.parametrize("table", [TABLE, UNORDERED])
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
+def test_no_other_tree_of_a_size_promises_more(table: list[list[float]], nodes: int) -> None:
+    every = all_paths(table)
+    # What is possible at all: each node below its parent.
+    trees = (set(tree) for tree in combinations(every, nodes))
+    closed = (tree for tree in trees if all(len(path) == 1 or path[:-1] in tree for path in tree))
+    best = max(sum(every[path] for path in tree) for tree in closed)
+    assert expected(static_paths(table, nodes)) == pytest.approx(1 + best)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("nodes", [1, 3, 8, 13])
+def test_sequoias_dynamic_programme_finds_nothing_better(depth: int, nodes: int) -> None:
+    """Section 3.1: of m nodes, the last child takes y, and those before it the rest; the root is one of them."""
+    ranks = [0.55, 0.2, 0.1, 0.04]
+
+    @cache
+    def best(size: int, levels: int, children: int) -> float:
+        if children == 0:
+            return 1.0 if size == 1 else -1e9
+        if size < 2 or levels == 0:
+            return -1e9
+        below = [(y, max(best(y, levels - 1, b) for b in range(len(ranks) + 1))) for y in range(1, size)]
+        return max(best(size - y, levels, children - 1) + ranks[children - 1] * worth for y, worth in below)
+
+    optimum = max(best(nodes + 1, depth, children) for children in range(len(ranks) + 1))
+    if depth == 1 and nodes > len(ranks):
+        assert optimum < 0 and len(static_paths([ranks], nodes)) == len(ranks)
+    else:
+        assert expected(static_paths([ranks] * depth, nodes)) == pytest.approx(optimum)
+
+
+def test_a_simulation_accepts_as_many_tokens() -> None:
+    """At every level one of the ranks is right, or none: then the step ends."""
+    draw, paths = random.Random(0), static_paths(UNORDERED, 6)
+    tree, total, steps = {path for _, path in paths}, 0, 40_000
+    for _ in range(steps):
+        path: tuple[int, ...] = ()
+        for ranks in UNORDERED:
+            (rank,) = draw.choices([*range(len(ranks)), -1], [*ranks, 1 - sum(ranks)])
+            if (*path, rank) not in tree:
+                break
+            path = (*path, rank)
+        total += 1 + len(path)
+    assert total / steps == pytest.approx(expected(paths), rel=0.01)
+
+
+def test_a_static_tree_names_the_ranks_as_they_were_measured() -> None:
+    assert [path for _, path in static_paths(UNORDERED, 4)] == [(1,), (0,), (1, 1), (2,)]

@@ -52,6 +52,15 @@ def test_interrupted_they_are_read_on(llm: LLM, tmp_path: Path, kept: int) -> No
     assert file.read_bytes() == whole and sum(told) == 4
 
 
+def test_more_dialogues_are_read_behind_those_that_were(llm: LLM, tmp_path: Path) -> None:
+    read_states(llm, DIALOGUES, TAPS, tmp_path / "whole.bin", 10**9)
+    read_states(llm, DIALOGUES[:2], TAPS, tmp_path / "grown.bin", 10**9)
+    read = read_states(llm, DIALOGUES, TAPS, tmp_path / "grown.bin", 10**9)
+    assert len(read) == 4
+    for suffix in ("", ".json"):
+        assert (tmp_path / f"grown.bin{suffix}").read_bytes() == (tmp_path / f"whole.bin{suffix}").read_bytes()
+
+
 def test_a_bound_of_bytes(llm: LLM, tmp_path: Path) -> None:
     row = 2 * 2 * llm.model.config.hidden_size
     read = read_states(llm, DIALOGUES, TAPS, tmp_path / "s.bin", 20 * row)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from hasten.engine.prompt import EMBEDDED
+from hasten.model.rows import Join
 
 ROOT = -1
 """As a parent: the last committed token."""
@@ -29,19 +32,51 @@ class Drawn:
     count: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class SoftRows:
+    """Rows of a probe that are no tokens: trained vectors that stand where tokens are still unknown.
+
+    Attributes:
+        states: [rows, hidden], as which they enter.
+        ahead: how far behind the probe's node each row stands, from 1 on; several may share a position.
+        sees: boolean [rows, rows], which of them see which; the diagonal always is.
+        join: where and how they enter in the middle of the pass, made of their node's state; then `states` say nothing.
+    """
+
+    states: Tensor
+    ahead: tuple[int, ...]
+    sees: Tensor
+    join: Join | None = None
+
+    def __len__(self) -> int:
+        return len(self.ahead)
+
+
 @dataclass(frozen=True)
 class Probe:
     """Rows that a verification computes beside its nodes, to learn what the model predicts there: masks of a block
-    behind it.
+    behind it, or vectors that ask for what comes.
 
-    They stand at the positions behind `node` (or ROOT), see it, all above it and each other, are seen by nothing else,
-    and vanish with the step. `Observation.probes` has their logits, but for those of the first `silent` rows, which
-    nobody asks for: they cost no head.
+    They see `node` (or ROOT) and all above it, are seen by nothing else, and vanish with the step. Tokens stand at the
+    positions behind it and see each other; `soft` rows (whose tokens are EMBEDDED) say that themselves.
+    `Observation.probes` has their logits, but for those of the first `silent` rows, which nobody asks for: they cost
+    no head. `Observation.probe_taps` has the states of all of them.
     """
 
     node: int
     tokens: list[int]
     silent: int = 0
+    soft: SoftRows | None = None
+
+    @classmethod
+    def of(cls, node: int, soft: SoftRows) -> Probe:
+        """Soft rows, of which nothing but the states is wanted."""
+        return cls(node, [EMBEDDED] * len(soft), len(soft), soft)
+
+    @property
+    def ahead(self) -> Sequence[int]:
+        """How far behind the node each row stands."""
+        return range(1, len(self.tokens) + 1) if self.soft is None else self.soft.ahead
 
     @property
     def heard(self) -> int:
@@ -56,7 +91,8 @@ class Draft:
     A node listed in `drawn` (or ROOT) has sampled children; all other nodes have deterministic ones (top-k, lookup).
     The acceptance rule follows from that, per node. `estimates` are the drafter's own, one per node or none at all: the
     probability that verification accepts the node and all above it. Their sum is the expected number of accepted
-    tokens; planners read them. `probes` are further rows of the step.
+    tokens; planners read them. `probes` are further rows of the step. `transfer` is how far verification moves the
+    target's distribution towards what a chain's nodes were drawn from (`verification.transfer`; lossy).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -64,6 +100,7 @@ class Draft:
     drawn: dict[int, Drawn] = field(default_factory=dict)
     estimates: list[float] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
+    transfer: float = 0.0
 
     @classmethod
     def chain(cls, tokens: Sequence[int], estimates: Sequence[float] = ()) -> Draft:
@@ -93,8 +130,29 @@ class Draft:
         depths = {ROOT: 0} | dict(enumerate(self.depths()))
         for probe in self.probes:
             tokens += probe.tokens
-            offsets += range(depths[probe.node] + 1, depths[probe.node] + 1 + len(probe.tokens))
+            offsets += [depths[probe.node] + ahead for ahead in probe.ahead]
         return tokens, offsets
+
+    @property
+    def rows(self) -> int:
+        """Of the nodes and the probes."""
+        return len(self.tokens) + sum(len(probe.tokens) for probe in self.probes)
+
+    def embedded(self) -> list[tuple[int, Tensor]]:
+        """Of the soft rows, the number of each probe's first one (the root's row is 0), and their states."""
+        return [(row, probe.soft.states) for row, probe in self._starts() if probe.soft is not None]
+
+    def joins(self) -> list[tuple[int, int, Join]]:
+        """Of the soft rows that enter later, the number of each probe's first one, that of its node, and how."""
+        softs = [(row, probe.node + 1, probe.soft) for row, probe in self._starts() if probe.soft is not None]
+        return [(row, source, soft.join) for row, source, soft in softs if soft.join is not None]
+
+    def _starts(self) -> Iterator[tuple[int, Probe]]:
+        """The probes, and the number of the first row of each."""
+        row = len(self.tokens) + 1
+        for probe in self.probes:
+            yield row, probe
+            row += len(probe.tokens)
 
     def heard(self) -> Sequence[int]:
         """Numbers of the rows whose logits are wanted, of the root's, the nodes' and the probes'."""
@@ -138,14 +196,14 @@ class Draft:
         if self.is_chain and not self.probes:
             return None
         count = len(self.tokens) + 1
-        mask = torch.eye(count + sum(len(probe.tokens) for probe in self.probes), dtype=torch.bool)
+        mask = torch.eye(1 + self.rows, dtype=torch.bool)
         mask[:count, 0] = True
         for node, parent in enumerate(self.parents):
             mask[node + 1] |= mask[parent + 1]
         for probe in self.probes:
             stop = count + len(probe.tokens)
             mask[count:stop] = mask[probe.node + 1]
-            mask[count:stop, count:stop] = True
+            mask[count:stop, count:stop] = True if probe.soft is None else probe.soft.sees
             count = stop
         return mask
 
@@ -158,6 +216,7 @@ class Draft:
             {number[node]: drawn for node, drawn in self.drawn.items() if node in number},
             [self.estimates[node] for node in nodes] if self.estimates else [],
             self._probes_of(number),
+            self.transfer,
         )
 
     def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
@@ -169,7 +228,7 @@ class Draft:
         depths: list[int] = []
         number: dict[int, int] = {ROOT: ROOT}
         closed: set[int] = set()
-        kept = Draft()
+        kept = Draft(transfer=self.transfer)
         for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=False)):
             level = 1 if parent == ROOT else depths[parent] + 1 if 0 <= parent < node else depth + 1
             depths.append(level)

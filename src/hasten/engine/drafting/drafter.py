@@ -26,6 +26,7 @@ class Observation:
             ones included.
         taps: hidden states of the same rows, where the drafter asked for any.
         probes: float32 [rows of the draft's probes that are heard, vocabulary], one probe's behind the other's.
+        probe_taps: the hidden states of all rows of the draft's probes.
         rows: of the whole step: all requests' drafts and prompts.
     """
 
@@ -35,6 +36,7 @@ class Observation:
     logits: Tensor
     taps: dict[tuple[Site, int], Tensor]
     probes: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    probe_taps: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
     rows: int = 0
 
 
@@ -56,6 +58,11 @@ class Drafter:
 
     taps: tuple[tuple[Site, int], ...] = ()
     """Hidden states that `observe` and `observe_prompt` are given."""
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether it must be shown all rows of a prompt: then none is taken from what an earlier text left."""
+        return bool(self.taps)
 
     @property
     def memory_bytes(self) -> int:
@@ -121,7 +128,7 @@ class Drafter:
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
         """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows.
 
-        Rows before the first `start` were in the cache already, and are never shown; a drafter with taps sees all.
+        Rows before the first `start` were in the cache already, and are never shown; one that `reads_whole` sees all.
         """
 
     def observe(self, request: Request, seen: Observation) -> None:

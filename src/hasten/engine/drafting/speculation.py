@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hasten.engine.decoding import Answer
 from hasten.engine.drafting import verification
+from hasten.engine.drafting.approximation import Approximation
 from hasten.engine.drafting.draft import ROOT, Draft
 from hasten.engine.drafting.drafter import Drafter, Observation
 from hasten.engine.drafting.verification import Verdict
@@ -51,11 +52,15 @@ class Speculation:
 
     @property
     def drafted(self) -> int:
-        return len(self.draft)
+        return self.draft.rows
 
     def backlog(self, request: Request) -> int:
-        # The root is read with its draft. After a preemption the rest of the output is read as the prompt is.
-        return len(request.tokens) - request.read - (1 if request.started else 0)
+        # The root is read with its draft. After a preemption the rest of the output is read as the prompt is; an
+        # approximation's rows come one by one.
+        left = len(request.tokens) - request.read - (1 if request.started else 0)
+        if isinstance(self._drafter, Approximation):
+            return min(left, max(request.prompt_length - request.read, 1))
+        return left
 
     def slots(self, request: Request) -> int:
         """Of what is known, without the draft."""
@@ -79,7 +84,8 @@ class Speculation:
         probes, offsets = draft.probed()
         tokens = [request.tokens[read], *draft.tokens, *probes]
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
-        return Passage(tokens, positions, draft.heard(), draft.mask())
+        soft, joins = draft.embedded(), draft.joins()
+        return Passage(tokens, positions, draft.heard(), draft.mask(), embedded=soft, joins=joins)
 
     def walk(self, request: Request, answer: Answer) -> Walk | None:
         """What is to be chosen, one row after the other, where a verdict takes just that; None where it does not.
@@ -88,7 +94,7 @@ class Speculation:
         """
         sampler, params = request.sampler, request.params
         matched = params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not self.draft.drawn)
-        if sampler.is_argmax or not matched or not answer.finite[0]:
+        if sampler.is_argmax or not matched or self.draft.transfer or not answer.finite[0]:
             return None
         return sampler.walk(answer.logits, len(request.tokens), self.draft)
 
@@ -153,9 +159,7 @@ class Speculation:
         request.sampler.committed(tokens)
         accepted = min(len(tokens), len(path))
         statistics.steps += 1
-        statistics.rows += 1 + len(draft)
-        if draft.probes:
-            statistics.rows += sum(len(probe.tokens) for probe in draft.probes)
+        statistics.rows += 1 + draft.rows
         statistics.proposed += len(draft)
         statistics.accepted += accepted
         statistics.accepted_per_step.append(accepted)
@@ -169,11 +173,14 @@ class Speculation:
         answer, count = self._answer, len(self.draft) + 1
         assert answer is not None
         started = time.perf_counter()
-        states = {} if answer.taps is None else {key: rows[:count] for key, rows in answer.taps.states.items()}
+        taps = {} if answer.taps is None else answer.taps.states
+        states = {key: rows[:count] for key, rows in taps.items()}
         shown, probes = answer.logits, NOTHING
         if self.draft.probes:
             shown, probes = answer.logits[:count], answer.logits[count:]
-        seen = Observation(self.draft, self._verdict.path, list(tokens), shown, states, probes, answer.rows)
+        behind = {key: rows[count:] for key, rows in taps.items()}
+        path = self._verdict.path
+        seen = Observation(self.draft, path, list(tokens), shown, states, probes, behind, answer.rows)
         self._drafter.observe(request, seen)
         request.statistics.draft_seconds += time.perf_counter() - started
         self.draft, self._answer = Draft(), None
@@ -184,7 +191,7 @@ class Speculation:
     def _verify(self, request: Request, answer: Answer) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
         sampler, params, draft = request.sampler, request.params, self.draft
-        if sampler.is_argmax:
+        if sampler.is_argmax and not draft.transfer:
             return verification.match(draft, answer.best)
         walk = self.walk(request, answer)
         if walk is not None:
@@ -193,11 +200,15 @@ class Speculation:
         paths = [[draft.tokens[node] for node in draft.path(node)] for node in (ROOT, *range(len(draft)))]
 
         def target(node: int) -> Tensor:
-            row = node + 1
-            return sampler.distribution(logits[row : row + 1], [paths[row]]).dense(0)
+            row = slice(node + 1, node + 2)
+            if params.greedy:
+                return sampler.adjusted(logits[row], paths[row])[0].double().softmax(-1).cpu()
+            return sampler.distribution(logits[row], paths[row]).dense(0)
 
         coins = sampler.coins(len(request.tokens))
         with on_one_thread():
+            if draft.transfer:
+                return verification.transfer(draft, target, coins, params.greedy)
             if params.acceptance == "max":
                 return verification.reject(draft, target, coins)
             return verification.typical(draft, target, coins, params)

@@ -5,7 +5,7 @@ descends while a child has that token; the output is what plain decoding would g
 `max`, where a draft has sampled nodes: Leviathan et al. 2211.17192 and Chen et al. 2302.01318 for a sampled child
 (rule B), SpecInfer 2305.09781 for several drawn with replacement (C), Sequoia 2402.12374 without (D); deterministic
 children are one-hot rounds of the same recursion. A draft without sampled nodes is matched (A), which accepts as often.
-`typical`: Medusa 2401.10774, section 2.3.1; lossy.
+`typical`: Medusa 2401.10774, section 2.3.1; lossy. `transfer`: RAPID 2502.20330, section 3.2; lossy.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.engine.drafting.draft import ROOT, Draft
+from hasten.engine.drafting.draft import ROOT, Draft, Drawn
 from hasten.engine.sampling.noise import Uniforms
 from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import draw
+
+TAIL = 0.1
+"""Share of a drafter's largest probability below which its tokens say nothing to the target."""
 
 
 @dataclass
@@ -60,9 +63,7 @@ def reject(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms) -> Ve
         drawn = draft.drawn.get(node)
         proposal = None
         if drawn is not None:
-            proposal = drawn.probabilities.clone()
-            if drawn.ids is not None:
-                proposal = torch.zeros_like(residual).index_add_(0, drawn.ids, proposal)
+            proposal = _proposal(drawn, residual)
         tried: set[int] = set()
         for rank, child in enumerate(below.get(node, ())):
             token = draft.tokens[child]
@@ -127,3 +128,50 @@ def typical(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms, para
         return Verdict([], first)
     best = max(score, key=lambda node: score[node])
     return Verdict(draft.path(best), draw(at(best), coins.draw()))
+
+
+def transfer(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms, greedy: bool) -> Verdict:
+    """A chain against the target's distribution moved towards the drafter's, by `draft.transfer` (eta).
+
+    A token x is accepted with probability min(1, p'(x) / q(x)), p' = `moved`; behind a rejected one the next token
+    comes from max(p - min(p', q), 0). What comes out is min(q, p') + (1 - sum min(q, p')) times the latter, normalised:
+    p where eta is 0. Greedily (the paper says nothing), a token is accepted if it is the likeliest by p'.
+
+    Args:
+        target: node (or ROOT) to its processed distribution p, float64 [vocabulary]; asked for visited nodes only.
+        coins: uniforms of this request and step.
+    """
+    below = draft.children()
+    node, path = ROOT, list[int]()
+    while True:
+        p, drawn, children = target(node), draft.drawn.get(node), below.get(node, ())
+        if drawn is None or not children:
+            return Verdict(path, int(p.argmax()) if greedy else draw(p, coins.draw()))
+        q = _proposal(drawn, p)
+        hat, token = moved(p, q, draft.transfer), draft.tokens[children[0]]
+        if greedy:
+            best = int(hat.argmax())
+            if best != token:
+                return Verdict(path, best)
+        elif coins.draw() * float(q[token]) >= float(hat[token]):
+            residual = (p - torch.minimum(hat, q)).clamp(min=0)
+            return Verdict(path, draw(residual if float(residual.sum()) > 0 else p, coins.draw()))
+        node = children[0]
+        path.append(node)
+
+
+def moved(p: Tensor, q: Tensor, eta: float) -> Tensor:
+    """softmax(log p + eta (q - p)): a step of distillation on the target's logits (RAPID, equation 6).
+
+    All are float64 [vocabulary]. Tokens whose q is below a share of its largest stay where they are, as in the
+    authors' program.
+    """
+    shift = torch.where(q >= TAIL * q.max(), eta * (q - p), 0.0)
+    return torch.softmax(p.log() + shift, 0)
+
+
+def _proposal(drawn: Drawn, like: Tensor) -> Tensor:
+    """What a node's children were drawn from, over the whole vocabulary; a tensor of its own."""
+    if drawn.ids is None:
+        return drawn.probabilities.clone()
+    return torch.zeros_like(like).index_add_(0, drawn.ids, drawn.probabilities)

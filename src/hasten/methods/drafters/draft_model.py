@@ -71,7 +71,7 @@ class DraftModel(SmallModelDrafter):
     """Drafts for the whole batch together: one forward of the small model per level.
 
     Attributes:
-        plain_tokens: whether the small model's tokens and logits are the target's, as they are.
+        plain_tokens: whether the small model reads what its head says, number by number, and all of it does so.
     """
 
     plain_tokens: ClassVar[bool] = True
@@ -107,11 +107,15 @@ class DraftModel(SmallModelDrafter):
             growth.grow(self._read([growth]))
         if growth.frontier:
             sequence, most = self._sequences.of(request), min(growth.depth, growth.nodes) - 1
-            first, vocabulary = growth.draft.tokens[0], min(request.sampler.vocabulary, model.config.vocab_size)
+            first, words = growth.draft.tokens[0], self.words
+            vocabulary = min(request.sampler.vocabulary, model.config.vocab_size) if words is None else len(words)
+            if words is not None:
+                first = words.number_of[first]
             chain = model.backend.chain(
-                model, sequence, first, len(request.tokens), vocabulary, most, growth.confidence / growth.values[0]
+                model, sequence, first, self.length(request), vocabulary, most, growth.confidence / growth.values[0]
             )
-            for token, probability in chain:
+            for number, probability in chain:
+                token = number if words is None else int(words.tokens[number])
                 growth.add(len(growth.draft) - 1, token, probability)
                 if token in growth.closed:
                     break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ class Sequences(dict[int, SequenceCache]):
 
     Args:
         cache: that counts their bytes.
+        length: tokens of the text that the drafter reads of a request.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, length: Callable[[Request], int] = lambda request: len(request.tokens)) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache, self._length = cache, length
 
     def of(self, request: Request) -> SequenceCache:
         """A request's, with room for what it is likely to need."""
@@ -47,14 +48,13 @@ class Sequences(dict[int, SequenceCache]):
             sequence = self.get(request.id)
             if sequence is None:
                 grown += self.cache.sequence_bytes(self._slots(request))
-            elif len(request.tokens) - sequence.length + HEADROOM > sequence.room:
+            elif self._length(request) - sequence.length + HEADROOM > sequence.room:
                 # A block that is outgrown is copied to one of twice its size.
                 grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
         return grown
 
-    @staticmethod
-    def _slots(request: Request) -> int:
-        return len(request.tokens) + min(request.stopper.left, 512) + HEADROOM
+    def _slots(self, request: Request) -> int:
+        return self._length(request) + min(request.stopper.left, 512) + HEADROOM
 
 
 class Branches:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,10 +23,12 @@ from hasten.engine.sampling.sampler import Distribution, Sampler, likeliest_of_m
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Beliefs, Matching, likeliest, processed, sampled, sampled_bytes
 from hasten.methods.drafters.sequences import Branches, Sequences
+from hasten.methods.drafters.words import TOKEN_MAP, VOCABULARY, Words
 from hasten.model import Decoder, Model, Rows, Span, load_model
 from hasten.model.checkpoint import GGUF_SUFFIX, is_gguf, resolve
 from hasten.model.decoder import NOT_FINITE
-from hasten.model.tokenizer import load_tokenizer, same_vocabulary
+from hasten.model.loading import read_config
+from hasten.model.tokenizer import load_tokenizer, same_vocabulary, vocabulary_digest
 
 DRAFT_PURPOSE = 1
 """Coins of the drafter are another stream than the verifier's."""
@@ -50,16 +53,28 @@ def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
     return model
 
 
-def beside(target: Target) -> str | None:
+def own_name(checkpoint: Path, suffix: str) -> str:
+    """The folder beside a checkpoint that is named like it with `-draft`, or another suffix."""
+    return f"{checkpoint.with_suffix('') if checkpoint.is_file() else checkpoint}-{suffix}"
+
+
+def beside(target: Target, suffix: str = "draft") -> str | None:
     """Where a target's own small model is looked for: the folder named like the target's with `-draft`.
 
     Beside a GGUF file `x.gguf` it is `x-draft`, or the file `x-draft.gguf` where there is one.
+
+    Args:
+        suffix: what stands there in place of `draft`.
     """
     if target.folder is None:
         return None
-    own = Path(target.folder)
-    name = f"{own.with_suffix('') if own.is_file() else target.folder.rstrip('/')}-draft"
+    name = own_name(Path(target.folder), suffix)
     return f"{name}{GGUF_SUFFIX}" if is_gguf(Path(f"{name}{GGUF_SUFFIX}")) else name
+
+
+def is_whole(name: str) -> bool:
+    """Whether a checkpoint is there: more than what a training that is not over has left."""
+    return Path(name).is_file() or (Path(name) / "config.json").exists()
 
 
 def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
@@ -78,13 +93,14 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         if own is None:
             raise UserError(f"{slug} needs a model: use {slug}:model=FOLDER")
         name = own
-        if not Path(name).exists():
+        if not is_whole(name):
             raise UserError(
                 f"{slug} finds no drafter at {name}: name one ({slug}:model=FOLDER), or train one with "
-                f"'hasten train lm --output {name} --tokenizer {target.folder}'"
+                f"'hasten train align --model {target.folder}'"
             )
     folder = resolve(name)
-    if target.tokenizer is not None and not same_vocabulary(load_tokenizer(folder), target.tokenizer):
+    source = read_config(folder).source
+    if target.tokenizer is not None and not _same_tokens(folder, source, target.tokenizer):
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
     # As the target runs, where the small model can, too.
     backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
@@ -93,10 +109,17 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
     if target.tokenizer is not None:
         # Models of one tokenizer may be padded to different sizes.
         words = min(words, 1 + max(target.tokenizer.get_vocab().values(), default=-1))
-    if model.config.vocab_size < words:
+    if model.config.vocab_size < words and TOKEN_MAP not in source:
         size = f"{model.config.vocab_size} < {words}"
         raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
     return model
+
+
+def _same_tokens(folder: Path, source: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether a small model's tokens are the target's, or some of them under numbers of their own."""
+    if TOKEN_MAP in source:
+        return bool(source.get(VOCABULARY) == vocabulary_digest(tokenizer))
+    return same_vocabulary(load_tokenizer(folder), tokenizer)
 
 
 class Growth(ABC):
@@ -122,7 +145,7 @@ class Growth(ABC):
 
     def __init__(self, drafter: SmallModelDrafter, request: Request, nodes: int, depth: int) -> None:
         self.drafter, self.request, self.nodes = drafter, request, nodes
-        room = drafter.model.config.max_positions - len(request.tokens)
+        room = drafter.model.config.max_positions - drafter.length(request)
         self.depth = min(depth, request.stopper.left - 1, room)
         self.draft = Draft()
         self.frontier = [ROOT] if self.depth > 0 and nodes > 0 else []
@@ -195,13 +218,17 @@ class SmallModelDrafter(Drafter):
 
     A request's cache holds committed tokens only, so it never has to be rolled back, and catches up by itself with
     whatever other drafters got accepted; the nodes of a draft are pending rows behind it, round after round.
+
+    Attributes:
+        words: the tokens that the small model drafts with, where they are not the target's, number by number.
     """
 
     def __init__(self, model: Model, end_ids: frozenset[int] = frozenset()) -> None:
         self.model, self.end_ids = model, end_ids
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device)
-        self._sequences = Sequences(self.cache)
+        self._sequences = Sequences(self.cache, self.length)
         self.beliefs = Beliefs()
+        self.words = Words.of(model.config, model.device)
 
     def start(self, request: Request, budget: int) -> Growth:
         """The seed of a request's draft of at most `budget` nodes."""
@@ -213,6 +240,8 @@ class SmallModelDrafter(Drafter):
         Both may have more logits than there are tokens (padding), and not as many: tokens that the small model does not
         know are impossible.
         """
+        if self.words is not None:
+            return self.words.distribution(request, logits, paths)
         vocabulary = request.sampler.vocabulary
         logits = logits[:, :vocabulary]
         if logits.shape[1] < vocabulary:
@@ -259,24 +288,37 @@ class SmallModelDrafter(Drafter):
         """Of the model itself, when it reads what it has not seen of these requests, or a round of their nodes."""
         if not isinstance(self.model, Decoder):
             return 0
-        lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
-        unread = [len(each.tokens) - length for each, length in zip(requests, lengths, strict=True)]
-        reading = sum(min(max(1, count), READING) for count in unread)
-        slots = max(len(request.tokens) for request in requests) + nodes
+        slots = max(map(self.length, requests)) + nodes
         return max(
-            self.model.scratch_bytes(reading, 0, slots),
+            self.model.scratch_bytes(self._unread(requests), 0, slots),
             self.model.scratch_bytes(len(requests) * self.widest(nodes), nodes, slots),
         )
 
+    def _unread(self, requests: Sequence[Request]) -> int:
+        """Rows of the largest pass that reads what was committed."""
+        lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
+        unread = [self.length(each) - length for each, length in zip(requests, lengths, strict=True)]
+        return sum(min(max(1, count), READING) for count in unread)
+
     def _sampler(self, request: Request) -> Sampler:
         """What processes the small model's logits for a request."""
-        return request.sampler
+        return request.sampler if self.words is None else self.words.sampler(request)
+
+    def length(self, request: Request) -> int:
+        """Tokens of the text that the small model reads of a request: by default all that the target reads."""
+        return len(request.tokens)
+
+    def text(self, request: Request, start: int, stop: int) -> list[int]:
+        """Some tokens of that text; it ends as the target's does."""
+        return request.tokens[start:stop]
 
     def observe(self, request: Request, seen: Observation) -> None:
         self.beliefs.observe(request, seen)
 
     def end(self, request: Request) -> None:
         self.beliefs.end(request)
+        if self.words is not None:
+            self.words.end(request)
         self._sequences.drop(request)
 
     def propose(self, request: Request, budget: int) -> Draft:
@@ -312,13 +354,13 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            sequence, known, start = self._sequences.of(growth.request), growth.request.tokens, len(tokens)
-            if sequence.length == len(known):
+            sequence, length, start = self._sequences.of(growth.request), self.length(growth.request), len(tokens)
+            if sequence.length == length:
                 # Asked again about the same tokens: the last one is read anew for its logits.
-                sequence.crop(len(known) - 1)
+                sequence.crop(length - 1)
             cached = sequence.length
-            tokens += self._words(growth.request, cached, len(known))
-            positions += range(cached, len(known))
+            tokens += self._words(growth.request, cached, length)
+            positions += range(cached, length)
             spans.append(Span(sequence, start, len(tokens)))
         logits = self._forward(tokens, positions, spans, [span.stop - 1 for span in spans])
         for growth, span in zip(growths, spans, strict=True):
@@ -328,7 +370,7 @@ class SmallModelDrafter(Drafter):
     def _catch_up(self, request: Request) -> None:
         """Read the tokens that are not in the cache in pieces, but for the last `READING` of them."""
         sequence = self._sequences.of(request)
-        while len(request.tokens) - sequence.length > READING:
+        while self.length(request) - sequence.length > READING:
             start, stop = sequence.length, sequence.length + READING
             self._forward(self._words(request, start, stop), list(range(start, stop)), [Span(sequence, 0, READING)], ())
             sequence.commit(READING)
@@ -336,7 +378,9 @@ class SmallModelDrafter(Drafter):
     def _words(self, request: Request, start: int, stop: int) -> list[int]:
         """Some of a request's tokens. What says nothing to this model (another one's embeddings, tokens beyond its own)
         is some word to it."""
-        tokens, known = request.tokens[start:stop], self.model.config.vocab_size
+        tokens, known = self.text(request, start, stop), self.model.config.vocab_size
+        if self.words is not None and self.words.unknown is not None:
+            return self.words.read(tokens)
         if not request.spans and known >= request.sampler.vocabulary:
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
@@ -347,8 +391,9 @@ class SmallModelDrafter(Drafter):
         positions: list[int] = []
         spans: list[Span] = []
         for growth in growths:
-            mask, start, root = growth.feed(), len(tokens), len(growth.request.tokens) - 1
-            tokens += [growth.draft.tokens[node] for node in growth.frontier]
+            mask, start, root = growth.feed(), len(tokens), self.length(growth.request) - 1
+            drafted = [growth.draft.tokens[node] for node in growth.frontier]
+            tokens += drafted if self.words is None else self.words.read(drafted)
             positions += [root + len(growth.paths[node]) for node in growth.frontier]
             if mask is not None:
                 mask = mask.to(self.model.device)

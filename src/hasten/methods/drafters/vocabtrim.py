@@ -24,15 +24,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from hasten.engine import ROOT, Draft, Engine, Observation, Request, SamplingParams, Target, register
-from hasten.engine.sampling.sampler import Distribution, Sampler
 from hasten.errors import UserError
 from hasten.files import json_line
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
-from hasten.methods.drafters.drawing import processed
+from hasten.methods.drafters.words import Words
 from hasten.model import Decoder, Model
 from hasten.model.weights import HEAD, Piece
 
@@ -85,8 +81,7 @@ class VocabTrim(DraftModel):
     """`draft-model` in a space of its own, of the kept tokens.
 
     Attributes:
-        to_full: int64 [kept], the token of each kept row, ascending.
-        to_trim: the kept row of each token that has one.
+        kept: the tokens that have a row.
         coverage: share of the calibration tokens that are kept.
         inside, outside: rejections so far, by whether the token that came instead is kept. Many outside ask for more
             tokens or other calibration text.
@@ -96,6 +91,8 @@ class VocabTrim(DraftModel):
 
     def __init__(self, target: Target, parameters: VocabTrimParameters) -> None:
         super().__init__(target, parameters)
+        if self.words is not None:
+            raise UserError("vocabtrim: this drafter knows few tokens already, which draft-model does with")
         counts = self._count(target, parameters)
         size = target.model.config.vocab_size
         if parameters.tokens > size:
@@ -107,12 +104,10 @@ class VocabTrim(DraftModel):
         if parameters.forced:
             chosen |= {token for token in forced_tokens(target.tokenizer) | target.end_ids if token < size}
         kept = sorted(chosen)
-        self.to_full = torch.tensor(kept, device=self.model.device)
-        self.to_trim = {token: row for row, token in enumerate(kept)}
+        self.words = self.kept = Words(kept, self.model.device)
         self.coverage = sum(counts[token] for token in kept) / max(1, counts.total())
         self.model = self._trim(self.model)
         self.inside = self.outside = 0
-        self._samplers: dict[int, tuple[Sampler, int]] = {}
         self._proposed: dict[int, tuple[int, set[int]]] = {}
 
     def _count(self, target: Target, parameters: VocabTrimParameters) -> Counter[int]:
@@ -137,41 +132,13 @@ class VocabTrim(DraftModel):
         if not isinstance(model, Decoder):
             raise UserError("vocabtrim needs a small model with a head of weights")
         bias = getattr(model.head, "bias", None)
-        rows = model.head.dequant()[self.to_full].contiguous()
-        piece = Piece(rows, None if bias is None else bias[self.to_full])
+        rows = model.head.dequant()[self.kept.tokens].contiguous()
+        piece = Piece(rows, None if bias is None else bias[self.kept.tokens])
         return replace(model, head=model.backend.linear(piece, HEAD))
 
     @property
     def vocabulary(self) -> int:
-        return len(self.to_full)
-
-    def distribution(self, request: Request, logits: Tensor, paths: Sequence[Sequence[int]]) -> Distribution:
-        """Processed among the kept tokens only, then named by the target's ids."""
-        sampler, grammar = self._sampler(request), request.sampler.grammar
-        if grammar is not None:
-            allowed = grammar.masks(paths).to(logits.device)[:, self.to_full]
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        local = processed(sampler, logits, [[self.to_trim[token] for token in path] for path in paths])
-        ids = self.to_full if local.ids is None else self.to_full[local.ids]
-        return Distribution(local.scores, ids.expand(local.scores.shape), request.sampler.vocabulary)
-
-    def _sampler(self, request: Request) -> Sampler:
-        """The request's sampling in the space of the kept tokens; its penalties know what was committed."""
-        sampler, told = self._samplers.get(request.id) or (self._local(request), 0)
-        if request.params.penalised:
-            sampler.committed(self._rows(request.output[told:]))
-            told = len(request.output)
-        self._samplers[request.id] = (sampler, told)
-        return sampler
-
-    def _local(self, request: Request) -> Sampler:
-        bias = {self.to_trim[token]: by for token, by in request.params.logit_bias.items() if token in self.to_trim}
-        prompt = self._rows(request.tokens[: request.prompt_length])
-        return Sampler(replace(request.params, logit_bias=bias), request.choice, prompt, len(self.to_full))
-
-    def _rows(self, tokens: Sequence[int]) -> list[int]:
-        """Kept rows of those tokens that have one."""
-        return [self.to_trim[token] for token in tokens if token in self.to_trim]
+        return len(self.kept)
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         drafts = super().propose_all(requests, budgets)
@@ -186,14 +153,13 @@ class VocabTrim(DraftModel):
         own = start == len(request.tokens) - len(seen.tokens) and proposed.issuperset(seen.draft.tokens)
         last = seen.path[-1] if seen.path else ROOT
         if own and last in seen.draft.parents:
-            if seen.tokens[-1] in self.to_trim:
+            if seen.tokens[-1] in self.kept.number_of:
                 self.inside += 1
             else:
                 self.outside += 1
 
     def end(self, request: Request) -> None:
         super().end(request)
-        self._samplers.pop(request.id, None)
         self._proposed.pop(request.id, None)
 
 

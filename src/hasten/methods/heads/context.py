@@ -8,7 +8,6 @@ requests are read in common passes. A draft's own rows stay pending behind them,
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from typing import ClassVar
@@ -36,6 +35,11 @@ def backend_of(target: Decoder) -> Backend:
     return copy(target.backend) if isinstance(target.backend, NativeBackend) else TorchBackend()
 
 
+def behind(request: Request, places: range) -> list[int]:
+    """The tokens behind some positions. Another model's embedding is none: some word stands there."""
+    return [max(0, token) for token in request.tokens[places.start + 1 : places.stop + 1]]
+
+
 class ContextDrafter(HeadDrafter):
     """Drafts from what a network made of the last row of each request.
 
@@ -54,25 +58,28 @@ class ContextDrafter(HeadDrafter):
     output: ClassVar[tuple[Site, int]] = ("output", 0)
     """What of a row drafts begin with."""
 
+    rows: ClassVar[int] = 1
+    """What a position is to the network; drafts begin with the last of its rows."""
+
     def __init__(self, target: Decoder, network: Decoder, own_bytes: int, sizing: Sizing | None = None) -> None:
         super().__init__(sizing)
         self.network, self._own_bytes = network, own_bytes
         self.cache = Cache(network.config.layers, network.cache_dtype, network.device)
-        self._sequences = Sequences(self.cache)
+        self._sequences = Sequences(self.cache, lambda request: self.rows * len(request.tokens))
         self._unread: dict[int, list[Tensor]] = {}
         self._known: dict[int, int] = {}
         self._last: dict[int, Tensor] = {}
         self._state_bytes = len(self.taps) * target.config.hidden_size * target.dtype.itemsize
         self._last_bytes = network.config.hidden_size * network.dtype.itemsize
 
-    @abstractmethod
     def enter(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """What rows enter the network as, [rows, hidden].
+        """What rows enter the network as, [rows, hidden]; whoever reads positions otherwise writes `read` instead.
 
         Args:
             states: the target's, [rows, taps * hidden], in the order of `taps`.
             tokens: int64 [rows], those behind them.
         """
+        raise NotImplementedError
 
     def knows(self, request: Request) -> bool:
         return self._known.get(request.id) == len(request.tokens) - 1
@@ -87,18 +94,18 @@ class ContextDrafter(HeadDrafter):
                 sequence.crop(sequence.length)
         return torch.stack([self._last[request.id] for request in requests])
 
-    def advance(self, entering: Tensor, tokens: Tensor, positions: Sequence[int], spans: list[Span]) -> Tensor:
+    def advance(self, entering: Tensor, tokens: Tensor | None, positions: Sequence[int], spans: list[Span]) -> Tensor:
         """The network's output [rows, hidden] for some rows, which are left pending.
 
         Args:
             entering: [rows, hidden].
-            tokens: int64 [rows], beside them.
+            tokens: int64 [rows], beside them; None where the network reads none.
             positions: of each.
             spans: which rows are whose, as `span` makes them.
         """
-        places = torch.tensor(positions, device=tokens.device)
+        places = torch.tensor(positions, device=entering.device)
         taps = Taps([self.output])
-        self.network.forward(Rows(torch.full_like(tokens, -1), places, spans, entering, tokens), [], taps)
+        self.network.forward(Rows(torch.full_like(places, -1), places, spans, entering, tokens), [], taps)
         return taps[self.output]
 
     def span(self, request: Request, start: int, stop: int, mask: Tensor | None) -> Span:
@@ -106,34 +113,44 @@ class ContextDrafter(HeadDrafter):
         mask = None if mask is None else mask.to(self.network.device)
         return Span(self._sequences.of(request), start, stop, mask, extend=True)
 
-    def _pieces(self, requests: Sequence[Request]) -> list[tuple[Request, int]]:
-        """Whose rows are read next, and how many of each."""
+    def read(self, states: Tensor, pieces: Sequence[tuple[Request, range]], spans: list[Span]) -> Tensor:
+        """The network's output for all rows of some positions, which are left pending.
+
+        Args:
+            states: the target's, [positions, taps * hidden].
+            pieces: whose positions these are.
+            spans: which rows are whose.
+        """
+        tokens = [token for request, places in pieces for token in behind(request, places)]
+        positions = [place for _, places in pieces for place in places]
+        beside = torch.tensor(tokens, device=self.network.device)
+        return self.advance(self.enter(states, beside), beside, positions, spans)
+
+    def _pieces(self, requests: Sequence[Request]) -> list[tuple[Request, range]]:
+        """Which positions are read next."""
         pieces, room = [], READING
         for request in requests:
-            count = min(self._known[request.id] - self._sequences.of(request).length, room)
+            first = self._sequences.of(request).length // self.rows
+            count = min(self._known[request.id] - first, room)
             if count:
-                pieces.append((request, count))
+                pieces.append((request, range(first, first + count)))
                 room -= count
         return pieces
 
-    def _read(self, pieces: Sequence[tuple[Request, int]]) -> None:
+    def _read(self, pieces: Sequence[tuple[Request, range]]) -> None:
         states: list[Tensor] = []
-        tokens: list[int] = []
-        positions: list[int] = []
         spans: list[Span] = []
-        for request, count in pieces:
-            sequence, start = self._sequences.of(request), len(tokens)
+        stop = 0
+        for request, places in pieces:
+            count, start = len(places), stop
             waiting = torch.cat(self._unread[request.id])
             states.append(waiting[:count])
             self._unread[request.id] = [waiting[count:]] if count < len(waiting) else []
-            # Another model's embedding is no token: some word stands there.
-            tokens += [max(0, token) for token in request.tokens[sequence.length + 1 : sequence.length + count + 1]]
-            positions += range(sequence.length, sequence.length + count)
-            spans.append(Span(sequence, start, len(tokens)))
-        beside = torch.tensor(tokens, device=self.network.device)
-        outputs = self.advance(self.enter(torch.cat(states), beside), beside, positions, spans)
-        for (request, count), span in zip(pieces, spans, strict=True):
-            self._sequences.of(request).commit(count)
+            stop = start + self.rows * count
+            spans.append(Span(self._sequences.of(request), start, stop))
+        outputs = self.read(torch.cat(states), pieces, spans)
+        for (request, _), span in zip(pieces, spans, strict=True):
+            self._sequences.of(request).commit(span.stop - span.start)
             self._last[request.id] = outputs[span.stop - 1].clone()
 
     # What the target has read
@@ -180,9 +197,9 @@ class ContextDrafter(HeadDrafter):
         if not requests or nodes < 1:
             return 0
         unread = sum(sum(map(len, self._unread.get(request.id, []))) for request in requests)
-        slots = max(len(request.tokens) for request in requests) + nodes
+        slots = self.rows * max(len(request.tokens) for request in requests) + nodes
         # Joined once as they wait, and once as they enter.
-        return 2 * unread * self._state_bytes + self.pass_bytes(min(unread, READING), 0, slots)
+        return 2 * unread * self._state_bytes + self.pass_bytes(self.rows * min(unread, READING), 0, slots)
 
     def pass_bytes(self, rows: int, masked: int, slots: int) -> int:
         """Of a pass of the network and of what enters it; see `Decoder.scratch_bytes`."""

@@ -126,15 +126,20 @@ def read_accuracy(file: Path, config: Mapping[str, Any], count: int) -> tuple[tu
     return table
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor | Piece]) -> None:
+def save(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor | Piece], weights: str = WEIGHTS
+) -> None:
     """Write a head's folder; the weights are whole before the configuration names them.
+
+    Args:
+        weights: name of their file.
 
     Raises:
         UserError: it cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as fresh:
+    with replacing(folder / weights) as fresh:
         save_file(dict(_written(name, tensor) for name, tensor in tensors.items()), fresh)
     write_text(folder / CONFIG, dumps(config, indent=2) + "\n")
 

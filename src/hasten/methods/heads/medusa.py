@@ -48,7 +48,7 @@ from hasten.methods.heads.files import (
 from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, own_head, require_decoder
 from hasten.methods.heads.pieces import with_bias
 from hasten.methods.heads.sizing import Sizing
-from hasten.methods.heads.tree import best_paths, drawn_up
+from hasten.methods.heads.tree import best_paths, drawn_up, static_paths
 from hasten.model import Decoder
 from hasten.model.linear import Linear
 from hasten.model.weights import Piece
@@ -283,7 +283,12 @@ class Medusa(StateDrafter):
         if parameters.tree == "static":
             if not weights.accuracy:
                 raise UserError(f"medusa: {parameters.head} does not say how often its heads are right: tree=dynamic")
-            self.paths = best_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
+            self.paths = static_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
+
+    @property
+    def reads_whole(self) -> bool:
+        # It looks at the last row only.
+        return False
 
     @property
     def memory_bytes(self) -> int:

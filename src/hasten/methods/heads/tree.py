@@ -4,6 +4,10 @@ A node is a path of ranks, (0, 2) being the third token of the second level belo
 that know nothing of each other a path's probability is the product of its tokens', so the best tree of n nodes is the n
 largest products (Medusa, 2401.10774, section 2.3.3). Ranks come in falling order, so that every path comes after its
 beginnings and its better siblings: the tree is closed, and each of its beginnings is the best tree of its size.
+
+Sequoia (2402.12374, section 3.1) finds the best static tree from how often each rank is right by a dynamic programme
+over nodes, depth and children. Where chances multiply along a path, its optimum is the same products, for all sizes at
+once; the tests hold its recursion against them. How much of a tree then pays on a machine is `Sizing`'s to say.
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ from heapq import heappop, heappush
 
 from hasten.engine import ROOT, Draft
 
+Paths = list[tuple[float, tuple[int, ...]]]
+"""Probabilities and paths, best first."""
 
-def best_paths(probabilities: Sequence[Sequence[float]], nodes: int) -> list[tuple[float, tuple[int, ...]]]:
-    """The most probable paths and their probabilities, best first.
+
+def best_paths(probabilities: Sequence[Sequence[float]], nodes: int) -> Paths:
+    """The most probable paths.
 
     Args:
-        probabilities: per level, of its ranks, falling.
+        probabilities: per level, of its ranks, falling. So many levels bound the depth, so many ranks the width.
         nodes: how many; fewer where there are no more, or the rest is impossible.
     """
-    paths: list[tuple[float, tuple[int, ...]]] = []
+    paths: Paths = []
     # What stands in the heap: minus a path's probability, that of its parent, and the path.
     heap: list[tuple[float, float, tuple[int, ...]]] = []
 
@@ -39,6 +46,21 @@ def best_paths(probabilities: Sequence[Sequence[float]], nodes: int) -> list[tup
         consider(parent, (*path[:-1], path[-1] + 1))
         consider(-negative, (*path, 0))
     return paths
+
+
+def static_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> Paths:
+    """The best tree for measured ranks, which are in any order: by chance a later one was right more often.
+
+    Args:
+        accuracy: per level, how often each rank was right.
+        nodes: as `best_paths` has them.
+    """
+    ordered = [sorted(enumerate(ranks), key=lambda each: -each[1]) for ranks in accuracy]
+    falling = [[share for _, share in ranks] for ranks in ordered]
+    return [
+        (probability, tuple(ranks[place][0] for ranks, place in zip(ordered, path, strict=False)))
+        for probability, path in best_paths(falling, nodes)
+    ]
 
 
 def drawn_up(paths: Sequence[tuple[float, tuple[int, ...]]], tokens: Sequence[Sequence[int]]) -> Draft:

@@ -1,5 +1,5 @@
-"""Skipping: the target itself, with some of its work left out, is the drafter. One file each."""
+"""Skipping: the target with some of its work left out, to draft with what is left or to decode by it; one file each."""
 
-from hasten.methods.skipping import swift
+from hasten.methods.skipping import ffn_skipllm, skipdecode, swift
 
-__all__ = ["swift"]
+__all__ = ["ffn_skipllm", "skipdecode", "swift"]

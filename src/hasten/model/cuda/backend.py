@@ -130,7 +130,8 @@ class CudaBackend:
         if not fits(rows):
             raise UserError(
                 f"invariant numerics on a GPU: a mask may have {MAX_PENDING} columns at most, and a sequence fewer "
-                f"than {MAX_VIEWS} blocks, all of plain memory; positions have one axis"
+                f"than {MAX_VIEWS} blocks, all of plain memory; positions have one axis, and no row "
+                f"enters in the middle"
             )
         starts = [0]
         for span in rows.spans:
@@ -236,7 +237,9 @@ def _on_device(rows: Rows, model: Decoder) -> Rows:
 
 
 def _knows(model: Decoder) -> bool:
-    """Whether a model is made of exactly the pieces that `_step` runs, all attention of one shape."""
+    """Whether a model has all its layers, made of exactly the pieces that `_step` runs, all attention of one shape."""
+    if len(model.layers) < len(model.config.layers):
+        return False
     linears, norms = [model.head], [model.norm]
     for layer in model.layers:
         attention, mlp = layer.mixer, layer.mlp

@@ -19,6 +19,7 @@ from torch import Tensor
 from hasten.errors import UserError
 from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
+from hasten.model.gate import Gate, compose_gated
 from hasten.model.layers import (
     LONELY,
     Attention,
@@ -36,6 +37,8 @@ from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Pane
 from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
+    GateStruct,
+    JoinStruct,
     LayerStruct,
     LinearStruct,
     ModelStruct,
@@ -124,7 +127,7 @@ class NativeBackend:
 
     def __init__(self, dtype: torch.dtype, layers: Rounded | None = None, head: Rounded | None = None) -> None:
         self.dtype, self.layers, self.head = dtype, layers, head
-        self._described: tuple[Decoder, ModelStruct | None] | None = None
+        self._described: WeakKeyDictionary[Decoder, ModelStruct | None] = WeakKeyDictionary()
         self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
     def linear(self, piece: Piece, source: Source) -> Panels:
@@ -138,15 +141,48 @@ class NativeBackend:
         return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
+        described = self._describe(model)
+        # Taps go by the numbers of all layers.
+        if described is None or (taps is not None and len(model.layers) < len(model.config.layers)):
+            return compose(model, rows, wanted, taps)
+        return self._step(model, described, rows, wanted, taps)
+
+    def gated(
+        self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `hasten.model.gate.compose_gated`."""
+        described = self._describe(model)
+        if described is None:
+            return compose_gated(model, rows, wanted, gate, may)
+        left = may.to(torch.int64) - 1
+        skipped = torch.zeros(len(model.layers), len(left), dtype=torch.bool)
+        struct = GateStruct(
+            first=gate.first,
+            last=gate.last,
+            run=gate.run,
+            threshold=gate.threshold,
+            channels=gate.channels.data_ptr(),
+            left=left.data_ptr(),
+            skipped=skipped.data_ptr(),
+        )
+        return self._step(model, described, rows, wanted, None, struct), skipped
+
+    def _step(
+        self,
+        model: Decoder,
+        described: ModelStruct,
+        rows: Rows,
+        wanted: Sequence[int] | None,
+        taps: Taps | None,
+        gate: GateStruct | None = None,
+    ) -> Tensor:
+        """One native pass."""
         count = rows.tokens.shape[0]
         # A range counts negative numbers from the end, and refuses those beyond it: native code would read on.
         numbers = range(count) if wanted is None else [range(count)[number] for number in wanted]
         row_wanted = (c_int64 * len(numbers))(*numbers)
         loaded = library()
         assert loaded is not None
-        described = self._describe(model)
-        if described is None:
-            return compose(model, rows, wanted, taps)
         if rows.beside is None and any(type(layer) is PairedLayer for layer in model.layers):
             raise ValueError(LONELY)
         masks: list[Tensor] = []
@@ -158,7 +194,7 @@ class NativeBackend:
             if mask is not None:
                 masks.append(mask.contiguous())
             spans[index], plain = self._span(
-                span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
+                described, span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
             )
             if not plain:
                 opaque.append(span)
@@ -173,6 +209,13 @@ class NativeBackend:
             for (site, layer), state in states.items()
         ]
         tapped = (TapStruct * len(sites))(*sites)
+        entering = [
+            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=matrix.data_ptr())
+            for first, source, join in rows.joins
+            for place, matrix in enumerate(join.matrices)
+        ]
+        joins = (JoinStruct * len(entering))(*entering)
+        late = _late(count, entering)
         batch = BatchStruct(
             rows=count,
             tokens=tokens.data_ptr(),
@@ -189,13 +232,18 @@ class NativeBackend:
             qkv=None if elsewhere is None else elsewhere.qkv.data_ptr(),
             mixed=None if elsewhere is None else elsewhere.mixed.data_ptr(),
             beside=None if beside is None else beside.data_ptr(),
+            gate=None if gate is None else ctypes.addressof(gate),
+            joins=len(joins),
+            join=ctypes.addressof(joins),
+            late=late,
+            late_until=min((each.layer for each in entering if each.row >= count - late), default=0),
         )
         addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
         while (layer := loaded.hasten_forward(*addresses, layer)) != layers:
             if layer < 0:
                 raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
             assert elsewhere is not None
-            elsewhere.attend(layer)
+            elsewhere.attend(model.layers[layer].index)
         if taps is not None:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))
@@ -231,7 +279,7 @@ class NativeBackend:
         loaded, described = library(), self._describe(model)
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
-        span, plain = self._span(Span(sequence, 0, 1), 1, None)
+        span, plain = self._span(described, Span(sequence, 0, 1), 1, None)
         assert plain
         tokens, probabilities = (c_int64 * most)(), (c_float * most)()
         count = loaded.hasten_chain(
@@ -244,13 +292,13 @@ class NativeBackend:
             raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
-    def _span(self, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
+    def _span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
         slots = self._slots.get(span.sequence)
         if slots is None:
             slots = self._slots[span.sequence] = _Slots(len(span.sequence.layout.groups))
         slots.follow(span.sequence)
-        group_of, index_of = span.sequence.layout.addresses
+        group_of, index_of = span.sequence.layout.addresses(model.numbers)
         described = SpanStruct(
             start=span.start,
             stop=span.stop,
@@ -268,11 +316,9 @@ class NativeBackend:
 
     def _describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
-        known = self._described
-        if known is None or known[0] is not model:
-            # Several threads may come here at once: each holds on to what it made.
-            known = self._described = model, _description(model)
-        return known[1]
+        if model not in self._described:
+            self._described[model] = _description(model)
+        return self._described[model]
 
 
 class _Elsewhere:
@@ -287,7 +333,8 @@ class _Elsewhere:
         shape = model.config.layers[0]
         self._heads = [shape.heads, shape.slots.heads, shape.slots.heads]
         self._spans = [(span, additive_mask(span, model.cache_dtype)) for span in spans]
-        self.qkv = torch.empty(rows, sum(self._heads) * shape.slots.key_width)
+        # Rows that join later are not computed before, and must not be NaN: nothing sees them, at a weight of zero.
+        self.qkv = torch.zeros(rows, sum(self._heads) * shape.slots.key_width)
         self.mixed = torch.empty(rows, shape.heads * shape.slots.key_width)
 
     def attend(self, layer: int) -> None:
@@ -296,6 +343,12 @@ class _Elsewhere:
             if span.sequence.memory(span.sequence.layout.group_of[layer]) is None:
                 own = self.qkv[span.start : span.stop].view(span.stop - span.start, sum(self._heads), -1)
                 self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
+
+
+def _late(count: int, entering: Sequence[JoinStruct]) -> int:
+    """How many of the last rows enter at some layer."""
+    numbers = {each.row for each in entering}
+    return next((late for late in range(count) if count - 1 - late not in numbers), count)
 
 
 def _format(dtype: torch.dtype) -> Format:
@@ -360,7 +413,7 @@ def _description(model: Decoder) -> ModelStruct | None:
             out=out,
             gate_up=gate_up,
             down=down,
-            window=config.layers[index].window or 0,
+            window=config.layers[layer.index].window or 0,
         )
     axes = torch.tensor(config.rope_axes) if config.rope_axes else None
     kept += [layers, axes]
@@ -382,5 +435,5 @@ def _description(model: Decoder) -> ModelStruct | None:
         head=head,
         layer=ctypes.addressof(layers),
     )
-    described.kept = kept
+    described.kept, described.numbers = kept, tuple(layer.index for layer in model.layers)
     return described

@@ -38,9 +38,28 @@ inline void embed(const Model &model, const Batch &batch, int64_t row, float *ou
     else look_up(model, batch.tokens[row], out);
 }
 
+// The sum of products of two rows' channels, each with its weight.
+inline float weighed(const float *a, const float *b, const float *weight, int64_t count) {
+    Lanes total = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) total += load(a + i) * load(b + i) * load(weight + i);
+    float rest = 0;
+    for (; i < count; ++i) rest += a[i] * b[i] * weight[i];
+    return sum(total) + rest;
+}
+
+// Whether a row's result of a feed-forward layer is as good as parallel to what it was added to.
+inline bool parallel(const Gate &gate, const float *before, const float *after, int64_t count) {
+    const float *weight = gate.channels;
+    const float squares = weighed(before, before, weight, count) * weighed(after, after, weight, count);
+    return weighed(before, after, weight, count) >= gate.threshold * __builtin_sqrtf(squares);
+}
+
 // Buffers that passes share; they only grow.
 struct Buffers {
-    std::vector<float> x, next, qkv, cosine, sine;
+    std::vector<float> x, next, qkv, cosine, sine, fed, kept;
+    // Of the rows that go through a feed-forward layer: which they are, and each row's place among them, or -1.
+    std::vector<int64_t> fed_rows, place;
     std::vector<int64_t> span_of;
     std::vector<Tile> tiles;
     std::vector<Attend> attend;
@@ -59,9 +78,18 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
     Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
     of.attend.resize(team.most());
     of.span_of.resize(rows);
+    of.place.resize(rows);
+    const Gate *gate = batch.gate;
+    auto gated_in = [&](int64_t l) { return gate && gate->first <= l && l <= gate->last; };
+    if (gate) {
+        grown(of.fed, rows * hidden);
+        grown(of.kept, rows * hidden);
+    }
     // Heads that share keys are computed together, unless some threads would have nothing to do.
     const int64_t group = heads / kv, apart = std::min(group, (2 * team.most() + rows * kv - 1) / (rows * kv));
     const int64_t together = std::min(TILE, (group + apart - 1) / apart), tile_rows = std::max<int64_t>(1, TILE / together);
+    // How many rows there are in a layer.
+    auto present = [&](int64_t layer) { return layer < batch.late_until ? rows - batch.late : rows; };
     of.tiles.clear();
     for (int64_t s = 0; s < batch.spans; ++s) {
         const int64_t count = batch.span[s].stop - batch.span[s].start;
@@ -108,6 +136,20 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             norm(from, weight, model.norm_eps, hidden, to.row(row));
             to.put_row(row);
         };
+        // By one thread: which rows go through a feed-forward layer.
+        auto choose = [&](int64_t l) {
+            of.fed_rows.clear();
+            for (int64_t row = 0; row < rows; ++row) {
+                if (gated_in(l) && gate->left[row] > 0) {
+                    of.place[row] = -1;
+                    --gate->left[row];
+                    gate->skipped[l * rows + row] = 1;
+                } else {
+                    of.place[row] = of.fed_rows.size();
+                    of.fed_rows.push_back(row);
+                }
+            }
+        };
         // Codes need the scale of a whole group, which several threads may have written.
         auto finish = [&](Inputs &inputs) {
             team.barrier();
@@ -115,13 +157,29 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             share(inputs.rows(), [&](int64_t row) { inputs.quantise(row); });
             team.barrier();
         };
+        // Rows that enter here.
+        auto join = [&](int64_t l) {
+            bool any = false;
+            for (int64_t j = 0; j < batch.joins; ++j) any = any || batch.join[j].layer == l;
+            if (!any) return;
+            team.barrier();
+            share(batch.joins * hidden, [&](int64_t item) {
+                const Join &own = batch.join[item / hidden];
+                const int64_t i = item % hidden;
+                if (own.layer == l) now[own.row * hidden + i] = dot(own.matrix + i * hidden, now + own.source * hidden, hidden);
+            });
+        };
         // A layer up to its attention, for the spans whose slots are known.
         auto mix = [&](int64_t l) {
             const Layer &layer = model.layer[l];
+            const int64_t rows = present(l);
+            join(l);
             shape(normed, layer.qkv, rows);
             shape(mixed, layer.out, rows);
             team.barrier();
             share(rows, [&](int64_t row) {
+                const bool tried = gated_in(l - 1) && gate->left[row] == 0 && !gate->skipped[(l - 1) * rows + row];
+                if (tried && parallel(*gate, then + row * hidden, now + row * hidden, hidden)) gate->left[row] = gate->run;
                 float *own = normed.row(row);
                 if (layer.token_norm) {
                     look_up(model, batch.beside[row], own);
@@ -155,8 +213,9 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             });
             team.barrier();
             deal(of.tiles.size(), [&](int64_t item) {
-                const Tile &tile = of.tiles[item];
-                if (!elsewhere(tile.span, l)) of.attend[number](model, batch, tile, l, qkv, width, mixed);
+                Tile tile = of.tiles[item];
+                tile.rows = std::min(tile.rows, rows - batch.span[tile.span].start - tile.first);
+                if (tile.rows > 0 && !elsewhere(tile.span, l)) of.attend[number](model, batch, tile, l, qkv, width, mixed);
             });
         };
         auto open = [&](int64_t row) {
@@ -171,6 +230,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
         if (from < 0) share(rows, open);
         for (int64_t l = std::max<int64_t>(from, 0); l < model.layers; ++l) {
             const Layer &layer = model.layer[l];
+            const int64_t rows = present(l);
             if (l == from)
                 share(rows, [&](int64_t row) {
                     if (!elsewhere(of.span_of[row], l)) return;
@@ -182,18 +242,34 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             if (l == until) return;
             finish(mixed);
             linear(layer.out, team, number, mixed, then, now);
-            shape(normed, layer.gate_up, rows);
-            shape(inner, layer.down, rows);
+            if (number == 0) choose(l);
+            if (number == 0) normed.shape(layer.gate_up, of.fed_rows.size());
+            if (number == 0) inner.shape(layer.down, of.fed_rows.size());
             team.barrier();
+            const int64_t fed = of.fed_rows.size();
             share(rows, [&](int64_t row) {
-                norm_row(then + row * hidden, layer.mlp_norm, normed, row);
                 tap(ATTENTION_OUTPUT, l, row, then + row * hidden, now + row * hidden);
-                tap(MLP_INPUT, l, row, normed.row(row));
+                const int64_t place = of.place[row];
+                if (place < 0) {
+                    std::memcpy(now + row * hidden, then + row * hidden, hidden * sizeof(float));
+                    return;
+                }
+                norm_row(then + row * hidden, layer.mlp_norm, normed, place);
+                tap(MLP_INPUT, l, row, normed.row(place));
+                if (fed < rows) std::memcpy(&of.kept[place * hidden], then + row * hidden, hidden * sizeof(float));
             });
             team.barrier();
-            gated(layer.gate_up, team, number, normed, inner);
-            finish(inner);
-            linear(layer.down, team, number, inner, now, then);
+            if (fed) {
+                gated(layer.gate_up, team, number, normed, inner);
+                finish(inner);
+                linear(layer.down, team, number, inner, fed < rows ? of.fed.data() : now, fed < rows ? of.kept.data() : then);
+            }
+            if (fed && fed < rows) {
+                team.barrier();
+                share(fed, [&](int64_t i) {
+                    std::memcpy(now + of.fed_rows[i] * hidden, &of.fed[i * hidden], hidden * sizeof(float));
+                });
+            }
             if (l + 1 == model.layers) shape(last, model.head, batch.wanted);
             // The next layer's first stage begins with a barrier of its own.
         }

@@ -313,6 +313,20 @@ struct Tap {
     int64_t layer;
     float *states;  // [rows][hidden]
 };
+// Which feed-forward layers rows pass by (FFN-SkipLLM): of layers `first` to `last`, so many behind one whose result is as
+// good as parallel to what it was added to.
+struct Gate {
+    int64_t first, last, run;
+    float threshold;        // least cosine
+    const float *channels;  // [hidden], weights of channels in it
+    int64_t *left;          // [rows], layers that a row still passes by; below 0 it never does
+    uint8_t *skipped;       // [layers][rows], which it did: zeros at first
+};
+// A row that enters at a layer's input: matrix [hidden][hidden] times the state of another row there.
+struct Join {
+    int64_t layer, row, source;
+    const float *matrix;
+};
 struct Batch {
     int64_t rows;
     const int64_t *tokens, *positions;  // positions [rows][axes]
@@ -329,6 +343,11 @@ struct Batch {
     float *qkv;          // [rows][(heads + 2 kv_heads) * head_dim], rotated
     const float *mixed;  // [rows][heads * head_dim]
     const int64_t *beside;  // [rows] tokens that stand beside the rows, or null
+    const Gate *gate;    // or null: all rows go through all layers
+    int64_t joins;
+    const Join *join;
+    // The last `late` rows all join, none of them before layer `late_until`: below it they are not computed.
+    int64_t late, late_until;
 };
 
 }  // namespace
@@ -450,7 +469,8 @@ extern "C" {
 // Of the structures that are mirrored, in the order of `STRUCTS`; then 0.
 const int64_t *hasten_sizes() {
     static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View), sizeof(Slots),
-                                    sizeof(Span),   sizeof(Tap),   sizeof(Batch), 0};
+                                    sizeof(Span),   sizeof(Tap),   sizeof(Gate),  sizeof(Join),
+                                    sizeof(Batch),  0};
     return sizes;
 }
 const char *hasten_kernels() { return kernels().name; }
@@ -502,7 +522,7 @@ int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t t
     for (int64_t i = 0; i < most; ++i, ++position) {
         Span now = *span;
         now.pending = i + 1;
-        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr, nullptr, nullptr};
+        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr, nullptr, nullptr, nullptr, nullptr};
         if (hasten_forward(model, team, &batch, -1) < 0) return -1;
         token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
         reached *= probabilities[i];

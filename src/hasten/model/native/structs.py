@@ -29,9 +29,10 @@ class LayerStruct(ctypes.Structure):
 
 
 class ModelStruct(ctypes.Structure):
-    """`struct Model`."""
+    """`struct Model`, what it points to, and the numbers of its layers."""
 
     kept: list[Any]
+    numbers: tuple[int, ...]
     _fields_: ClassVar[Any] = [
         *((name, c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")),
         ("norm_eps", c_float),
@@ -77,6 +78,22 @@ class TapStruct(ctypes.Structure):
     _fields_: ClassVar[Any] = [("site", c_int64), ("layer", c_int64), ("states", c_void_p)]
 
 
+class GateStruct(ctypes.Structure):
+    """`struct Gate`."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in ("first", "last", "run")),
+        ("threshold", c_float),
+        *((name, c_void_p) for name in ("channels", "left", "skipped")),
+    ]
+
+
+class JoinStruct(ctypes.Structure):
+    """A row that enters at a layer, as a matrix times another row's state."""
+
+    _fields_: ClassVar[Any] = [*((name, c_int64) for name in ("layer", "row", "source")), ("matrix", c_void_p)]
+
+
 class BatchStruct(ctypes.Structure):
     """`struct Batch`."""
 
@@ -85,9 +102,13 @@ class BatchStruct(ctypes.Structure):
         *(("tokens", c_void_p), ("positions", c_void_p), ("axes", c_int64), ("embedded", c_void_p)),
         *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
         *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p)),
-        ("beside", c_void_p),
+        *((name, c_void_p) for name in ("beside", "gate")),
+        *(("joins", c_int64), ("join", c_void_p), ("late", c_int64), ("late_until", c_int64)),
     ]
 
 
-STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ViewStruct, SlotsStruct, SpanStruct, TapStruct, BatchStruct)
+STRUCTS = (
+    *(LinearStruct, LayerStruct, ModelStruct, ViewStruct, SlotsStruct, SpanStruct),
+    *(TapStruct, GateStruct, JoinStruct, BatchStruct),
+)
 """In the order of `hasten_sizes`."""

@@ -109,6 +109,7 @@ def write_dialogues(
     how: Writing,
     prompts: Sequence[str] | None = None,
     report: Callable[[int], None] = lambda done: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> list[Dialogue]:
     """Make dialogues, or make the rest of those in a file, which then stand in it.
 
@@ -120,6 +121,7 @@ def write_dialogues(
         how: they are made.
         prompts: of the user's own, in place of invented ones; as many dialogues as these, at most `how.count`.
         report: told how many there are, those that stood in the file included.
+        enough: asked before each batch but the first: whether to end with what there is. Another run may go on.
 
     Raises:
         UserError: the file was made in another way, is damaged, or cannot be written; a model that invents no requests.
@@ -132,7 +134,7 @@ def write_dialogues(
     author = _Author(llm, how, prompts)
     done = min(total, sum(map(len, batches)))
     report(done)
-    while done < total:
+    while done < total and not (done and enough()):
         if len(batches) >= BARREN and not any(batches[-BARREN:]):
             raise UserError(f"{llm.folder} invents no requests: give a file of prompts")
         fresh = author.batch(len(batches), [line["text"] for batch in batches for line in batch])

@@ -6,7 +6,7 @@ import hashlib
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -62,6 +62,20 @@ def is_held_out(dialogue: Dialogue) -> bool:
     return hashlib.sha256(repr(dialogue.prompt).encode()).digest()[0] % HELD_OUT == 0
 
 
+def packed(numbers: Sequence[int], length: Callable[[int], int], rows: int) -> Iterator[list[int]]:
+    """Dialogues in this order, in groups of so many rows at most, but of at least one dialogue."""
+    some: list[int] = []
+    count = 0
+    for number in numbers:
+        if some and count + length(number) > rows:
+            yield some
+            some, count = [], 0
+        some.append(number)
+        count += length(number)
+    if some:
+        yield some
+
+
 class Dialogues:
     """Dialogues with their hidden states, and which of them are held out."""
 
@@ -80,17 +94,8 @@ class Dialogues:
 
     def packed(self, numbers: Sequence[int], rows: int) -> Iterator[list[int]]:
         """Which dialogues stand in each of these batches."""
-        some: list[int] = []
-        count = 0
-        for number in numbers:
-            length = self.states.bounds[number + 1] - self.states.bounds[number]
-            if some and count + length > rows:
-                yield some
-                some, count = [], 0
-            some.append(number)
-            count += length
-        if some:
-            yield some
+        bounds = self.states.bounds
+        return packed(numbers, lambda number: bounds[number + 1] - bounds[number], rows)
 
     def batch(self, numbers: Sequence[int]) -> HeadBatch:
         """The rows of some dialogues, read from the file."""

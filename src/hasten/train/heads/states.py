@@ -75,7 +75,7 @@ def read_states(
     if len(ends) < 2:
         raise UserError(f"{megabytes(most)} are too few for the hidden states of two dialogues")
     kept, bounds = dialogues[: len(ends)], [0, *ends]
-    _claim(file, _origin(llm, kept, taps))
+    _claim(file, kept, lambda some: _origin(llm, some, taps))
     present = file.stat().st_size // size if file.exists() else 0
     done = sum(end <= present for end in ends)
     report(done)
@@ -134,19 +134,21 @@ def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dic
     }
 
 
-def _claim(file: Path, origin: dict[str, Any]) -> None:
-    """Say what a file is made of, before anything is written.
+def _claim(file: Path, dialogues: Sequence[Dialogue], origin: Callable[[Sequence[Dialogue]], dict[str, Any]]) -> None:
+    """Say what a file is made of, before anything is written. What was read of the first dialogues is gone on with.
 
     Raises:
         UserError: one that is there was made of something else.
     """
     told = file.with_name(f"{file.name}.json")
     if file.exists() and told.exists():
-        if changed := differences(read_json(told), origin):
+        before = read_json(told)
+        count = before.get("count")
+        if changed := differences(before, origin(dialogues[:count] if isinstance(count, int) else dialogues)):
             raise UserError(f"the hidden states in {file} are of another {changed}: remove it to read them again")
-        return
-    file.unlink(missing_ok=True)
-    write_text(told, dumps(origin, indent=2) + "\n")
+    else:
+        file.unlink(missing_ok=True)
+    write_text(told, dumps(origin(dialogues), indent=2) + "\n")
 
 
 def _of_one_pass(dialogues: Sequence[Dialogue]) -> Sequence[Dialogue]:

@@ -1,0 +1,166 @@
+"""`hasten train align` and `s2d`: small models that draft, distilled from what a target says itself."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.cli.groups import grouped
+from hasten.cli.train_heads import Data
+from hasten.documents import dumps
+from hasten.errors import UserError
+from hasten.files import write_text
+
+if TYPE_CHECKING:
+    from hasten.llm import LLM
+    from hasten.train.drafters.align import AlignRecipe
+
+app = typer.Typer()
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: beside the model, found there).")]
+Base = Annotated[str | None, typer.Option(help="A Llama to begin with, instead of a new one of the shape below.")]
+Hidden = Annotated[int, typer.Option(help="Width.")]
+Layers = Annotated[int, typer.Option(help="Depth.")]
+Heads = Annotated[int, typer.Option(help="Query heads.")]
+KVHeads = Annotated[int, typer.Option(help="Key/value heads.")]
+Ffn = Annotated[int, typer.Option(help="Width of the MLP.")]
+LossName = Annotated[str, typer.Option("--loss", help="ce, kl, tvd, tvd++, tvd++sampled or tvd++uniform.")]
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How a drafter is distilled: as a command's default, an option each (`hasten.cli.groups`)."""
+
+    words: Annotated[int, typer.Option(help="Tokens that it knows, the most frequent of answers; 0 for all.")] = 8192
+    opening: Annotated[
+        float | None, typer.Option(help="Share of the run with kl, before (default: 0.5, with a base 0).")
+    ] = None
+    epochs: Annotated[float, typer.Option(help="Times that every dialogue is seen.")] = 2.0
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0
+    precision: Annotated[str, typer.Option(help="bf16 (products and activations) or fp32.")] = "bf16"
+    resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
+    backend: options.Backend = "auto"
+    threads: options.Threads = 0
+    json: options.Json = False
+
+    def load(self, model: str) -> LLM:
+        """The target."""
+        return options.Loading(backend=self.backend, threads=self.threads).load(model)
+
+    def settings(self, llm: LLM, base: str | None) -> dict[str, Any]:
+        """What every recipe is told, but for the data.
+
+        Raises:
+            UserError: no number of epochs.
+        """
+        if not 0 < self.epochs < inf:
+            raise UserError(f"epochs must be positive and finite, not {self.epochs}")
+        opening = self.opening if self.opening is not None else 0.0 if base else 0.5
+        return {
+            "tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed,
+            "parent": str(llm.folder), "words": self.words, "base": base or "", "opening": opening,
+            "precision": self.precision,
+        }  # fmt: skip
+
+    def train(self, llm: LLM, settings: AlignRecipe, data: Data, output: Path | None, suffix: str) -> None:
+        """Make the data, train, write the card, and say where the drafter is.
+
+        Args:
+            suffix: of the folder beside the model, unless there is an output.
+        """
+        from hasten.methods.drafters.small_model import own_name
+        from hasten.methods.heads.head import FINAL
+        from hasten.model.checkpoint import read_json
+        from hasten.train.trainer import train
+
+        destination = output or Path(own_name(llm.folder, suffix))
+        budget = data.clock(destination)
+        folder, rows = data.make(llm, (FINAL,), settings.states, self.json, budget)
+        recipe = replace(settings, tokens=max(1, int(self.epochs * rows)), data=str(folder))
+        if budget is not None:
+            recipe = budget.cut(recipe)
+        summary = train(recipe, destination, self.resume)
+        told = read_json(destination / "config.json")["alignment"]
+        document = {"command": shlex.join(["hasten", *sys.argv[1:]]), **summary, **told}
+        write_text(destination / CARD, dumps(document, indent=2) + "\n")
+        self._report(destination, document)
+
+    def _report(self, folder: Path, document: Mapping[str, Any]) -> None:
+        if self.json:
+            options.emit({"output": str(folder), **document})
+        else:
+            accepted = ", ".join(f"{100 * share:.1f} %" for share in document["acceptance"])
+            print(f"{folder}: {document['parameters']:,} parameters, loss {document['loss']}; accepted {accepted}")
+
+
+@app.command()
+@grouped
+def align(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    base: Base = None,
+    loss: LossName = "tvd++",
+    hidden: Hidden = 288,
+    layers: Layers = 3,
+    heads: Heads = 6,
+    kv_heads: KVHeads = 3,
+    ffn: Ffn = 768,
+    distilling: Distilling = Distilling(),
+    data: Data = Data(),
+) -> None:
+    """Train a small model that drafts for a model, on what it says and how likely it finds all words (2403.00858).
+
+    `draft-model` and its like find it by themselves. Everything is kept: after Ctrl-C the same command goes on.
+    """
+    llm = distilling.load(model)
+
+    from hasten.train.drafters.align import AlignRecipe
+
+    # Refuses what cannot be before anything is made.
+    recipe = AlignRecipe(
+        **distilling.settings(llm, base), distance=loss, hidden=hidden, layers=layers, attention_heads=heads,
+        kv_heads=kv_heads, ffn=ffn,
+    )  # fmt: skip
+    distilling.train(llm, recipe, data, output, "draft")
+
+
+@app.command()
+@grouped
+def s2d(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    base: Base = None,
+    exits: Annotated[str, typer.Option(help="Layers behind which it drafts; the last has all of them.")] = "2/4/6",
+    loss: LossName = "kl",
+    hidden: Hidden = 256,
+    layers: Layers = 6,
+    heads: Heads = 4,
+    kv_heads: KVHeads = 2,
+    ffn: Ffn = 576,
+    distilling: Distilling = Distilling(),
+    data: Data = Data(),
+) -> None:
+    """Train a drafter whose first layers are drafters, too, for the method `s2d` (2407.01955).
+
+    It serves every model of the same tokenizer. Everything is kept: after Ctrl-C the same command goes on.
+    """
+    llm = distilling.load(model)
+
+    from hasten.train.drafters.sorted import SortedRecipe
+
+    recipe = SortedRecipe(
+        **distilling.settings(llm, base), distance=loss, leaves=exits, hidden=hidden, layers=layers,
+        attention_heads=heads, kv_heads=kv_heads, ffn=ffn,
+    )  # fmt: skip
+    distilling.train(llm, recipe, data, output, "s2d")

@@ -1,0 +1,212 @@
+"""Where a model's feed-forward layers hardly turn the residual stream, and how alike is alike enough: measured, kept.
+
+The model reads a few pages, of the standard library and of hasten's tasks. A layer is *warm* where its result, added to
+the stream, has on the average nearly the direction that the stream had; the longest run of warm layers lies between two
+cold regions, which always run. The threshold is the one at which as many layers are passed by as was asked for, found
+by halving: each trial reads the pages with the gate in place, since rows that pass by layers change what follows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import groupby, islice
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.cache import Cache
+from hasten.documents import dumps
+from hasten.engine import Target
+from hasten.errors import UserError
+from hasten.files import cache_folder, write_text, writing
+from hasten.methods.skipping.layers import gated
+from hasten.model import Decoder, Rows, Taps
+from hasten.model.fingerprint import fingerprint
+from hasten.model.gate import Gate, cosine
+from hasten.tasks import TASKS, examples, prose_chunks
+
+PAGES, PAGE, OPENING = 8, 128, 32
+"""Texts that are read, tokens of each, and how many of these go through all layers, as a prompt does."""
+WARM = 0.9
+"""Mean cosine of a layer that hardly turns the stream."""
+LEAST = 2
+"""Warm layers in a row: one to tell by, and one to pass by."""
+TRIALS = 10
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What a calibration found.
+
+    Attributes:
+        first, last: of the warm layers.
+        threshold: least cosine.
+        outliers: channels that are left out of it.
+        share: of all feed-forward layers, that rows passed by.
+        cosines: of each layer, the mean.
+    """
+
+    first: int
+    last: int
+    threshold: float
+    outliers: tuple[int, ...]
+    share: float
+    cosines: tuple[float, ...]
+
+    def gate(self, run: int, hidden: int) -> Gate:
+        """Of a model of that width."""
+        channels = torch.ones(hidden)
+        channels[list(self.outliers)] = 0.0
+        return Gate(self.first, self.last, run, self.threshold, channels)
+
+
+def regions(target: Target, model: Decoder, share: float, run: int, outliers: int) -> Regions:
+    """A model's, from disk if they were measured before, else measured now.
+
+    Args:
+        share: of all feed-forward layers, that rows should pass by.
+        run: as of `Gate`.
+        outliers: how many channels, the largest ones, are left out of cosines.
+
+    Raises:
+        UserError: the model has no such region, or one that is too small for that share; it has no tokenizer.
+    """
+    subject = {
+        "model": target.folder and str(Path(target.folder).resolve()),
+        "fingerprint": fingerprint(model),
+        "read": model.weight_bytes(),
+        "dtype": str(model.dtype),
+        "asked": [share, run, outliers],
+        "pages": [PAGES, PAGE, OPENING],
+    }
+    name = sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:24]
+    file = cache_folder("ffn-skipllm") / f"{name}.json"
+    known = _read(file, len(model.layers), model.config.hidden_size)
+    if known is None:
+        known = calibrate(model, _pages(target, model), share, run, outliers)
+        with suppress(UserError), writing(file):  # It costs a calibration next time, no more.
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, dumps({"subject": subject, **asdict(known)}, indent=1) + "\n")
+    return known
+
+
+def calibrate(model: Decoder, pages: Sequence[Sequence[int]], share: float, run: int, outliers: int) -> Regions:
+    """See `regions`.
+
+    Args:
+        pages: token ids, each with more than `OPENING`.
+    """
+    before, after = zip(*(_streams(model, page) for page in pages), strict=True)
+    one, other = torch.cat(before, 1), torch.cat(after, 1)
+    largest = one[1:-1].abs().mean((0, 1)).topk(outliers).indices
+    channels = torch.ones(model.config.hidden_size)
+    channels[largest] = 0.0
+    found = cosine(one, other, channels)
+    first, last = _warm(found.mean(1).tolist())
+    candidates = found[first : last + 1].flatten().sort().values
+    low, high, best = 0, len(candidates) - 1, (-1.0, 0.0)
+    gate = Gate(first, last, run, float(candidates[0]), channels)
+    most = _passed(model, pages, gate)
+    if most < share:
+        raise UserError(
+            f"ffn-skipllm: rows can pass by {most:.0%} of this model's feed-forward layers at most, "
+            f"{last - first + 1} of {len(model.layers)} being warm, so ratio={share:g} is too much"
+        )
+    best = most, gate.threshold
+    for _ in range(TRIALS):
+        middle = (low + high + 1) // 2
+        threshold = float(candidates[middle])
+        passed = _passed(model, pages, Gate(first, last, run, threshold, channels))
+        best = min(best, (passed, threshold), key=lambda each: abs(each[0] - share))
+        low, high = (middle, high) if passed > share else (low, max(middle - 1, low))
+    curve = tuple(round(value, 4) for value in found.mean(1).tolist())
+    return Regions(first, last, best[1], tuple(largest.tolist()), round(best[0], 4), curve)
+
+
+def _warm(cosines: Sequence[float]) -> tuple[int, int]:
+    """The longest run of warm layers between the first layer and the last.
+
+    Raises:
+        UserError: there is none that is long enough.
+    """
+    inner = range(1, len(cosines) - 1)
+    runs = [list(run) for warm, run in groupby(inner, lambda layer: cosines[layer] >= WARM) if warm]
+    longest = max(runs, key=len, default=[])
+    if len(longest) < LEAST:
+        raise UserError(
+            f"ffn-skipllm: this model has nothing to skip: no {LEAST} of its feed-forward layers in a row leave the "
+            f"direction of what they are added to nearly as it is (mean cosines up to {max(cosines):.2f})"
+        )
+    return longest[0], longest[-1]
+
+
+def _pages(target: Target, model: Decoder) -> list[list[int]]:
+    """What is read, as token ids.
+
+    Raises:
+        UserError: the model has no tokenizer.
+    """
+    if target.tokenizer is None:
+        raise UserError("ffn-skipllm: needs a tokenizer, since it is calibrated on text")
+    length = min(PAGE, model.config.max_positions)
+    pages = [list(target.tokenizer.encode(text))[:length] for text in _texts()]
+    return [page for page in pages if len(page) > OPENING]
+
+
+def _texts() -> Iterator[str]:
+    """Half of them prose, half of them tasks with their answers, one of several kinds behind the other."""
+    half = PAGES // 2
+    yield from islice(prose_chunks("train", 4 * PAGE), half)
+    for number in range(half):
+        asked = (next(examples(task, "train", 1, 0)) for task in list(TASKS)[number::half])
+        yield "\n\n".join(each.prompt + each.answer for each in asked)
+
+
+def _streams(model: Decoder, page: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The stream before and behind each feed-forward layer, without the opening: float32 [layers, rows, hidden]."""
+    layers = range(len(model.layers))
+    taps = Taps((site, layer) for layer in layers for site in ("input", "attention_output", "output"))
+    for sequence in _sequence(model):
+        model.forward(Rows.of(sequence, page, 0, model.device), [len(page) - 1], taps)
+    before = [taps["input", layer].float() + taps["attention_output", layer].float() for layer in layers]
+    after = [taps["output", layer].float() for layer in layers]
+    return torch.stack(before)[:, OPENING:].cpu(), torch.stack(after)[:, OPENING:].cpu()
+
+
+def _passed(model: Decoder, pages: Sequence[Sequence[int]], gate: Gate) -> float:
+    """The share of all feed-forward layers that the pages' rows pass by, their openings left out."""
+    passed = rows = 0
+    for page in pages:
+        may = torch.arange(len(page)) >= OPENING
+        for sequence in _sequence(model):
+            read = Rows.of(sequence, page, 0, model.device)
+            passed += int(gated(model, read, [len(page) - 1], gate, may)[1].sum())
+        rows += int(may.sum())
+    return passed / (rows * len(model.layers))
+
+
+def _sequence(model: Decoder) -> Iterator[Any]:
+    """An empty one, for a while."""
+    sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
+    yield sequence
+    sequence.release()
+
+
+def _read(file: Path, layers: int, hidden: int) -> Regions | None:
+    """A recorded calibration; None where there is none, or none that can be one of such a model."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        numbers = float(record["threshold"]), float(record["share"])
+        outliers, cosines = tuple(map(int, record["outliers"])), tuple(map(float, record["cosines"]))
+        known = Regions(int(record["first"]), int(record["last"]), numbers[0], outliers, numbers[1], cosines)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    inside = 0 < known.first < known.last < layers - 1 and all(0 <= each < hidden for each in known.outliers)
+    return known if inside and all(map(isfinite, numbers)) else None
