@@ -215,7 +215,7 @@ def hydra(
     prefix: Annotated[
         bool, typer.Option("--prefix", help="Hydra++: heads read what a layer of their own makes of all states.")
     ] = False,
-    speaking: Speaking = Speaking(),
+    speaking: Speaking = Speaking(store="q4_1"),
     fitting: Fitting = Fitting(),
     data: Data = Data(),
     backend: options.Backend = "auto",
