@@ -210,9 +210,9 @@ class NativeBackend:
         ]
         tapped = (TapStruct * len(sites))(*sites)
         entering = [
-            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=matrix.data_ptr())
+            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=join.address(place))
             for first, source, join in rows.joins
-            for place, matrix in enumerate(join.matrices)
+            for place in range(len(join.matrices))
         ]
         joins = (JoinStruct * len(entering))(*entering)
         late = _late(count, entering)
