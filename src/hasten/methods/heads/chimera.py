@@ -18,7 +18,7 @@ Decisions where the paper leaves room, or where its code does something else:
   tree. `tree=static` takes the rates that were measured in place of the heads' own probabilities, which gives the
   paper's: one tree for all steps.
 - *Heads.* What the state adds to the estimate is a matrix [hidden, hidden], zero at first, and one head of frequent
-  words reads the sum at all levels: `W (o + A h)` for `H [h; o]`, of whose size four would be larger than a small target.
+  words reads the sum at all levels: `W (o + A h)` for `H [h; o]`, four of which would be larger than a small target.
 - *Verification.* By the acceptance rules of all drafters; the authors' evaluation has typical acceptance, which is
   lossy.
 """

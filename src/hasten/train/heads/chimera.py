@@ -62,21 +62,22 @@ class FullContext(nn.Module):
     def slots(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, width]."""
         normed = self.mixer_norm(rows)
-        values: Tensor = self.values(normed)
-        return self._turned(self.keys(normed), positions), values.unflatten(1, (-1, self.width))
+        return self._turned(self.keys(normed), positions), torch.unflatten(self.values(normed), 1, (-1, self.width))
 
     def ask(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Queries [rows, kv_heads, group, width]."""
-        return self._turned(self.queries(self.mixer_norm(rows)), positions).unflatten(1, (self.kv_heads, -1))
+        queries = self._turned(self.queries(self.mixer_norm(rows)), positions)
+        return torch.unflatten(queries, 1, (self.kv_heads, -1))
 
     def finish(self, rows: Tensor, mixed: Tensor) -> Tensor:
         """The residual stream behind the layer, from what attention made of the rows, [rows, heads * width]."""
         rows = rows + self.attention_out(mixed).float()
         normed = self.mlp_norm(rows)
-        return rows + self.down(F.silu(self.gate(normed)) * self.up(normed)).float()
+        fed: Tensor = self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return rows + fed.float()
 
     def _turned(self, rows: Tensor, positions: Tensor) -> Tensor:
-        heads = rows.unflatten(1, (-1, self.width))
+        heads = torch.unflatten(rows, 1, (-1, self.width))
         return self.rotary.rotate(heads, self.rotary.angles(positions, heads.dtype))
 
     def exported(self, store: str) -> LayerWeights:
@@ -115,7 +116,7 @@ class ChimeraNetwork(Speakers):
         lengths = torch.bincount(batch.dialogue).tolist()
         positions = torch.cat([torch.arange(length) for length in lengths])
         grams = self.grams(batch, positions)
-        seen = [torch.stack(self.layer.slots(rows, positions), 1) for rows in (batch.states[:, 0], grams)]
+        states, own = (torch.stack(self.layer.slots(rows, positions), 1) for rows in (batch.states[:, 0], grams))
         starts = batch.ahead(2)
         made = torch.zeros(len(positions), self.count, grams.shape[1])
         above: list[Tensor] = []
@@ -126,13 +127,14 @@ class ChimeraNetwork(Speakers):
             queries = self.layer.ask(grams[at], positions[at])
             mixed = [
                 _attend(
-                    queries[own],
-                    *(slots[text] for slots in seen),
-                    starts[own] - text.start,
+                    queries[some],
+                    states[text],
+                    own[text],
+                    starts[some] - text.start,
                     level,
-                    [slots[own] for slots in above],
+                    [slots[some] for slots in above],
                 )
-                for text, own in _texts(lengths, batch.dialogue[starts])
+                for text, some in _texts(lengths, batch.dialogue[starts])
             ]
             estimates = self.layer.finish(grams[at], torch.cat(mixed))
             made = made.index_put((starts, torch.tensor(level)), estimates)
