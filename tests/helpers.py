@@ -35,6 +35,7 @@ from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
 from hasten.methods.heads.chimera_weights import NAMES, ChimeraWeights, LayerWeights
 from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
+from hasten.methods.heads.hidden_transfer import Transfer
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
 from hasten.methods.heads.ppd import PromptTokens
@@ -202,6 +203,7 @@ def save_heads(folder: Path) -> None:
     save_medusa(folder / "heads" / "medusa", weight)
     save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
     save_ppd(folder / "heads" / "ppd", weight.shape[1])
+    save_hidden_transfer(folder / "heads" / "hidden-transfer", weight.shape[1])
     save_chimera(folder / "heads" / "chimera", model)
     save_eagle(folder)
 
@@ -322,6 +324,12 @@ def save_eagle(folder: Path) -> None:
     fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
     made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
     made.save(folder / "heads" / "eagle", layer_fields(config))
+
+
+def save_hidden_transfer(folder: Path, hidden: int) -> None:
+    """Maps that leave a state nearly as it is."""
+    near = Near()
+    Transfer(torch.stack([near(torch.eye(hidden)) for _ in range(3)]), 1, ACCURACY).save(folder, {})
 
 
 class Scripted(Drafter):

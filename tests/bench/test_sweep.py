@@ -43,7 +43,7 @@ def test_settings_turn_the_knob_that_is_free():
     assert settings("prophet")[0].method == "prophet:early=30,middle=20,late=10"
     assert [each.method for each in settings("prophet:middle=4")] == ["prophet:middle=4"]
     for slug, method in methods().items():
-        assert (method.role == "denoiser") == (method.knob is not None)
+        assert (method.role == "denoiser" or method.exactness == "lossy") == (method.knob is not None)
         if method.knob is not None:
             assert [each.value for each in settings(slug)] == list(method.knob.values)
     with pytest.raises(UserError, match="no parameter 'heat'"):
@@ -149,6 +149,17 @@ def test_a_models_rows(diffusion_llm: Callable[..., LLM]):
     assert plain["accuracy_interval"] == list(wilson(0.5, 1))
     ungraded = sweep(llm, ["freedave:drafts=2"], [replace(prompts[0], grade=None)], SamplingParams(max_tokens=8))
     assert {row["accuracy_interval"] for row in ungraded["rows"]} == {None}
+
+
+def test_models_that_predict_the_next_token_have_decoders_of_their_own(llm: LLM, tmp_path: Path):
+    """Those that fit the model; without more than a token a step, the picture goes by speed-up."""
+    prompts = [BenchPrompt("words", "words", "the cat and the moon", lambda text: float("a" in text))]
+    measured = sweep(llm, None, prompts, SamplingParams(max_tokens=4))
+    slugs = {row["decoder"] for row in measured["rows"]} | {entry["method"] for entry in measured["skipped"]}
+    assert slugs == {"plain", "skipdecode", "ffn-skipllm"}
+    named = [row for row in measured["rows"] if row["decoder"] == "skipdecode"]
+    assert {row["tokens_per_step"] for row in named} == {1}
+    assert "speed-up" in words_of(plots.tradeoffs(named)) and "tokens per step" not in words_of(plots.tradeoffs(named))
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 1), (1, 1), (0, 60), (60, 60), (57, 60), (30, 56), (1, 1000)])

@@ -17,6 +17,7 @@ from hasten.bench.prompts import BenchPrompt
 from hasten.bench.tune import TuneResult, default_candidates, settings, tune
 from hasten.engine import Draft, Drafter, decoders
 from hasten.engine.registry import Method, parse
+from hasten.methods.heads.own import own_heads
 from hasten.model import DiffusionConfig, ModelConfig, OracleModel
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -165,8 +166,10 @@ def test_what_lacks_something_is_skipped_unless_it_was_asked_for(stage: Stage, m
         return dict.fromkeys(names)
 
     monkeypatch.setattr(tuning, "warm_engines", load)
-    monkeypatch.setattr(tuning, "default_candidates", lambda config: (["a", "b", "b:length=2"], {"c": "lossy"}))
-    result = tune(SimpleNamespace(model=SimpleNamespace(config=None)), prompts(4), PARAMS, 1e6)
+    monkeypatch.setattr(tuning, "default_candidates", lambda config, heads: (["a", "b", *heads], {"c": "lossy"}))
+    monkeypatch.setattr(tuning, "own_heads", lambda target: ["b:length=2"])
+    llm = SimpleNamespace(model=SimpleNamespace(config=None), engine=SimpleNamespace(target=None))
+    result = tune(llm, prompts(4), PARAMS, 1e6)
     assert result.skipped == {"b": "b needs a model", "c": "lossy"}
     assert [candidate.method for candidate in result.candidates] == ["a"]
     assert tried == ["plain", "a", "b"]
@@ -188,6 +191,12 @@ def test_default_candidates_come_from_the_registry():
     assert slugs | skipped.keys() == decoders().keys() - {"plain"}
     assert {"ngram", "ngram:length=5", "ngram:length=20"} <= set(chosen)
     assert all(len(list(group)) <= 3 for _, group in itertools.groupby(chosen, lambda name: name.partition(":")[0]))
+
+
+def test_heads_that_the_model_has_are_candidates(llm: LLM):
+    assert "name it under --candidates" in default_candidates(llm.model.config)[1]["medusa"]
+    chosen, skipped = default_candidates(llm.model.config, own_heads(llm.engine.target))
+    assert {"medusa", "medusa:nodes=7", "medusa:nodes=30"} <= set(chosen) and "medusa" not in skipped
 
 
 @pytest.mark.parametrize("attention", ["full", "block-causal"])

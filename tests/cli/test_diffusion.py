@@ -116,6 +116,9 @@ def test_what_does_not_fit_is_refused(hasten, full: str, command: tuple[str, ...
 
 
 def test_denoisers_are_refused_by_other_models(hasten):
-    for command in (("generate", TEXT, "--method", "threshold"), ("sweep", "--per-task", "1")):
+    for command in (
+        ("generate", TEXT, "--method", "threshold"),
+        ("sweep", "--methods", "threshold", "--per-task", "1"),
+    ):
         ran = hasten(*command, "-m", "tiny")
         assert ran.status == 2 and "masked positions" in ran.err

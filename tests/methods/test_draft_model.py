@@ -67,6 +67,12 @@ def test_no_drafter_beside_the_target(tiny, tmp_path):
     shutil.copytree(tiny, lonely)
     with pytest.raises(UserError, match="lonely-draft"):
         LLM(lonely, method="draft-model")
+    # Nor is what a training has left that is not over.
+    (tmp_path / "lonely-draft").mkdir()
+    (tmp_path / "lonely-draft" / "training.pt").touch()
+    with pytest.raises(UserError, match=r"finds no drafter at .*lonely-draft"):
+        LLM(lonely, method="draft-model")
+    assert LLM(lonely, method="auto").generate(["the"], SamplingParams(max_tokens=2))
     with pytest.raises(UserError, match="no checkpoint at 'nowhere'"):
         LLM(tiny, method="draft-model:model=nowhere")
 

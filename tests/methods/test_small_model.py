@@ -234,7 +234,7 @@ def test_what_drafts_take_for_a_while(make, settings):
         assert announced < 7 * taken
 
 
-@pytest.mark.parametrize("spec", ["draft-model", "draft-model:width=3", "dyspec:nodes=20", "vocabtrim:width=2"])
+@pytest.mark.parametrize("spec", ["draft-model", "draft-model:width=3", "dyspec:nodes=20", "vocabtrim:width=2", "s2d"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "acceptance": "max"}], ids=str)
 def test_what_the_small_model_takes_for_a_while(tiny, monkeypatch, spec, settings):
     """Of its passes: a prompt is read in pieces, and what those take does not grow with it."""

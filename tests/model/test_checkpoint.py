@@ -25,7 +25,7 @@ from hasten.model import load_model
 from hasten.model.checkpoint import INDEX, SINGLE, Tensors, resolve
 from hasten.model.loading import choose_device
 from hasten.model.native.library import LIBRARY
-from hasten.model.tokenizer import load_tokenizer, same_vocabulary
+from hasten.model.tokenizer import load_tokenizer, same_vocabulary, vocabulary_digest
 
 Make = Callable[..., Any]
 
@@ -538,6 +538,7 @@ def test_tokenizer(folder: Path) -> None:
     loaded = load_tokenizer(folder)
     assert loaded.encode("b a", add_special_tokens=False) == [1, 0]
     assert same_vocabulary(loaded, load_tokenizer(str(folder)))
+    assert vocabulary_digest(loaded) == vocabulary_digest(load_tokenizer(str(folder)))
 
 
 # The hub

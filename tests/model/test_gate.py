@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from hasten.cache import Cache
 from hasten.model import Decoder, Rows, Span, load_model
-from hasten.model.gate import Gate, compose_gated, cosine, forward
+from hasten.model.gate import Gate, compose_gated, cosine
+from hasten.model.native import NativeBackend
 from hasten.model.native.library import LIBRARY
 
 BACKENDS = ["torch", *(["native"] if LIBRARY.exists() else [])]
@@ -45,6 +46,11 @@ def gate(threshold: float, run: int = 2, **changes: int) -> Gate:
     channels = torch.ones(48)
     channels[[3, 11]] = 0.0
     return Gate(**{"first": 1, "last": LAYERS - 2, **changes}, run=run, threshold=threshold, channels=channels)
+
+
+def forward(model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor) -> tuple[Tensor, Tensor]:
+    compute = model.backend.gated if isinstance(model.backend, NativeBackend) else compose_gated
+    return compute(model, rows, wanted, gate, may)
 
 
 def as_written(reference: LlamaForCausalLM, text: Sequence[int], gate: Gate, may: Tensor) -> tuple[Tensor, Tensor]:

@@ -254,7 +254,7 @@ def step_costs(document: Mapping[str, Any]) -> str:
 def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
     """The picture of `hasten sweep`: accuracy by tokens per step, a panel per category, a curve per decoder.
 
-    The theory is grey.
+    Where every step gives one token, it is by speed-up. The theory is grey.
     What all decoders are told alike is left out of their names, and of the scale what no decoder comes near.
     """
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))
@@ -265,6 +265,7 @@ def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
     categories = list(dict.fromkeys(row["category"] for row in rows if row["accuracy"] is not None))
     if len(categories) == 2:
         categories.pop()  # the whole is the one category
+    by = "speedup" if all(row["tokens_per_step"] <= 1 for row in rows) else "tokens_per_step"
     across = min(3, max(len(categories), 1))
     down = -(-len(categories) // across) or 1
 
@@ -278,12 +279,12 @@ def tradeoffs(rows: Sequence[Row], ideal: Sequence[Row] = ()) -> str:
                 axes.plot(*zip(*theory, strict=True), "--", color="#8d95a3", linewidth=2.4, label="ideal, random order")
             for number, decoder in enumerate(decoders):
                 own = [row for row in rows if row["decoder"] == decoder and row["category"] == category]
-                x, y = [row["tokens_per_step"] for row in own], [row["accuracy"] for row in own]
+                x, y = [row[by] for row in own], [row["accuracy"] for row in own]
                 axes.plot(x, y, "o-", color=_colour(number), markersize=4, linewidth=1.4, label=names[decoder])
             axes.set_title(category, fontsize=9.5, loc="left")
             axes.yaxis.set_major_formatter(_percent)
             axes.set_ylim(bottom, top)
-        figure.supxlabel("tokens per step", fontsize=9.5)
+        figure.supxlabel("speed-up" if by == "speedup" else "tokens per step", fontsize=9.5)
         figure.supylabel("right", fontsize=9.5)
         named: dict[str, Artist] = {}
         for axes in panels:

@@ -131,7 +131,7 @@ def render_sweep(document: Mapping[str, Any]) -> str:
     )
     body = [
         "<header><h1>hasten sweep</h1>",
-        "<p>Accuracy against tokens per step: each decoder with its knob turned.</p></header>",
+        "<p>Accuracy against speed: each decoder with its knob turned.</p></header>",
         _section(
             "How it was measured",
             "",
@@ -141,7 +141,7 @@ def render_sweep(document: Mapping[str, Any]) -> str:
             f"<p><code>{html.escape(document['command'])}</code></p>",
         ),
         _section(
-            "Accuracy by tokens per step",
+            "Accuracy by speed",
             "A dot is a value of the decoder's knob." + (theory if document["ideal"] else ""),
             plots.tradeoffs(rows, document["ideal"]),
         ),

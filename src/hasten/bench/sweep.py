@@ -1,4 +1,4 @@
-"""Accuracy against tokens per step: decoders of diffusion models, each with its knob turned from careful to fast."""
+"""What lossy decoding costs in accuracy: each decoder with its knob turned from careful to fast."""
 
 from __future__ import annotations
 
@@ -58,14 +58,13 @@ def sweep(
 
     Args:
         llm: the model; None for the ideal one.
-        decoders: specifications; if None, all with a knob that the model can be decoded with.
+        decoders: specifications; if None, all with a knob that are meant for this kind of model.
         report: is told of each prompt that is done.
 
     Raises:
         UserError: a decoder that was named is unknown or does not fit; the ideal model does not know the prompts.
     """
-    known = [slug for slug, method in registry.decoders().items() if method.knob is not None]
-    wanted, skipped = list(dict.fromkeys(known if decoders is None else decoders)), {}
+    wanted, skipped = list(dict.fromkeys(_turned(llm) if decoders is None else decoders)), {}
     models = [IdealModel(prompt) for prompt in prompts] if llm is None else []
     chosen: list[Setting] = []
     for decoder in wanted:
@@ -90,6 +89,16 @@ def sweep(
         "rows": [_row(by_method[row["method"]], row) for row in figures],
         "skipped": [{"method": method, "reason": reason} for method, reason in skipped.items()],
     }
+
+
+def _turned(llm: LLM | None) -> list[str]:
+    """Decoders with a knob that are meant for a model; the ideal one fills masked positions."""
+    roles = set(registry.DECODERS)
+    if llm is None or llm.model.config.fills_canvas:
+        roles = {"denoiser"}
+    elif llm.model.config.diffusion is None:
+        roles = {"drafter"}
+    return [slug for slug, method in registry.decoders().items() if method.knob is not None and method.role in roles]
 
 
 def _row(setting: Setting, row: dict[str, Any]) -> dict[str, Any]:

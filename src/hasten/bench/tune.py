@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from hasten.engine.creation import is_lossless
 from hasten.engine.registry import Method, parse
 from hasten.errors import UserError
 from hasten.llm import LLM
+from hasten.methods.heads.own import own_heads
 from hasten.model import ModelConfig
 
 SIZES = ("length", "nodes", "depth", "width", "drafts")
@@ -98,9 +99,13 @@ class TuneResult:
         }
 
 
-def default_candidates(config: ModelConfig) -> tuple[list[str], dict[str, str]]:
+def default_candidates(config: ModelConfig, heads: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
     """All lossless methods for a model that need no further training, with up to three settings each; and why others
-    are left out."""
+    are left out.
+
+    Args:
+        heads: methods that have their weights for this model.
+    """
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for slug, method in decoders().items():
@@ -110,7 +115,7 @@ def default_candidates(config: ModelConfig) -> tuple[list[str], dict[str, str]]:
             skipped[slug] = "not for this model's kind of plain decoding"
         elif method.exactness != "lossless":
             skipped[slug] = "lossy: it would change the text"
-        elif method.needs_training and slug != default_method(config):
+        elif method.needs_training and slug not in heads and slug != default_method(config):
             skipped[slug] = "needs weights trained for the model: name it under --candidates with them"
         else:
             chosen += settings(method)
@@ -144,7 +149,8 @@ def tune(
     """Find the fastest method. Ctrl-C ends the search early, with what is known by then.
 
     Args:
-        candidates: specifications; the registry's training-free lossless methods if None.
+        candidates: specifications; if None, the registry's lossless methods that need no training, and those whose
+            heads the model has.
         report: called with the seconds spent since the last call, for progress bars.
 
     Raises:
@@ -153,9 +159,10 @@ def tune(
     """
     if len(prompts) < 2:
         raise UserError("tune needs at least 2 prompts: one half to choose on, the other to check the choice")
-    names, skipped = (
-        default_candidates(llm.model.config) if candidates is None else (list(dict.fromkeys(candidates)), {})
-    )
+    if candidates is None:
+        names, skipped = default_candidates(llm.model.config, own_heads(llm.engine.target))
+    else:
+        names, skipped = list(dict.fromkeys(candidates)), {}
     names = [name for name in names if name != "plain"]
     for name in names:
         is_lossless(name)  # an unknown one fails here, before anything is loaded

@@ -1,4 +1,4 @@
-"""`hasten sweep`: what decoding several tokens at once costs in accuracy."""
+"""`hasten sweep`: what lossy decoding costs in accuracy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from hasten.errors import UserError
 from hasten.files import write_text
 
 ORACLE = "oracle"
+LISTS, TASKS = "parallelbench-words:copy,random", "tasks"
+"""Suites of models that fill masked positions, and of others, if nothing else is asked for."""
 
 
 @grouped
 def sweep(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A diffusion model; oracle is the ideal one, which needs no weights.")
+        str,
+        typer.Option("--model", "-m", help="A model; oracle is the ideal one, which needs no weights."),
     ] = ORACLE,
     methods: Annotated[
         str | None, typer.Option(help="Decoders, separated by commas (default: all that fit the model).")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="As of bench. The ideal model knows ParallelBench's list operations.")
-    ] = "parallelbench-words:copy,random",
+        str | None,
+        typer.Option(
+            help=f"As of bench (default: {LISTS}, which are all that the ideal model knows; {TASKS} if the model "
+            "predicts the next token)."
+        ),
+    ] = None,
     per_task: Annotated[int | None, typer.Option(help="Held-out prompts of each task or kind.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="New tokens at most (default: what the suite's answers need).")
@@ -40,10 +47,11 @@ def sweep(
     picture: Annotated[Path | None, typer.Option(help="Draw the curves into this SVG file.")] = None,
     json: options.Json = False,
 ) -> None:
-    """Accuracy against tokens per step: each decoder of a diffusion model with its knob turned, as a curve.
+    """Accuracy against speed: each lossy decoder of a model with its knob turned, as a curve.
 
-    Beside ParallelBench's list operations on single-token words stands what an ideal model reaches that fills so many
-    positions a step in random order, sampling at temperature 1.
+    Decoders of diffusion models go by tokens per step, those of other models by their speed-up. Beside ParallelBench's
+    list operations on single-token words stands what an ideal model reaches that fills so many positions a step in
+    random order, sampling at temperature 1.
     """
     if per_task is not None and per_task < 1:
         raise UserError("per-task must be at least 1")
@@ -63,10 +71,8 @@ def sweep(
     from hasten.engine import SamplingParams
     from hasten.engine.specification import split_methods
 
-    if llm is not None and llm.model.config.diffusion is None:
-        raise UserError(
-            f"{model} predicts the next token: sweep compares decoders of models that fill masked positions"
-        )
+    if suite is None:
+        suite = TASKS if llm is not None and llm.model.config.diffusion is None else LISTS
     prompts = load_suite(suite, per_task, None if llm is None else llm.tokenizer)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     names = None if methods is None else split_methods(methods)
@@ -99,7 +105,7 @@ def _print(document: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("decoder")
-    for head in ("tokens\n/step", "right", "95 %", "rows\n/token", "agrees"):
+    for head in ("tokens\n/step", "right", "95 %", "rows\n/token", "agrees", "speed-\nup"):
         table.add_column(head, justify="right")
     for category in dict.fromkeys(row["category"] for row in document["rows"]):
         table.add_row(category, style="bold")
@@ -116,7 +122,10 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    patterns = {"tokens_per_step": "{:.2f}", "accuracy": "{:.0%}", "rows_per_token": "{:.0f}", "agreement": "{:.0%}"}
+    patterns = {
+        "tokens_per_step": "{:.2f}", "accuracy": "{:.0%}", "rows_per_token": "{:.0f}", "agreement": "{:.0%}",
+        "speedup": "{:.2f}",
+    }  # fmt: skip
     cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in patterns.items()]
     interval = row["accuracy_interval"]
     cells.insert(2, "-" if interval is None else "{:.0%}-{:.0%}".format(*interval))

@@ -233,3 +233,33 @@ def hydra(
     # Refuses what cannot be before anything is made.
     recipe = HydraRecipe(parent=str(llm.folder), prefix=prefix, **asdict(speaking), **fitting.schedule)
     fitting.train(recipe, llm, "hydra", data, (FINAL,), output)
+
+
+@app.command()
+@grouped
+def eagle(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    version: Annotated[int, typer.Option(help="1: makes the next hidden state. 3: says the next words.")] = 3,
+    steps: Annotated[int, typer.Option(help="Version 3: how far it drafts on its own outputs in training.")] = 3,
+    words: Annotated[int, typer.Option(help="Tokens that it may say, the most frequent ones; 0 for all.")] = 8192,
+    precision: Annotated[str, typer.Option(help="Of products: bf16 or fp32.")] = "bf16",
+    fitting: Fitting = Fitting(epochs=1.0),
+    data: Data = Data(),
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+) -> None:
+    """Train a head of EAGLE-1 and -2, or of EAGLE-3, for a model, on what it says itself (2401.15077, 2503.01840).
+
+    Everything is kept: after Ctrl-C the same command goes on.
+    """
+    llm = options.Loading(backend=backend, threads=threads).load(model)
+
+    from hasten.train.heads.eagle import Eagle1Recipe, Eagle3Recipe, EagleRecipe
+
+    # Refuses what cannot be before anything is made.
+    given = {"parent": str(llm.folder), "words": words, "precision": precision, **fitting.schedule}
+    if version not in (1, 3):
+        raise UserError(f"version must be 1 or 3, not {version}")
+    recipe: EagleRecipe = Eagle1Recipe(**given) if version == 1 else Eagle3Recipe(steps=steps, **given)
+    fitting.train(recipe, llm, "eagle", data, recipe.taps(len(llm.model.layers)), output)

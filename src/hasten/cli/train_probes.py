@@ -80,3 +80,24 @@ def ppd(
 
     recipe = PPDRecipe(prompts=ahead, ensemble=ensemble, lr=lr, **asking.settings)
     asking.train(recipe, "ppd", model, output, talk)
+
+
+@app.command()
+@grouped
+def hidden_transfer(
+    model: options.Model = "smollm2",
+    output: Output = None,
+    ahead: Ahead = 3,
+    share: Annotated[float, typer.Option(help="Of the model's layers, those below the maps.")] = 0.6,
+    lr: Rate = 1e-3,
+    talk: Talk = Talk(),
+    asking: Asking = Asking(),
+) -> None:
+    """Train hidden transfer's maps for a model, on what it says itself (2404.12022).
+
+    Everything is kept: after Ctrl-C the same command goes on.
+    """
+    from hasten.train.heads.hidden_transfer import TransferRecipe
+
+    recipe = TransferRecipe(prompts=ahead, share=share, lr=lr, **asking.settings)
+    asking.train(recipe, "hidden-transfer", model, output, talk)

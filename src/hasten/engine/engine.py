@@ -54,7 +54,7 @@ class Engine:
         folder: the checkpoint's, for methods that want to know.
         cache_bytes: limit of the KV cache.
         prefix_bytes: of it, what texts may take that outlive their requests: a prompt that begins as one of them is not
-            read again. Tenants share none; a drafter with taps reads all of its prompts.
+            read again. Tenants share none; a drafter may need all of its prompts read.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Engine:
     def _recall(self, request: Job) -> None:
         """Begin a request behind what an earlier text has in common with its prompt."""
         whole = request.context is EVERYTHING and not request.spans
-        seen = request.drafter.taps or request.params.prompt_logprobs is not None
+        seen = request.drafter.reads_whole or request.params.prompt_logprobs is not None
         if not self.prefixes.limit_bytes or not whole or seen:
             return
         sequence = self.prefixes.fork(request.params.tenant, request.tokens)

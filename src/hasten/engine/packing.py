@@ -10,6 +10,7 @@ from torch import Tensor
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.placement import Placed
 from hasten.model import Rows, Span, Taps
+from hasten.model.rows import Join
 
 
 def packed(placed: Sequence[Placed], hidden: int, device: torch.device) -> tuple[Rows, list[int]]:
@@ -22,11 +23,13 @@ def packed(placed: Sequence[Placed], hidden: int, device: torch.device) -> tuple
     positions: list[int] = []
     spans: list[Span] = []
     wanted: list[int] = []
+    joins: list[tuple[int, int, Join]] = []
     for (request, _), passage in placed:
         start = len(tokens)
         tokens += passage.tokens
         positions += passage.positions
         wanted += [start + row for row in passage.wanted]
+        joins += [(start + first, start + source, join) for first, source, join in passage.joins]
         mask = passage.mask.to(device) if isinstance(passage.mask, Tensor) else passage.mask
         spans.append(Span(request.sequence, start, len(tokens), mask))
     numbers = torch.tensor([tokens, positions], device=device)
@@ -36,7 +39,7 @@ def packed(placed: Sequence[Placed], hidden: int, device: torch.device) -> tuple
         for span, (_, passage) in zip(spans, placed, strict=True):
             for first, states in passage.embedded:
                 embeddings[span.start + first : span.start + first + len(states)] = states
-    return Rows(numbers[0], numbers[1], spans, embeddings), wanted
+    return Rows(numbers[0], numbers[1], spans, embeddings, joins=joins), wanted
 
 
 def wanted_taps(placed: Sequence[Placed]) -> Taps | None:

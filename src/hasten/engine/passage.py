@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from hasten.model.rows import Join
+
 
 @dataclass
 class Passage:
@@ -19,6 +21,7 @@ class Passage:
         mask: which rows see which, as in `hasten.model.rows.Span`.
         embedded: of the rows that are no tokens, the number of the first of each run, and its states [rows, hidden].
         prompt: whether the rows only bring finished text into the cache.
+        joins: of those that enter in the middle of the pass, as in `hasten.model.rows.Rows`.
     """
 
     tokens: Sequence[int]
@@ -27,3 +30,4 @@ class Passage:
     mask: Tensor | Literal["all"] | None = None
     prompt: bool = False
     embedded: Sequence[tuple[int, Tensor]] = ()
+    joins: Sequence[tuple[int, int, Join]] = ()

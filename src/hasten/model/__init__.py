@@ -4,13 +4,14 @@ from hasten.model.config import DiffusionConfig, LayerConfig, ModelConfig, Slots
 from hasten.model.decoder import Decoder, Model
 from hasten.model.loading import load_model
 from hasten.model.oracle import CanvasOracle, OracleModel
-from hasten.model.rows import Rows, Span
+from hasten.model.rows import Join, Rows, Span
 from hasten.model.taps import Taps
 
 __all__ = [
     "CanvasOracle",
     "Decoder",
     "DiffusionConfig",
+    "Join",
     "LayerConfig",
     "Model",
     "ModelConfig",

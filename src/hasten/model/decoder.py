@@ -156,13 +156,21 @@ class TorchBackend:
         return compose(model, rows, wanted, taps)
 
 
+def joined(x: Tensor, rows: Rows, layer: int) -> Tensor:
+    """The residual stream [rows, hidden] at a layer's input, with the rows that enter there."""
+    for first, source, join in rows.joins:
+        if join.layer == layer:
+            x[first : first + len(join.matrices)] = (join.matrices @ x[source].float()).to(x.dtype)
+    return x
+
+
 @torch.inference_mode()
 def compose(model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
     """`Model.forward` from the pieces, one after the other, whatever they are."""
     step = model.start(rows, taps)
     x = model.embed(rows)
     for layer in model.layers:
-        x = layer.forward(x, step)
+        x = layer.forward(joined(x, rows, layer.index), step)
     if taps is not None:
         taps.put("final_norm", 0, model.norm.forward(x))
     return model.logits(x, wanted)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hasten.model.decoder import Decoder
-from hasten.model.native import NativeBackend
 from hasten.model.rows import Rows
 
 
@@ -31,22 +30,17 @@ class Gate:
     channels: Tensor
 
 
-def forward(model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor) -> tuple[Tensor, Tensor]:
-    """A pass of rows of which some (`may`, boolean [rows]) pass by layers; the others go through all.
-
-    Returns:
-        Float32 logits [wanted rows, vocabulary], and which layers each row passed by: boolean [layers, rows].
-    """
-    if isinstance(model.backend, NativeBackend) and model.backend.runs(model):
-        return model.backend.gated(model, rows, wanted, gate, may)
-    return compose_gated(model, rows, wanted, gate, may)
-
-
 @torch.inference_mode()
 def compose_gated(
     model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`forward` from the model's pieces. Only rows that go through a layer are computed there."""
+    """A pass of rows of which some (`may`, boolean [rows]) pass by layers; the others go through all.
+
+    From the model's pieces; only rows that go through a layer are computed there.
+
+    Returns:
+        Float32 logits [wanted rows, vocabulary], and which layers each row passed by: boolean [layers, rows].
+    """
     step, x = model.start(rows), model.embed(rows)
     skipped = torch.zeros(len(model.layers), len(may), dtype=torch.bool, device=model.device)
     left, may = torch.zeros(len(may), dtype=torch.int64, device=model.device), may.to(model.device)

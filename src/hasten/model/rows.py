@@ -124,6 +124,21 @@ class Span:
         return self.mask
 
 
+@dataclass(frozen=True, eq=False)
+class Join:
+    """Rows that enter a pass in its middle, as linear maps of another row's state there.
+
+    Below their layer they are nothing: what happens to them there is left open, and no other row may see them.
+
+    Attributes:
+        layer: at whose input they enter.
+        matrices: float32 [rows, hidden, hidden].
+    """
+
+    layer: int
+    matrices: Tensor
+
+
 @dataclass
 class Rows:
     """The input of a forward pass.
@@ -135,6 +150,7 @@ class Rows:
         spans: which rows belong to which sequence, in order, covering every row once.
         embeddings: [rows, hidden], read where `tokens` is -1.
         beside: int64 [rows], the token that stands beside each row, for layers that read one (`PairedLayer`).
+        joins: rows that enter later: the number of the first one, that of the row which they are made of, and how.
     """
 
     tokens: Tensor
@@ -142,6 +158,7 @@ class Rows:
     spans: list[Span]
     embeddings: Tensor | None = None
     beside: Tensor | None = None
+    joins: Sequence[tuple[int, int, Join]] = ()
 
     @classmethod
     def of(cls, sequence: SequenceState, tokens: Sequence[int], start: int, device: torch.device | str = "cpu") -> Rows:

@@ -43,7 +43,7 @@ def recipe(folder: Path, kind: type[AlignRecipe] = AlignRecipe, **settings: obje
 def pretrained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By cross-entropy alone."""
     made = tmp_path_factory.mktemp("pretrained") / "draft"
-    train(recipe(folder, distance="ce", opening=0.0, tokens=60_000), made)
+    train(recipe(folder, distance="ce", opening=0.0, tokens=60_000, lr=1e-2), made)
     return made
 
 
@@ -64,10 +64,10 @@ def tokens_per_step(spec: str, data: Path) -> float:
 
 
 def test_tvd_plus_accepts_more_than_where_it_began(folder: Path, pretrained: Path, tmp_path: Path) -> None:
-    settings = {"base": str(pretrained), "opening": 0.0, "tokens": 30_000, "lr": 2e-3}
+    settings = {"base": str(pretrained), "opening": 0.0, "tokens": 20_000}
     train(recipe(folder, distance="tvd++", **settings), tmp_path / "aligned")
     before, after = acceptance(pretrained), acceptance(tmp_path / "aligned")
-    assert after > 1.05 * before > 0.05
+    assert after > 1.1 * before > 0.1
 
 
 def test_a_drafter_of_few_words_drafts_in_every_method(folder: Path, pretrained: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_drafter_of_few_words_drafts_in_every_method(folder: Path, pretrained:
     model = LlamaForCausalLM.from_pretrained(pretrained)
     assert model.lm_head.weight.shape == (401, 48)
     for spec in ("draft-model:confidence=0,length=3,", "dyspec:nodes=8,", "s2d:exits=1/2,length=3,confidence=0,"):
-        assert tokens_per_step(f"{spec}model={pretrained}", folder) > 1.1
+        assert tokens_per_step(f"{spec}model={pretrained}", folder) > 1.05
     with pytest.raises(UserError, match="vocabtrim: this drafter knows few tokens already"):
         LLM("tiny").generate(["a"], method=f"vocabtrim:model={pretrained}")
 
@@ -153,8 +153,8 @@ def test_the_first_table_keeps_what_tells_tokens_apart() -> None:
 
 
 def test_sorted_training_makes_every_exit_a_drafter(folder: Path, tmp_path: Path) -> None:
-    train(recipe(folder, SortedRecipe, leaves="1/2", tokens=60_000), tmp_path / "sorted")
-    train(recipe(folder, tokens=60_000, distance="kl"), tmp_path / "whole")
+    train(recipe(folder, SortedRecipe, leaves="1/2", tokens=60_000, lr=1e-2), tmp_path / "sorted")
+    train(recipe(folder, tokens=60_000, distance="kl", lr=1e-2, opening=1.0), tmp_path / "whole")
     config = json.loads((tmp_path / "sorted" / "config.json").read_text())
     first, last = config["alignment"]["acceptance"]
     assert config["exits"] == [1, 2] and len(config["thresholds"]) == 1
@@ -162,7 +162,7 @@ def test_sorted_training_makes_every_exit_a_drafter(folder: Path, tmp_path: Path
     # Trained for its last layer only, a drafter's first one says little.
     fixed = "s2d:exits=1/2,threshold=1e-9,confidence=0,length=4,model="
     trained, untrained = (tokens_per_step(f"{fixed}{tmp_path / name}", folder) for name in ("sorted", "whole"))
-    assert trained > 1.05 * untrained
+    assert trained > 1.03 * untrained
 
 
 def test_the_threshold_that_pays() -> None:

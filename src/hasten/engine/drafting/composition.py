@@ -33,6 +33,10 @@ class Several(Drafter):
         self.taps = tuple({site: None for drafter in drafters for site in drafter.taps})
 
     @property
+    def reads_whole(self) -> bool:
+        return any(drafter.reads_whole for drafter in self.drafters)
+
+    @property
     def memory_bytes(self) -> int:
         return memory_of(self.drafters)
 

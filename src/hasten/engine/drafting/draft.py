@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hasten.engine.prompt import EMBEDDED
+from hasten.model.rows import Join
 
 ROOT = -1
 """As a parent: the last committed token."""
@@ -39,11 +40,13 @@ class SoftRows:
         states: [rows, hidden], as which they enter.
         ahead: how far behind the probe's node each row stands, from 1 on; several may share a position.
         sees: boolean [rows, rows], which of them see which; the diagonal always is.
+        join: where and how they enter in the middle of the pass, made of their node's state; then `states` say nothing.
     """
 
     states: Tensor
     ahead: tuple[int, ...]
     sees: Tensor
+    join: Join | None = None
 
     def __len__(self) -> int:
         return len(self.ahead)
@@ -137,13 +140,19 @@ class Draft:
 
     def embedded(self) -> list[tuple[int, Tensor]]:
         """Of the soft rows, the number of each probe's first one (the root's row is 0), and their states."""
-        found: list[tuple[int, Tensor]] = []
+        return [(row, probe.soft.states) for row, probe in self._starts() if probe.soft is not None]
+
+    def joins(self) -> list[tuple[int, int, Join]]:
+        """Of the soft rows that enter later, the number of each probe's first one, that of its node, and how."""
+        softs = [(row, probe.node + 1, probe.soft) for row, probe in self._starts() if probe.soft is not None]
+        return [(row, source, soft.join) for row, source, soft in softs if soft.join is not None]
+
+    def _starts(self) -> Iterator[tuple[int, Probe]]:
+        """The probes, and the number of the first row of each."""
         row = len(self.tokens) + 1
         for probe in self.probes:
-            if probe.soft is not None:
-                found.append((row, probe.soft.states))
+            yield row, probe
             row += len(probe.tokens)
-        return found
 
     def heard(self) -> Sequence[int]:
         """Numbers of the rows whose logits are wanted, of the root's, the nodes' and the probes'."""

@@ -60,6 +60,11 @@ class Drafter:
     """Hidden states that `observe` and `observe_prompt` are given."""
 
     @property
+    def reads_whole(self) -> bool:
+        """Whether it must be shown all rows of a prompt: then none is taken from what an earlier text left."""
+        return bool(self.taps)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of state held now (tables, caches, own weights; not those of the target), for reports and budgets."""
         return 0
@@ -123,7 +128,7 @@ class Drafter:
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
         """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows.
 
-        Rows before the first `start` were in the cache already, and are never shown; a drafter with taps sees all.
+        Rows before the first `start` were in the cache already, and are never shown; one that `reads_whole` sees all.
         """
 
     def observe(self, request: Request, seen: Observation) -> None:

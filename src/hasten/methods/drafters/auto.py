@@ -27,6 +27,7 @@ from hasten.errors import UserError
 from hasten.methods.drafters.auto_candidate import RETRIAL, Asked, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.methods.drafters.small_model import beside, is_whole
+from hasten.methods.heads.own import best_head
 
 CANDIDATES = "suffix"
 """What needs no training, and costs least: `blend` is right more often, at more time per step than that saves."""
@@ -91,10 +92,11 @@ class _Choice:
     clock: float = 0.0
 
 
-def with_small_model(target: Target) -> dict[str, Any]:
-    """Where a small model stands beside the target, it is a candidate, too."""
-    folder = beside(target)
-    return {} if folder is None or not is_whole(folder) else {"candidates": f"{CANDIDATES}/draft-model"}
+def with_own(target: Target) -> dict[str, Any]:
+    """Where a target has a head, or a small model stands beside it, these are candidates, too."""
+    head, folder = best_head(target), beside(target)
+    small = "draft-model" if folder is not None and is_whole(folder) else None
+    return {"candidates": "/".join(filter(None, (CANDIDATES, head, small)))}
 
 
 @register(
@@ -104,7 +106,7 @@ def with_small_model(target: Target) -> dict[str, Any]:
     paper="",
     title="The best of several drafters, as far as it pays",
     parameters=AutoParameters,
-    defaults=with_small_model,
+    defaults=with_own,
 )
 class Auto(Several):
     """One object per engine: what it learns of times serves all requests, what it learns from texts their tenant's."""

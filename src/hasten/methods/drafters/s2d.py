@@ -25,7 +25,7 @@ from hasten.engine.memory import LOGIT_BYTES
 from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.segments import Lot, SegmentedCache, SegmentedSequence, cut, read
-from hasten.methods.drafters.small_model import READING, beside, is_whole
+from hasten.methods.drafters.small_model import beside, is_whole
 from hasten.model import Decoder, Model, Rows, Span
 
 EXITS, THRESHOLDS = "exits", "thresholds"
@@ -183,7 +183,7 @@ class S2D(DraftModel):
 
     def _pass_bytes(self, requests: Sequence[Request], nodes: int) -> int:
         """With what segments hand on, what waits, and the logits that rows leave with."""
-        rows = sum(min(len(request.tokens), READING) for request in requests) + len(requests) * nodes
+        rows = max(self._unread(requests), len(requests) * nodes)
         handed = rows * self.model.config.hidden_size * LOGIT_BYTES * (2 + len(self.exits))
         leaving = 3 * len(requests) * self.vocabulary * LOGIT_BYTES
         return super()._pass_bytes(requests, nodes) + handed + leaving

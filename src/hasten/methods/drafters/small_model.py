@@ -288,14 +288,17 @@ class SmallModelDrafter(Drafter):
         """Of the model itself, when it reads what it has not seen of these requests, or a round of their nodes."""
         if not isinstance(self.model, Decoder):
             return 0
-        lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
-        unread = [self.length(each) - length for each, length in zip(requests, lengths, strict=True)]
-        reading = sum(min(max(1, count), READING) for count in unread)
         slots = max(map(self.length, requests)) + nodes
         return max(
-            self.model.scratch_bytes(reading, 0, slots),
+            self.model.scratch_bytes(self._unread(requests), 0, slots),
             self.model.scratch_bytes(len(requests) * self.widest(nodes), nodes, slots),
         )
+
+    def _unread(self, requests: Sequence[Request]) -> int:
+        """Rows of the largest pass that reads what was committed."""
+        lengths = [sequence.length if (sequence := self._sequences.get(each.id)) else 0 for each in requests]
+        unread = [self.length(each) - length for each, length in zip(requests, lengths, strict=True)]
+        return sum(min(max(1, count), READING) for count in unread)
 
     def _sampler(self, request: Request) -> Sampler:
         """What processes the small model's logits for a request."""

@@ -51,7 +51,7 @@ class Words:
         tokens = config.source.get(TOKEN_MAP)
         if tokens is None:
             return None
-        sound = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+        sound = isinstance(tokens, list) and bool(tokens) and all(type(token) is int for token in tokens)
         if not sound or tokens != sorted(set(tokens)) or len(tokens) != config.vocab_size - 1 or tokens[0] < 0:
             raise UserError(f"{TOKEN_MAP} must be {config.vocab_size - 1} different tokens in ascending order")
         return cls(tokens, device, len(tokens))

@@ -1,5 +1,5 @@
 """Heads: drafters that read the target's own hidden states, trained for one target; one file each."""
 
-from hasten.methods.heads import chimera, eagle, hydra, medusa, ppd
+from hasten.methods.heads import chimera, eagle, hidden_transfer, hydra, medusa, ppd
 
-__all__ = ["chimera", "eagle", "hydra", "medusa", "ppd"]
+__all__ = ["chimera", "eagle", "hidden_transfer", "hydra", "medusa", "ppd"]

@@ -26,9 +26,10 @@ from hasten.documents import dumps
 from hasten.engine import Target
 from hasten.errors import UserError
 from hasten.files import cache_folder, write_text, writing
+from hasten.methods.skipping.layers import gated
 from hasten.model import Decoder, Rows, Taps
 from hasten.model.fingerprint import fingerprint
-from hasten.model.gate import Gate, cosine, forward
+from hasten.model.gate import Gate, cosine
 from hasten.tasks import TASKS, examples, prose_chunks
 
 PAGES, PAGE, OPENING = 8, 128, 32
@@ -186,7 +187,7 @@ def _passed(model: Decoder, pages: Sequence[Sequence[int]], gate: Gate) -> float
         may = torch.arange(len(page)) >= OPENING
         for sequence in _sequence(model):
             read = Rows.of(sequence, page, 0, model.device)
-            passed += int(forward(model, read, [len(page) - 1], gate, may)[1].sum())
+            passed += int(gated(model, read, [len(page) - 1], gate, may)[1].sum())
         rows += int(may.sum())
     return passed / (rows * len(model.layers))
 

@@ -30,9 +30,8 @@ from torch import Tensor
 from hasten.engine import Approximation, Knob, Request, Target, register
 from hasten.errors import require
 from hasten.methods.skipping.cold_regions import regions
-from hasten.methods.skipping.layers import require_layers
+from hasten.methods.skipping.layers import gated, require_layers
 from hasten.model import Rows
-from hasten.model.gate import forward
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class FfnSkipLlm(Approximation):
     def forward(self, requests: Sequence[Request], rows: Rows, wanted: Sequence[int]) -> Tensor:
         behind = [request.read - request.prompt_length for request in requests]
         may = torch.tensor([count >= self.parameters.warmup for count in behind])
-        logits, passed = forward(self.model, rows, wanted, self.gate, may)
+        logits, passed = gated(self.model, rows, wanted, self.gate, may)
         self.rows += len(requests)
         self.passed += int(passed.sum())
         return logits

@@ -130,7 +130,8 @@ class CudaBackend:
         if not fits(rows):
             raise UserError(
                 f"invariant numerics on a GPU: a mask may have {MAX_PENDING} columns at most, and a sequence fewer "
-                f"than {MAX_VIEWS} blocks, all of plain memory; positions have one axis"
+                f"than {MAX_VIEWS} blocks, all of plain memory; positions have one axis, and no row "
+                f"enters in the middle"
             )
         starts = [0]
         for span in rows.spans:

@@ -97,14 +97,17 @@ def _power(count: int) -> int:
 
 
 def fits(rows: Rows) -> bool:
-    """Whether a pass (before its rows are pending) is within what a room holds: masks, and blocks of plain memory."""
+    """Whether a pass (before its rows are pending) is within what a room holds: masks, and blocks of plain memory.
+
+    Rows that enter in its middle are not.
+    """
     for span in rows.spans:
         blocks = span.sequence.memory(0) if len(span.sequence.layout.groups) == 1 else None
         if blocks is None or len(blocks) >= MAX_VIEWS:
             return False
         if isinstance(span.mask, Tensor) and span.mask.shape[1] > MAX_PENDING:
             return False
-    return rows.positions.dim() == 1
+    return rows.positions.dim() == 1 and not rows.joins
 
 
 def sees_ahead(mask: Tensor) -> bool:

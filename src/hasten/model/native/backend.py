@@ -19,6 +19,7 @@ from torch import Tensor
 from hasten.errors import UserError
 from hasten.model.config import Slots
 from hasten.model.decoder import NOT_FINITE, Decoder, compose
+from hasten.model.gate import Gate, compose_gated
 from hasten.model.layers import (
     LONELY,
     Attention,
@@ -37,6 +38,7 @@ from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
     GateStruct,
+    JoinStruct,
     LayerStruct,
     LinearStruct,
     ModelStruct,
@@ -51,7 +53,6 @@ from hasten.model.weights import HEAD, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
-    from hasten.model.gate import Gate
     from hasten.model.linear import Linear
 
 
@@ -149,9 +150,10 @@ class NativeBackend:
     def gated(
         self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `hasten.model.gate.compose_gated`, in one call; for models that it `runs`."""
+        """See `hasten.model.gate.compose_gated`."""
         described = self._describe(model)
-        assert described is not None
+        if described is None:
+            return compose_gated(model, rows, wanted, gate, may)
         left = may.to(torch.int64) - 1
         skipped = torch.zeros(len(model.layers), len(left), dtype=torch.bool)
         struct = GateStruct(
@@ -207,6 +209,13 @@ class NativeBackend:
             for (site, layer), state in states.items()
         ]
         tapped = (TapStruct * len(sites))(*sites)
+        entering = [
+            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=matrix.data_ptr())
+            for first, source, join in rows.joins
+            for place, matrix in enumerate(join.matrices)
+        ]
+        joins = (JoinStruct * len(entering))(*entering)
+        late = _late(count, entering)
         batch = BatchStruct(
             rows=count,
             tokens=tokens.data_ptr(),
@@ -224,6 +233,10 @@ class NativeBackend:
             mixed=None if elsewhere is None else elsewhere.mixed.data_ptr(),
             beside=None if beside is None else beside.data_ptr(),
             gate=None if gate is None else ctypes.addressof(gate),
+            joins=len(joins),
+            join=ctypes.addressof(joins),
+            late=late,
+            late_until=min((each.layer for each in entering if each.row >= count - late), default=0),
         )
         addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
         while (layer := loaded.hasten_forward(*addresses, layer)) != layers:
@@ -320,7 +333,8 @@ class _Elsewhere:
         shape = model.config.layers[0]
         self._heads = [shape.heads, shape.slots.heads, shape.slots.heads]
         self._spans = [(span, additive_mask(span, model.cache_dtype)) for span in spans]
-        self.qkv = torch.empty(rows, sum(self._heads) * shape.slots.key_width)
+        # Rows that join later are not computed before, and must not be NaN: nothing sees them, at a weight of zero.
+        self.qkv = torch.zeros(rows, sum(self._heads) * shape.slots.key_width)
         self.mixed = torch.empty(rows, shape.heads * shape.slots.key_width)
 
     def attend(self, layer: int) -> None:
@@ -329,6 +343,12 @@ class _Elsewhere:
             if span.sequence.memory(span.sequence.layout.group_of[layer]) is None:
                 own = self.qkv[span.start : span.stop].view(span.stop - span.start, sum(self._heads), -1)
                 self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
+
+
+def _late(count: int, entering: Sequence[JoinStruct]) -> int:
+    """How many of the last rows enter at some layer."""
+    numbers = {each.row for each in entering}
+    return next((late for late in range(count) if count - 1 - late not in numbers), count)
 
 
 def _format(dtype: torch.dtype) -> Format:

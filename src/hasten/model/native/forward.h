@@ -88,6 +88,8 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
     // Heads that share keys are computed together, unless some threads would have nothing to do.
     const int64_t group = heads / kv, apart = std::min(group, (2 * team.most() + rows * kv - 1) / (rows * kv));
     const int64_t together = std::min(TILE, (group + apart - 1) / apart), tile_rows = std::max<int64_t>(1, TILE / together);
+    // How many rows there are in a layer.
+    auto present = [&](int64_t layer) { return layer < batch.late_until ? rows - batch.late : rows; };
     of.tiles.clear();
     for (int64_t s = 0; s < batch.spans; ++s) {
         const int64_t count = batch.span[s].stop - batch.span[s].start;
@@ -155,9 +157,23 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             share(inputs.rows(), [&](int64_t row) { inputs.quantise(row); });
             team.barrier();
         };
+        // Rows that enter here.
+        auto join = [&](int64_t l) {
+            bool any = false;
+            for (int64_t j = 0; j < batch.joins; ++j) any = any || batch.join[j].layer == l;
+            if (!any) return;
+            team.barrier();
+            share(batch.joins * hidden, [&](int64_t item) {
+                const Join &own = batch.join[item / hidden];
+                const int64_t i = item % hidden;
+                if (own.layer == l) now[own.row * hidden + i] = dot(own.matrix + i * hidden, now + own.source * hidden, hidden);
+            });
+        };
         // A layer up to its attention, for the spans whose slots are known.
         auto mix = [&](int64_t l) {
             const Layer &layer = model.layer[l];
+            const int64_t rows = present(l);
+            join(l);
             shape(normed, layer.qkv, rows);
             shape(mixed, layer.out, rows);
             team.barrier();
@@ -197,8 +213,9 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             });
             team.barrier();
             deal(of.tiles.size(), [&](int64_t item) {
-                const Tile &tile = of.tiles[item];
-                if (!elsewhere(tile.span, l)) of.attend[number](model, batch, tile, l, qkv, width, mixed);
+                Tile tile = of.tiles[item];
+                tile.rows = std::min(tile.rows, rows - batch.span[tile.span].start - tile.first);
+                if (tile.rows > 0 && !elsewhere(tile.span, l)) of.attend[number](model, batch, tile, l, qkv, width, mixed);
             });
         };
         auto open = [&](int64_t row) {
@@ -213,6 +230,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
         if (from < 0) share(rows, open);
         for (int64_t l = std::max<int64_t>(from, 0); l < model.layers; ++l) {
             const Layer &layer = model.layer[l];
+            const int64_t rows = present(l);
             if (l == from)
                 share(rows, [&](int64_t row) {
                     if (!elsewhere(of.span_of[row], l)) return;

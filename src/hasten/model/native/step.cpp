@@ -322,6 +322,11 @@ struct Gate {
     int64_t *left;          // [rows], layers that a row still passes by; below 0 it never does
     uint8_t *skipped;       // [layers][rows], which it did: zeros at first
 };
+// A row that enters at a layer's input: matrix [hidden][hidden] times the state of another row there.
+struct Join {
+    int64_t layer, row, source;
+    const float *matrix;
+};
 struct Batch {
     int64_t rows;
     const int64_t *tokens, *positions;  // positions [rows][axes]
@@ -339,6 +344,10 @@ struct Batch {
     const float *mixed;  // [rows][heads * head_dim]
     const int64_t *beside;  // [rows] tokens that stand beside the rows, or null
     const Gate *gate;    // or null: all rows go through all layers
+    int64_t joins;
+    const Join *join;
+    // The last `late` rows all join, none of them before layer `late_until`: below it they are not computed.
+    int64_t late, late_until;
 };
 
 }  // namespace
@@ -460,7 +469,8 @@ extern "C" {
 // Of the structures that are mirrored, in the order of `STRUCTS`; then 0.
 const int64_t *hasten_sizes() {
     static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View), sizeof(Slots),
-                                    sizeof(Span),   sizeof(Tap),   sizeof(Gate),  sizeof(Batch), 0};
+                                    sizeof(Span),   sizeof(Tap),   sizeof(Gate),  sizeof(Join),
+                                    sizeof(Batch),  0};
     return sizes;
 }
 const char *hasten_kernels() { return kernels().name; }

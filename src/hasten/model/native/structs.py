@@ -88,6 +88,12 @@ class GateStruct(ctypes.Structure):
     ]
 
 
+class JoinStruct(ctypes.Structure):
+    """A row that enters at a layer, as a matrix times another row's state."""
+
+    _fields_: ClassVar[Any] = [*((name, c_int64) for name in ("layer", "row", "source")), ("matrix", c_void_p)]
+
+
 class BatchStruct(ctypes.Structure):
     """`struct Batch`."""
 
@@ -97,10 +103,12 @@ class BatchStruct(ctypes.Structure):
         *(("spans", c_int64), ("span", c_void_p), ("wanted", c_int64), ("row_wanted", c_void_p), ("logits", c_void_p)),
         *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p)),
         *((name, c_void_p) for name in ("beside", "gate")),
+        *(("joins", c_int64), ("join", c_void_p), ("late", c_int64), ("late_until", c_int64)),
     ]
 
 
 STRUCTS = (
-    *(LinearStruct, LayerStruct, ModelStruct, ViewStruct, SlotsStruct, SpanStruct, TapStruct, GateStruct, BatchStruct),
+    *(LinearStruct, LayerStruct, ModelStruct, ViewStruct, SlotsStruct, SpanStruct),
+    *(TapStruct, GateStruct, JoinStruct, BatchStruct),
 )
 """In the order of `hasten_sizes`."""

@@ -195,6 +195,7 @@ class AlignRecipe(HeadRecipe[DrafterNetwork]):
         tokenizer = load_tokenizer(resolve(self.parent))
         if model.words is None:
             tokenizer.save_pretrained(folder)
+            said["eos_token_id"] = tokenizer.eos_token_id
         else:
             said |= {VOCABULARY: vocabulary_digest(tokenizer), TOKEN_MAP: model.words.tolist()}
         model.model.config.update(said)

@@ -10,7 +10,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Generic
 
@@ -52,10 +52,20 @@ class TextBatch:
         ids = torch.tensor([token for each in dialogues for token in each.ids])
         return cls(ids, bounds, [len(each.prompt) for each in dialogues])
 
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each dialogue."""
+        return [stop - start for start, stop in pairwise(self.bounds)]
+
     def places(self, ahead: int) -> list[range]:
         """Per dialogue, the rows (counted within it) behind which so many tokens and one more are the model's own."""
-        lengths = [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
-        return [range(prompt - 1, length - 1 - ahead) for prompt, length in zip(self.prompts, lengths, strict=True)]
+        pairs = zip(self.prompts, self.lengths, strict=True)
+        return [range(prompt - 1, length - 1 - ahead) for prompt, length in pairs]
+
+    def rows(self, places: Sequence[Sequence[int]]) -> Tensor:
+        """int64: numbers of some rows of each dialogue, which are counted within it, in the batch."""
+        starts = zip(self.bounds, places, strict=False)
+        return torch.tensor([start + place for start, some in starts for place in some], dtype=torch.int64)
 
 
 class Texts:
@@ -151,12 +161,11 @@ class InsertedRecipe(Schedule[Network, Texts, TextBatch], Generic[Network]):
         """Logits [places, prompts, vocabulary]: the target's own, and those of the prompts behind the places."""
         target = self.target(model)
         own, asked = target.read(batch.ids, batch.bounds, self.insert(model, batch, places))
-        starts = [start + place for start, some in zip(batch.bounds, places, strict=False) for place in some]
-        behind = torch.tensor(starts)[:, None] + torch.arange(1, self.prompts + 1)
+        behind = batch.rows(places)[:, None] + torch.arange(1, self.prompts + 1)
         with torch.no_grad():
             taught = target.logits(own[behind])
         # Several rows may stand for one prompt; the mean of what they say is what the head says to their mean.
-        return taught, target.logits(asked.view(len(starts), self.prompts, -1, asked.shape[1]).mean(2))
+        return taught, target.logits(asked.view(len(behind), self.prompts, -1, asked.shape[1]).mean(2))
 
     @torch.no_grad()
     def accuracy(self, model: Network, texts: Texts) -> list[list[float]]:
@@ -167,11 +176,10 @@ class InsertedRecipe(Schedule[Network, Texts, TextBatch], Generic[Network]):
             if not any(places):
                 continue
             _, said = self.said(model, batch, places)
-            starts = [start + place for start, some in zip(batch.bounds, places, strict=False) for place in some]
-            came = batch.ids[torch.tensor(starts)[:, None] + torch.arange(2, self.prompts + 2)]
+            came = batch.ids[batch.rows(places)[:, None] + torch.arange(2, self.prompts + 2)]
             best = said.topk(min(RANKS, said.shape[-1]), -1).indices
             hits[:, : best.shape[-1]] += (best == came.unsqueeze(-1)).sum(0)
-            seen += len(starts)
+            seen += len(came)
         shares: list[list[float]] = (hits / max(1, seen)).tolist()
         return [[round(share, 4) for share in ranks] for ranks in shares]
 

@@ -57,10 +57,9 @@ class PPDRecipe(InsertedRecipe[PromptNetwork]):
         return model.target
 
     def insert(self, model: PromptNetwork, batch: TextBatch, places: Sequence[Sequence[int]]) -> Inserted:
-        lengths = [stop - start for start, stop in zip(batch.bounds, batch.bounds[1:], strict=False)]
         soft = soft_rows(model.vectors, self.prompts)
         groups = sum(map(len, places))
-        return Inserted(0, lambda states: soft.states.repeat(groups, 1), *standing(lengths, places, soft))
+        return Inserted(0, lambda states: soft.states.repeat(groups, 1), *standing(batch.lengths, places, soft))
 
     def export(self, model: PromptNetwork, folder: Path) -> None:
         table = self.accuracy(model, Texts(Path(self.data)))

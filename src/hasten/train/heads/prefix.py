@@ -61,12 +61,10 @@ class PrefixLayer(nn.Module):
         )
         angles = self.rotary.angles(positions, query.dtype)
         turned = self.rotary.rotate(query, angles), self.rotary.rotate(key, angles), value
-        parts = zip(*(each.split(lengths) for each in turned), strict=True)
+        parts = zip(*(torch.split(each.transpose(0, 1)[None], lengths, 2) for each in turned), strict=True)
         seen = [
-            F.scaled_dot_product_attention(
-                *(each.transpose(0, 1)[None] for each in part), is_causal=True, enable_gqa=True
-            )[0].transpose(0, 1)
-            for part in parts
+            F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+            for queries, keys, values in parts
         ]
         return torch.cat(seen).flatten(1)
 
