@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hasten.engine import ROOT, Request, Target, register
 from hasten.errors import UserError
-from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
+from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters, Levels
 from hasten.methods.drafters.small_model import Growth
 from hasten.model import Decoder, Rows
 from hasten.model.layers import Layer
@@ -129,7 +129,7 @@ class EasySpec(DraftModel):
         assert isinstance(self.model, Decoder)
         return fuzzy(self.model, rows, wanted, self._parallel)
 
-    def start(self, request: Request, budget: int) -> Growth:
+    def start(self, request: Request, budget: int) -> Levels:
         growth = super().start(request, budget)
         if not self._calibrated:
             if request.id in self._latest:

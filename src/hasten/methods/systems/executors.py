@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import RLock
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import finalize
 
 import hasten
@@ -144,8 +144,12 @@ class Process:
             self._pipe = Connection(ours.detach())
             self._end = finalize(self, _stop, self._pipe, process, os.getpid())
             self.pid = process.pid
-            self._pipe.send(self._setup)
-            self._receive()
+            try:
+                self._pipe.send(self._setup)
+                self._receive()
+            except BaseException:
+                self._leave()
+                raise
             self._started += 1
             self.generation = self._started
 
@@ -176,10 +180,13 @@ class Process:
             raise UserError(answer)
         return answer
 
-    def _lost(self) -> None:
+    def _lost(self) -> NoReturn:
+        self._leave()
+        raise UserError(_ENDED)
+
+    def _leave(self) -> None:
         self._pipe, self.generation = None, 0
         self._end()
-        raise UserError(_ENDED)
 
 
 _ENDED = "mirror-sd: the drafter's process has ended; the next request starts another one"

@@ -45,6 +45,8 @@ from hasten.model.threads import cores
 
 CANDIDATE_ROWS = 64
 """Candidates per row, times requests, at most: the paper has 8 for up to 8 requests, then fewer."""
+NOTHING = 0, 0
+"""What is known to a drafter that has not heard of a request: no generation, no tokens."""
 CAN_START = sys.platform != "win32"
 """Whether another process can be given a socket."""
 CANDIDATE = 32
@@ -205,8 +207,12 @@ class Mirror(Drafter):
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         asked_at = time.perf_counter()
-        answer: tuple[list[Window], Spent] = self.executor.ask("windows", [self._came(each) for each in requests])
+        came = [self._came(each) for each in requests]
+        # Where this fails, nobody knows what the drafter has made of it: it will be told all again.
+        self._known.update({request.id: NOTHING for request in requests})
+        answer: tuple[list[Window], Spent] = self.executor.ask("windows", came)
         windows, spent = answer
+        self._known.update({request.id: self._now(request) for request in requests})
         self._tick(asked_at, spent, windows)
         return [
             Draft.chain(window.tokens[:budget], window.estimates[:budget])
@@ -215,11 +221,10 @@ class Mirror(Drafter):
 
     def _came(self, request: Request) -> tuple[int, list[int]]:
         """What the drafter does not know of a request yet; a drafter that has never heard of it is told all."""
-        generation, told = self._known.get(request.id, (0, 0))
+        generation, told = self._known.get(request.id, NOTHING)
         if generation != self.executor.generation:
             self.executor.tell("open", Opening.of(request))
             told = request.prompt_length
-        self._known[request.id] = self._now(request)
         return request.id, request.tokens[told:]
 
     def _now(self, request: Request) -> tuple[int, int]:
@@ -270,9 +275,8 @@ class Mirror(Drafter):
         ]
 
     def end(self, request: Request) -> None:
-        generation, _ = self._known.pop(request.id, (0, 0))
         self._times = []
-        if generation and generation == self.executor.generation:
+        if self._known.pop(request.id, None) is not None and self.executor.generation:
             self.executor.tell("close", request.id)
 
     def observe(self, request: Request, seen: Observation) -> None:

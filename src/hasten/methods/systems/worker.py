@@ -28,6 +28,7 @@ def serve(pipe: Connection, rollouts: Rollouts) -> None:
     owner = os.getppid()
     while True:
         try:
+            rollouts.ahead()
             while failure is None and not pipe.poll() and rollouts.round():
                 pass
         except Exception as error:
@@ -46,7 +47,6 @@ def serve(pipe: Connection, rollouts: Rollouts) -> None:
             continue
         pipe.send((failure is None, result if failure is None else failure))
         failure = None
-        rollouts.ahead()
 
 
 def _told(error: Exception) -> str:
