@@ -67,7 +67,7 @@ def test_auto_asks_the_head(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     )
     prompts = [[2, 3, 4] * 3, list(range(10, 30))]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
-    assert with_own(llm.engine.target) == {"candidates": "suffix/medusa/draft-model"}
+    assert with_own(llm.engine.target) == {"candidates": f"suffix/{best_head(llm.engine.target)}/draft-model"}
     engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids, folder=str(llm.folder), prefix_bytes=1 << 24)
     asked = [0]
     draft = Medusa.draft
