@@ -261,7 +261,11 @@ class Chimera(ContextDrafter):
                     trees[place].tree.add(node, worth, tokens)
             if level + 1 == self.model.levels:
                 break
-            grown = [(place, nodes) for place, tree in enumerate(trees) if (nodes := self._frontier(tree.tree))]
+            grown = [
+                (place, nodes)
+                for place, tree in enumerate(trees)
+                if (nodes := tree.tree.frontier(self.parameters.width, self.parameters.least))
+            ]
             if not grown:
                 break
             estimates = self._expand(level + 1, [(trees[place], nodes) for place, nodes in grown])
@@ -276,11 +280,6 @@ class Chimera(ContextDrafter):
         if self.parameters.tree == "static":
             worth = [self.rates[level][: self.parameters.ranks]] * len(estimates)
         return worth, tokens.tolist()
-
-    def _frontier(self, tree: Expansion) -> list[int]:
-        """Nodes that have children; none where that is not worth a pass."""
-        nodes = tree.frontier(self.parameters.width)
-        return nodes if sum(tree.all.estimates[node] for node in nodes) >= self.parameters.least else []
 
     def _expand(self, level: int, grown: Sequence[tuple[Growing, list[int]]]) -> Tensor:
         """Estimates [nodes, hidden] at these nodes, all of one level."""
