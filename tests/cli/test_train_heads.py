@@ -42,3 +42,8 @@ def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mo
         "verify", "--model", "tiny", "--method", f"medusa:head={heads}", "--per-task", "1", "--max-tokens", "8"
     )
     assert ran.status == 0 and "identical" in ran.out
+
+
+def test_chimera_refuses_a_layer_that_cannot_be(hasten, tmp_path: Path):
+    ran = hasten("train", "chimera", "--model", "tiny", "--ffn", "40", "--output", str(tmp_path / "heads"))
+    assert ran.status == 2 and "ffn a multiple of 16" in ran.err and not (tmp_path / "heads").exists()
