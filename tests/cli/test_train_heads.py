@@ -58,3 +58,8 @@ def test_heads_with_a_layer_of_their_own_are_made_and_found(hasten, tmp_path: Pa
     assert told["hydra_head_arch"] == "prefix-mlp" and told["training"]["config"]["store"] == "q4_1"
     ran = hasten("verify", "--model", "tiny", "--method", f"hydra:head={heads}", "--per-task", "1", "--max-tokens", "8")
     assert ran.status == 0 and "identical" in ran.out
+
+
+def test_chimera_refuses_a_layer_that_cannot_be(hasten, tmp_path: Path):
+    ran = hasten("train", "chimera", "--model", "tiny", "--ffn", "40", "--output", str(tmp_path / "heads"))
+    assert ran.status == 2 and "ffn a multiple of 16" in ran.err and not (tmp_path / "heads").exists()

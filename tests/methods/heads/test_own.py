@@ -85,7 +85,7 @@ def test_auto_asks_the_head(llm: LLM, monkeypatch: pytest.MonkeyPatch):
             pass
         assert request.output == expected.token_ids
         accepted += request.statistics.accepted
-    assert accepted > 5 and asked[0] > 10
+    assert accepted > 5 and asked[0] > 5
 
 
 def test_a_head_that_looks_at_the_last_row_finds_prompts_in_the_cache(llm: LLM):

@@ -79,6 +79,18 @@ def test_no_row_sees_what_comes(network: ChimeraNetwork, batch: HeadBatch) -> No
     assert not torch.equal(before[row + 1], after[row + 1])
 
 
+def test_answers_of_a_token_or_two(folder: Path, network: ChimeraNetwork) -> None:
+    """There is nothing to draft at the deeper levels, or at all."""
+    for answer in (1, 2):
+        answers = torch.tensor([False] * 3 + [True] * answer)
+        rows = torch.arange(len(answers))
+        batch = HeadBatch(
+            rows + 5, answers, torch.zeros_like(rows), torch.randn(len(rows), 1, network.embedding.shape[1])
+        )
+        loss = recipe(folder).loss(network, batch, 0.0, torch.Generator())
+        assert loss.isfinite() and (loss > 0) == (answer == 2)
+
+
 def test_trained_it_saves_passes_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
     llm, data = LLM("tiny", dtype="float32"), Dialogues(folder, ChimeraRecipe.states)
     held = [data.batch([number]) for number in data.held_out[:12]]

@@ -123,6 +123,8 @@ class ChimeraNetwork(Speakers):
         for level in range(self.count):
             kept = torch.isin(starts, batch.ahead(level + 2))
             starts, above = starts[kept], [slots[kept] for slots in above]
+            if not len(starts):
+                break
             at = starts + level + 1
             queries = self.layer.ask(grams[at], positions[at])
             mixed = [
