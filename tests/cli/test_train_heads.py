@@ -38,6 +38,7 @@ def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mo
     made = hasten(*FEW, "--output", str(heads), "--epochs", "0.5", "--words", "300", "--json").json()
     assert made["parameters"] == 4 * (256 * 256 + 256) + 300 * 256 and (heads / "model.safetensors").exists()
     told = json.loads((heads / "config.json").read_text())
+    assert len(told["fingerprint"]) == 16 and str(tmp_path) not in json.dumps(told["training"]["config"])
     assert told["training"]["dialogues"] == 40 and told["training"]["command"] == made["command"]
     assert len(told["accuracy"]) == 4
     # The same dialogues serve another run; other ones stand beside them.
