@@ -217,7 +217,7 @@ def hydra(
         bool, typer.Option("--prefix", help="Hydra++: heads read what a layer of their own makes of all states.")
     ] = False,
     speaking: Speaking = Speaking(store="q4_1"),
-    fitting: Fitting = Fitting(),
+    fitting: Fitting = Fitting(epochs=1.0),
     data: Data = Data(),
     backend: options.Backend = "auto",
     threads: options.Threads = 0,
