@@ -84,8 +84,8 @@ class Speculation:
         probes, offsets = draft.probed()
         tokens = [request.tokens[read], *draft.tokens, *probes]
         positions = [read + offset for offset in (0, *draft.depths(), *offsets)]
-        vectors = draft.embedded()
-        return Passage(tokens, positions, draft.heard(), draft.mask(), embedded=vectors, joins=draft.joins())
+        soft, joins = draft.embedded(), draft.joins()
+        return Passage(tokens, positions, draft.heard(), draft.mask(), embedded=soft, joins=joins)
 
     def walk(self, request: Request, answer: Answer) -> Walk | None:
         """What is to be chosen, one row after the other, where a verdict takes just that; None where it does not.
