@@ -1,0 +1,125 @@
+"""EAGLE: each node of its trees has the probability that its path has by itself, whichever head it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagle_heads import random_head
+
+from hasten import LLM, SamplingParams
+from hasten.engine import Draft, Request, Target
+from hasten.engine.creation import create
+from hasten.errors import UserError
+from hasten.methods.heads.eagle import Eagle
+from hasten.methods.heads.eagle_format import layer_fields
+from hasten.model import Rows, Span, Taps
+from helpers import PeakBytes
+
+PROMPT = [5, 17, 40, 5, 17, 9]
+ASKED = SamplingParams(max_tokens=10, ignore_eos=True)
+HEADS: dict[str, dict[str, Any]] = {
+    "eagle-1": {"version": 1},
+    "eagle-1 of few words": {"version": 1, "words": torch.arange(3, 150, 4)},
+    "eagle-3": {"version": 3, "own": True, "words": torch.arange(2, 150, 3)},
+    "eagle-3 with the target's head": {"version": 3},
+    "eagle-3 with a normed residual": {"version": 3, "normed": True},
+}
+
+
+@pytest.fixture(params=HEADS)
+def drafter(request: pytest.FixtureRequest, llm: LLM, tmp_path: Path) -> Eagle:
+    config = llm.model.config
+    random_head(config, **HEADS[request.param]).save(tmp_path / "head", layer_fields(config))
+    return made(llm, f"eagle:head={tmp_path / 'head'},nodes=12,depth=3,beam=3,least=0,sized=false")
+
+
+def made(llm: LLM, spec: str) -> Eagle:
+    drafter = create(spec, Target(llm.model, llm.tokenizer, str(llm.folder)))
+    assert isinstance(drafter, Eagle)
+    return drafter
+
+
+def drafted(llm: LLM, drafter: Eagle) -> tuple[Request, Draft]:
+    """A request behind its first step, and its draft."""
+    [request] = llm.engine.add(PROMPT, ASKED, drafter)
+    llm.engine.step()
+    return request, drafter.propose(request, 64)
+
+
+def chances(llm: LLM, drafter: Eagle, tokens: list[int], path: list[int]) -> list[float]:
+    """Of each token of a path: one row after the other, in a cache of its own."""
+    eagle, taps = drafter.eagle, Taps(drafter.taps)
+    llm.model.forward(Rows.of(llm.engine.cache.sequence(), tokens, 0), [], taps)
+    states = torch.cat([taps[tap][:-1] for tap in drafter.taps], -1)
+    own, found = drafter.cache.sequence(), []
+    entering, beside, place = eagle.enter(states, torch.tensor(tokens[1:])), tokens[1:], 0
+    for token in path:
+        count, output = len(beside), Taps([drafter.output])
+        rows = Rows(torch.full((count,), -1), torch.arange(place, place + count), [Span(own, 0, count)], entering)
+        rows.beside = torch.tensor(beside)
+        logits = eagle.decoder.forward(rows, [count - 1], output)[0]
+        own.commit(count)
+        words = torch.arange(150) if eagle.words is None else eagle.words
+        found.append(logits.softmax(-1)[words.tolist().index(token)].item())
+        place, beside = place + count, [token]
+        entering = eagle.enter_again(output[drafter.output][-1:], torch.tensor(beside))
+    own.release()
+    return found
+
+
+def test_a_nodes_estimate_is_that_of_its_path(llm: LLM, drafter: Eagle) -> None:
+    request, draft = drafted(llm, drafter)
+    assert len(draft) == 12 and max(draft.depths()) > 1
+    assert len({(parent, token) for parent, token in zip(draft.parents, draft.tokens, strict=True)}) == 12
+    for node, estimate in enumerate(draft.estimates):
+        path = [draft.tokens[each] for each in draft.path(node)]
+        expected = torch.tensor(chances(llm, drafter, request.tokens, path)).prod().item()
+        assert estimate == pytest.approx(expected, rel=1e-3)
+    # Asked once more, it says the same.
+    assert drafter.propose(request, 64).tokens == draft.tokens
+    llm.engine.abort(request)
+
+
+def test_it_gives_plain_decodings_tokens(llm: LLM, drafter: Eagle) -> None:
+    prompts = [PROMPT, list(range(30, 70)), [7]]
+    for temperature in (0.0, 0.8):
+        asked = SamplingParams(max_tokens=16, temperature=temperature, seed=5, ignore_eos=True)
+        plain = llm.generate(prompts, asked, "plain")
+        assert [each.token_ids for each in llm.generate(prompts, asked, drafter)] == [each.token_ids for each in plain]
+    assert drafter.memory_bytes == drafter.eagle.own_bytes
+
+
+def test_few_nodes_are_the_likeliest_of_many(llm: LLM) -> None:
+    many = drafted(llm, made(llm, "eagle:nodes=40,depth=4,beam=4,least=0,sized=false"))[1]
+    few = drafted(llm, made(llm, "eagle:nodes=7,depth=4,beam=4,least=0,sized=false"))[1]
+    assert sorted(few.estimates) == pytest.approx(sorted(many.estimates)[-7:])
+    chain = drafted(llm, made(llm, "eagle:tree=chain,depth=4,least=0,sized=false"))[1]
+    assert chain.is_chain and len(chain) == 4
+    sure = drafted(llm, made(llm, "eagle:depth=4,least=1,sized=false"))[1]
+    assert set(sure.depths()) == {1}
+
+
+def test_drafting_takes_no_more_than_is_said(llm: LLM, drafter: Eagle) -> None:
+    composed = LLM(llm.folder, dtype="float32", backend="torch")
+    own = Eagle(composed.engine.target, drafter.parameters)
+    [request] = composed.engine.add(PROMPT, ASKED, own)
+    composed.engine.step()
+    said = own.scratch_bytes([request], 12) + own.growth_bytes([request])
+    with PeakBytes() as peak:
+        own.propose(request, 12)
+    assert peak.most <= said
+
+
+def test_what_cannot_be_asked(llm: LLM) -> None:
+    for spec, told in (
+        ("eagle:nodes=0", "nodes must be between 1 and 64"),
+        ("eagle:beam=17", "beam must be between 1 and 16"),
+        ("eagle:least=2", "least must be between"),
+        ("eagle:tree=round", "dynamic or chain"),
+        ("eagle:site=middle", "input or output"),
+    ):
+        with pytest.raises(UserError, match=told):
+            made(llm, spec)
