@@ -67,6 +67,5 @@ class ChimeraReference:
         head = self.weights.heads[level].weight.float()
         if head.shape[1] == 2 * len(state):
             return head @ torch.cat([state, estimate])
-        said = self.model.lm_head.weight
-        said = said if self.weights.words is None else said[self.weights.words]
+        said = self.model.lm_head.weight if self.weights.said is None else self.weights.said.weight.float()
         return said @ (estimate + head @ state)

@@ -308,7 +308,8 @@ def save_chimera(
         near(torch.cat([torch.zeros_like(said), said], 1) if wide else torch.zeros(hidden, hidden)) for _ in range(3)
     ]
     mix = Piece(0.1 * near(torch.zeros(3 * hidden, 3 * hidden)), near(torch.zeros(3 * hidden)))
-    made = ChimeraWeights(mix, Piece(out), LayerWeights(**layer), [*map(Piece, heads)], None, words, ACCURACY)
+    head = None if words is None or wide else Piece(near(said))
+    made = ChimeraWeights(mix, Piece(out), LayerWeights(**layer), [*map(Piece, heads)], None, head, words, ACCURACY)
     made.save(folder, {})
     return made
 

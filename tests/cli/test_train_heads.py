@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ FEW = ("train", "medusa", "--model", "tiny", "--dialogues", "40", "--answer", "1
     ("options", "told"),
     [
         (("--heads", "0"), "heads must be between"),
+        (("--store", "q2_k"), "store must be bf16, q8_0 or q4_1"),
         (("--epochs", "nan"), "epochs must be positive"),
         (("--epochs", "0"), "epochs must be positive"),
         (("--lr", "-1"), "lr must be positive"),
@@ -34,7 +36,11 @@ def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
     heads = tmp_path / "heads"
     made = hasten(*FEW, "--output", str(heads), "--epochs", "0.5", "--words", "300", "--json").json()
-    assert made["parameters"] == 4 * (256 * 256 + 256 + 300 * 256) and (heads / "model.safetensors").exists()
+    assert made["parameters"] == 4 * (256 * 256 + 256) + 300 * 256 and (heads / "model.safetensors").exists()
+    told = json.loads((heads / "config.json").read_text())
+    assert len(told["fingerprint"]) == 16 and str(tmp_path) not in json.dumps(told["training"]["config"])
+    assert told["training"]["dialogues"] == 40 and told["training"]["command"] == made["command"]
+    assert len(told["accuracy"]) == 4
     # The same dialogues serve another run; other ones stand beside them.
     hasten(*FEW, "--output", str(tmp_path / "other"), "--heads", "1", "--epochs", "0.1")
     assert len(list((tmp_path / "cache" / "dialogues").iterdir())) == 1
@@ -42,3 +48,19 @@ def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mo
         "verify", "--model", "tiny", "--method", f"medusa:head={heads}", "--per-task", "1", "--max-tokens", "8"
     )
     assert ran.status == 0 and "identical" in ran.out
+
+
+def test_heads_with_a_layer_of_their_own_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    heads = tmp_path / "heads"
+    options = ("--epochs", "0.5", "--words", "300", "--heads", "2", "--layers", "2", "--prefix")
+    hasten("train", "hydra", *FEW[2:], "--output", str(heads), *options)
+    told = json.loads((heads / "config.json").read_text())
+    assert told["hydra_head_arch"] == "prefix-mlp" and told["training"]["config"]["store"] == "q4_1"
+    ran = hasten("verify", "--model", "tiny", "--method", f"hydra:head={heads}", "--per-task", "1", "--max-tokens", "8")
+    assert ran.status == 0 and "identical" in ran.out
+
+
+def test_chimera_refuses_a_layer_that_cannot_be(hasten, tmp_path: Path):
+    ran = hasten("train", "chimera", "--model", "tiny", "--ffn", "40", "--output", str(tmp_path / "heads"))
+    assert ran.status == 2 and "ffn a multiple of 16" in ran.err and not (tmp_path / "heads").exists()

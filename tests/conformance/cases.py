@@ -43,10 +43,13 @@ VARIANTS = {
     ],
     "chimera": ["chimera:nodes=12,least=0,sized=false", "chimera:tree=static,nodes=30,ranks=3,width=6,sized=false"],
     "eagle": ["eagle:nodes=12,depth=4,least=0,sized=false", "eagle:tree=chain,depth=6,least=0,sized=false"],
-    "hydra": ["hydra:nodes=12,sized=false", "hydra:tree=static,nodes=30,ranks=3,width=4,sized=false"],
+    "hydra": ["hydra:nodes=12,least=0,sized=false", "hydra:tree=static,nodes=30,ranks=3,width=4,sized=false"],
     "medusa": ["medusa:nodes=12,sized=false", "medusa:tree=static,nodes=30,sized=false"],
     "hidden-transfer": ["hidden-transfer:sized=false", "hidden-transfer:sized=false,nodes=30,rows=90,ranks=20"],
     "ppd": ["ppd:sized=false", "ppd:sized=false,nodes=30,rows=90,ranks=20"],
+    # A drafter of two layers has none to compute at once: tests/methods/systems/test_easyspec.py has a deeper one.
+    "easyspec": ["easyspec:confidence=0,length=4"],
+    "mirror-sd": ["mirror-sd:executor=inline", "mirror-sd:executor=inline,confidence=0,length=3,width=8"],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],
     # They need a model that fills masked positions: tests/methods/diffusion has one.

@@ -60,7 +60,8 @@ std::vector<float> work(const Model &model, int64_t first, int count) {
             positions[row] = step * ROWS + row;
             wanted[row] = row;
         }
-        const Batch batch{ROWS, tokens.data(), positions.data(), 1, nullptr, 1, &span, ROWS, wanted.data(), logits.data(), 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+        const Batch batch{ROWS, tokens.data(), positions.data(), 1, nullptr, 1, &span, ROWS, wanted.data(), logits.data(), 0,
+                          nullptr, nullptr, nullptr, nullptr, nullptr, 0};
         if (hasten_forward(&model, team, &batch, -1) != LAYERS) std::abort();
         said.insert(said.end(), logits.begin(), logits.end());
     }

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import options, train_diffusion, train_drafters, train_heads, train_learn2pd, train_probes
+from hasten.cli import (
+    options,
+    train_chimera,
+    train_diffusion,
+    train_drafters,
+    train_heads,
+    train_learn2pd,
+    train_probes,
+)
 from hasten.cli.groups import grouped
 from hasten.cli.training import Run
 from hasten.errors import UserError
@@ -19,6 +27,7 @@ app = typer.Typer(help="Train models (resumable, with a card).", invoke_without_
 app.add_typer(train_diffusion.app)
 app.add_typer(train_learn2pd.app)
 app.add_typer(train_heads.app)
+app.add_typer(train_chimera.app)
 app.add_typer(train_probes.app)
 app.add_typer(train_drafters.app)
 

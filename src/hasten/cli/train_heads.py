@@ -167,15 +167,16 @@ class Fitting:
         if budget is not None:
             run = budget.cut(run)
         summary = train(run, destination, self.resume)
-        conclude(destination, summary, data.dialogues, self.json)
+        conclude(destination, llm, summary, data.dialogues, self.json)
 
 
-def conclude(folder: Path, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
+def conclude(folder: Path, llm: LLM, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
     """Write what a run was into its card, and say where its heads are."""
+    from hasten.model.fingerprint import fingerprint
     from hasten.train.heads.recipe import write_card
 
     command = shlex.join(["hasten", *sys.argv[1:]])
-    write_card(folder, summary, dialogues, command)
+    write_card(folder, fingerprint(llm.model), summary, dialogues, command)
     if json:
         options.emit({"output": str(folder), **summary, "dialogues": dialogues, "command": command})
     else:
@@ -215,8 +216,8 @@ def hydra(
     prefix: Annotated[
         bool, typer.Option("--prefix", help="Hydra++: heads read what a layer of their own makes of all states.")
     ] = False,
-    speaking: Speaking = Speaking(),
-    fitting: Fitting = Fitting(),
+    speaking: Speaking = Speaking(store="q4_1"),
+    fitting: Fitting = Fitting(epochs=1.0),
     data: Data = Data(),
     backend: options.Backend = "auto",
     threads: options.Threads = 0,

@@ -58,7 +58,7 @@ class Asking:
         if budget is not None:
             run = budget.cut(run)
         summary = train(run, destination, self.resume)
-        conclude(destination, summary, len(dialogues), self.json)
+        conclude(destination, llm, summary, len(dialogues), self.json)
 
 
 @app.command()

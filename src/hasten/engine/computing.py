@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hasten.engine.drafting.approximation import Approximation
+from hasten.engine.drafting.glimpses import Glimpses
+from hasten.engine.job import Job
 from hasten.engine.packing import packed, wanted_taps
 from hasten.engine.placement import Placed
 from hasten.engine.sampling.sampler import likeliest_if_finite
@@ -25,6 +27,7 @@ class Computed:
         logits: float32 [wanted rows, vocabulary], all requests' one behind the other.
         best, finite: of each of these rows, as `likeliest_if_finite` gives them.
         seconds: that it took.
+        failed: requests whose drafters failed as they looked into it.
     """
 
     placed: Sequence[Placed]
@@ -34,6 +37,7 @@ class Computed:
     best: list[int]
     finite: list[bool]
     seconds: float
+    failed: list[tuple[Job, Exception]]
 
 
 def approximated(placed: Placed) -> Approximation | None:
@@ -55,6 +59,7 @@ def compute(model: Model, placed: Sequence[Placed]) -> Computed:
     started = time.perf_counter()
     rows, wanted = packed(placed, model.config.hidden_size, model.device)
     taps, own = wanted_taps(placed), approximated(placed[0])
+    glimpses = Glimpses(placed, rows.spans, taps)
     if own is None:
         logits = model.forward(rows, wanted, taps)
     else:
@@ -63,4 +68,4 @@ def compute(model: Model, placed: Sequence[Placed]) -> Computed:
         # The mask is not a word: a text that says it would never be finished.
         logits[:, model.config.diffusion.mask_id] = -torch.inf
     best, finite = likeliest_if_finite(logits)
-    return Computed(placed, rows, taps, logits, best, finite, time.perf_counter() - started)
+    return Computed(placed, rows, taps, logits, best, finite, time.perf_counter() - started, glimpses.failed)

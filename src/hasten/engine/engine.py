@@ -252,7 +252,8 @@ class Engine:
             hidden = taps_of(taps, request.drafter, span.stop - 1 if piece else span.start, span.stop)
             own = computed.logits[offset:stop], computed.best[offset:stop], computed.finite[offset:stop]
             answers.append(Answer(*own, hidden, len(rows.tokens)))
-        progress = self._judge(placed, answers)
+        progress = [each for request, error in computed.failed for each in self._fail(request, error)]
+        progress += self._judge(placed, answers)
         for ((request, piece), _), span, answer in zip(placed, rows.spans, answers, strict=True):
             if request.finish_reason is not None:
                 continue
@@ -281,7 +282,7 @@ class Engine:
 
         started = time.perf_counter()
         for number, ((request, piece), _) in enumerate(placed):
-            if not piece and isinstance(request.decoding, Speculation):
+            if not piece and request.finish_reason is None and isinstance(request.decoding, Speculation):
                 failed += self._alone(request, ask, number)
         for number, outcome in zip(walks, descend(list(walks.values())), strict=True):
             answers[number] = answers[number]._replace(verdict=Verdict(*outcome))

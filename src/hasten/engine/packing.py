@@ -45,6 +45,7 @@ def packed(placed: Sequence[Placed], hidden: int, device: torch.device) -> tuple
 def wanted_taps(placed: Sequence[Placed]) -> Taps | None:
     """Taps for all sites any drafter of this step asks for."""
     sites = {site for scheduled, _ in placed for site in scheduled.request.drafter.taps}
+    sites |= {("input", job.drafter.early) for (job, piece), _ in placed if job.drafter.early and not piece}
     return Taps(sites) if sites else None
 
 

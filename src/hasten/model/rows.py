@@ -132,11 +132,15 @@ class Join:
 
     Attributes:
         layer: at whose input they enter.
-        matrices: float32 [rows, hidden, hidden].
+        matrices: float32 [rows, hidden, hidden], contiguous.
     """
 
     layer: int
     matrices: Tensor
+
+    def address(self, row: int) -> int:
+        """Of a row's matrix in memory."""
+        return self.matrices.data_ptr() + row * self.matrices.stride(0) * self.matrices.itemsize
 
 
 @dataclass

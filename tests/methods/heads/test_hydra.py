@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from conformance.cases import PROMPTS, params
 from hasten import LLM, SamplingParams
-from hasten.engine import Draft, Observation, Target
+from hasten.engine import ROOT, Draft, Observation, Target
 from hasten.engine.creation import create
 from hasten.errors import UserError
 from hasten.methods.heads.hydra import Hydra, HydraHeads, PrefixHydra
@@ -90,7 +90,7 @@ def test_drafts_are_the_best_paths_of_all(llm: LLM, make_drafter: Make, tmp_path
     reference = LlamaForCausalLM.from_pretrained(llm.folder)
     layer = prefix_layer(reference.config) if prefixed else None
     own = save_hydra(tmp_path, reference.lm_head.weight.detach(), 2, prefix=layer)
-    drafter = make_drafter(f"hydra:head={tmp_path},nodes=9,ranks=4,sized=false")
+    drafter = make_drafter(f"hydra:head={tmp_path},nodes=9,ranks=4,least=0,sized=false")
     assert isinstance(drafter, PrefixHydra if prefixed else Hydra)
 
     @torch.inference_mode()
@@ -165,10 +165,17 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def test_a_static_tree_is_that_of_the_accuracy(llm: LLM, make_drafter: Make) -> None:
-    drafter = make_drafter("hydra:tree=static,nodes=4,sized=false")
+    drafter = make_drafter("hydra:tree=static,nodes=4,least=0,sized=false")
     drafts = [draft for _, draft in shown(llm, drafter, PROMPT) if len(draft) == 4]
     assert ACCURACY[1][0] == 0.4
     assert drafts and all(draft.estimates == pytest.approx([0.6, 0.24, 0.2, 0.12]) for draft in drafts)
+
+
+def test_what_is_hardly_likely_gets_no_children(llm: LLM, make_drafter: Make) -> None:
+    drafter = make_drafter("hydra:nodes=9,least=0.9,sized=false")
+    for _, draft in shown(llm, drafter, PROMPT):
+        first = sum(draft.estimates[node] for node, parent in enumerate(draft.parents) if parent == ROOT)
+        assert first >= 0.9 or all(parent == ROOT for parent in draft.parents)
 
 
 def test_a_batch_drafts_as_its_requests_do(llm: LLM, make_drafter: Make) -> None:
@@ -273,6 +280,7 @@ def test_what_cannot_be_asked(llm: LLM, tmp_path: Path, make_drafter: Make) -> N
         ("hydra:nodes=0", "between 1 and 64"),
         ("hydra:width=65", "between 1 and 64"),
         ("hydra:tree=round", "dynamic or static"),
+        ("hydra:least=2", "between 0 and 1"),
         (f"hydra:head={tmp_path / 'none'}", "no heads in"),
     ):
         with pytest.raises(UserError, match=told):

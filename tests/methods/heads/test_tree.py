@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.engine import ROOT
-from hasten.methods.heads.tree import Paths, best_paths, drawn_up, static_paths
+from hasten.methods.heads.tree import Expansion, Paths, best_paths, drawn_up, static_paths
 
 TABLE = [[0.5, 0.3, 0.1], [0.6, 0.2], [0.7, 0.1, 0.05]]
 
@@ -112,3 +112,28 @@ def test_a_simulation_accepts_as_many_tokens() -> None:
 
 def test_a_static_tree_names_the_ranks_as_they_were_measured() -> None:
     assert [path for _, path in static_paths(UNORDERED, 4)] == [(1,), (0,), (1, 1), (2,)]
+
+
+@given(
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4).map(lambda r: sorted(r, reverse=True)), max_size=3),
+    st.integers(1, 20),
+)
+def test_grown_by_levels_a_tree_is_the_best_of_all(table: list[list[float]], nodes: int) -> None:
+    tree = Expansion(nodes)
+    level = [ROOT]
+    for ranks in table:
+        for node in level:
+            tree.add(node, ranks, range(len(ranks)))
+        level = tree.frontier(nodes)
+    draft, expected = tree.best(), sorted(all_paths(table).values(), reverse=True)[:nodes]
+    assert sorted(draft.estimates, reverse=True) == pytest.approx(expected)
+    assert all(parent < node for node, parent in enumerate(draft.parents))
+
+
+def test_what_is_hardly_likely_does_not_grow() -> None:
+    tree = Expansion(4)
+    tree.add(ROOT, [0.2, 0.1, 0.0], [5, 6, 7])
+    assert len(tree.all) == 2 and tree.frontier(4, least=0.4) == []
+    tree = Expansion(4)
+    tree.add(ROOT, [0.2, 0.1], [5, 6])
+    assert tree.frontier(1, least=0.2) == [0]

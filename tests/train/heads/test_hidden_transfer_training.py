@@ -78,3 +78,15 @@ def test_interrupted_and_resumed_they_are_the_same_bytes(folder: Path, tmp_path:
 def test_there_must_be_layers_above(folder: Path):
     with pytest.raises(UserError, match="share must be at least 0 and below 1"):
         recipe(folder, share=1.0)
+
+
+def test_in_bf16_the_loss_is_nearly_the_same(folder: Path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        run = recipe(folder, precision=precision, prompts=1)
+        network, texts = run.begin(folder)
+        loss = run.loss(network, TextBatch.of(texts.held_out[:2]), 0.0, torch.Generator().manual_seed(0))
+        loss.backward()
+        assert network.maps.grad is not None and network.maps.grad.abs().sum() > 0
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)

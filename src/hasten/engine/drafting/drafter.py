@@ -59,6 +59,9 @@ class Drafter:
     taps: tuple[tuple[Site, int], ...] = ()
     """Hidden states that `observe` and `observe_prompt` are given."""
 
+    early: int = 0
+    """A layer of the target, not its first: `glimpse` is given what enters it, while the pass goes on. 0: none."""
+
     @property
     def reads_whole(self) -> bool:
         """Whether it must be shown all rows of a prompt: then none is taken from what an earlier text left."""
@@ -124,6 +127,18 @@ class Drafter:
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         """Drafts for a whole batch; override where a model can draft for all at once."""
         return [self.propose(request, budget) for request, budget in zip(requests, budgets, strict=True)]
+
+    def glimpse(self, requests: Sequence[Request], drafts: Sequence[Draft], states: Sequence[Tensor]) -> None:
+        """Drafts are being verified, and their pass has come to the layer `early`; it waits until this returns.
+
+        Where the engine cannot look into a pass it is called when that is over. It must run no model in this thread:
+        the target is at work there.
+
+        Args:
+            requests: those of this drafter that are verified.
+            drafts: of each, as it is verified; perhaps empty.
+            states: of each, what enters the layer, [nodes + 1, hidden] in the target's dtype: the root's row first.
+        """
 
     def observe_prompt(self, request: Request, start: int, taps: Taps | None) -> None:
         """Prompt rows `start ..` have been processed (in chunks); `taps` holds exactly those rows.

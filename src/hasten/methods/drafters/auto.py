@@ -94,7 +94,9 @@ class _Choice:
 
 def with_own(target: Target) -> dict[str, Any]:
     """Where a target has a head, or a small model stands beside it, these are candidates, too."""
-    head, folder = best_head(target), beside(target)
+    slug, folder = best_head(target), beside(target)
+    # Its drafts are cut here, beside the others'.
+    head = None if slug is None else f"{slug}:sized=false"
     small = "draft-model" if folder is not None and is_whole(folder) else None
     return {"candidates": "/".join(filter(None, (CANDIDATES, head, small)))}
 

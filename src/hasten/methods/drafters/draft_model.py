@@ -86,8 +86,8 @@ class DraftModel(SmallModelDrafter):
     def widest(self, nodes: int) -> int:
         return min(nodes, self.parameters.width)
 
-    def start(self, request: Request, budget: int) -> _Levels:
-        return _Levels(self, request, budget, self.parameters)
+    def start(self, request: Request, budget: int) -> Levels:
+        return Levels(self, request, budget, self.parameters)
 
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         """As the base says; the greedy chain of a lone request is one native call, where the model runs natively."""
@@ -122,7 +122,7 @@ class DraftModel(SmallModelDrafter):
         return [growth.draft]
 
 
-class _Levels(Growth):
+class Levels(Growth):
     """Level by level, as many nodes expanded on each as the width says."""
 
     def __init__(self, drafter: DraftModel, request: Request, budget: int, parameters: DraftModelParameters) -> None:

@@ -138,14 +138,16 @@ class S2D(DraftModel):
             raise UserError(f"s2d: the drafter's {THRESHOLDS} must be {count} numbers between 0 and 1")
         return [float(each) for each in told]
 
-    def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
+    def _forward(
+        self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int], drafted: bool = False
+    ) -> Tensor:
         """All layers for what was committed; for the row of a growing draft as many as it takes to be sure."""
         device = self.model.device
         places = torch.tensor(positions, device=device)
         states = cast(Decoder, self.model).embed(Rows(torch.tensor(tokens, device=device), places, spans))
         sequences = [cast(SegmentedSequence, span.sequence) for span in spans]
         lots = [Lot(states[span.start : span.stop], places[span.start : span.stop]) for span in spans]
-        if spans[0].extend:
+        if drafted:
             return self._until_sure(sequences, lots)
         last = len(self.segments) - 1
         for number in range(last):

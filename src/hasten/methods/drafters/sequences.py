@@ -21,18 +21,24 @@ class Sequences(dict[int, SequenceCache]):
     Args:
         cache: that counts their bytes.
         length: tokens of the text that the drafter reads of a request.
+        headroom: slots set aside for a draft's pending rows.
     """
 
-    def __init__(self, cache: Cache, length: Callable[[Request], int] = lambda request: len(request.tokens)) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        length: Callable[[Request], int] = lambda request: len(request.tokens),
+        headroom: int = HEADROOM,
+    ) -> None:
         super().__init__()
-        self.cache, self._length = cache, length
+        self.cache, self._length, self._headroom = cache, length, headroom
 
     def of(self, request: Request) -> SequenceCache:
         """A request's, with room for what it is likely to need."""
         sequence = self.get(request.id)
         if sequence is None:
             sequence = self[request.id] = self.cache.sequence()
-            sequence.reserve(self._slots(request))
+            sequence.reserve(self._slots(self._length(request), request.stopper.left))
         return sequence
 
     def drop(self, request: Request) -> None:
@@ -43,18 +49,26 @@ class Sequences(dict[int, SequenceCache]):
 
     def growth_bytes(self, requests: Sequence[Request]) -> int:
         """What the cache grows by, at most, when drafts of these requests are begun."""
-        grown = 0
-        for request in requests:
-            sequence = self.get(request.id)
-            if sequence is None:
-                grown += self.cache.sequence_bytes(self._slots(request))
-            elif self._length(request) - sequence.length + HEADROOM > sequence.room:
-                # A block that is outgrown is copied to one of twice its size.
-                grown += self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
-        return grown
+        return sum(self.growth_of(each.id, self._length(each), each.stopper.left) for each in requests)
 
-    def _slots(self, request: Request) -> int:
-        return self._length(request) + min(request.stopper.left, 512) + HEADROOM
+    def growth_of(self, request: int, length: int, left: int) -> int:
+        """The same of one request.
+
+        Args:
+            request: its id.
+            length: tokens of the text that is read.
+            left: that may still come.
+        """
+        sequence = self.get(request)
+        if sequence is None:
+            return self.cache.sequence_bytes(self._slots(length, left))
+        if length - sequence.length + self._headroom > sequence.room:
+            # A block that is outgrown is copied to one of twice its size.
+            return self.cache.sequence_bytes(2 * (sequence.length + sequence.room))
+        return 0
+
+    def _slots(self, length: int, left: int) -> int:
+        return length + min(left, 512) + self._headroom
 
 
 class Branches:
@@ -62,6 +76,10 @@ class Branches:
 
     def __init__(self) -> None:
         self._above: dict[int, list[int]] = {ROOT: []}
+
+    def row(self, node: int) -> int | None:
+        """The number of a node's row; None where it was not fed."""
+        return self._above[node][-1] if node in self._above else None
 
     def feed(self, nodes: Sequence[int], parents: Sequence[int]) -> Tensor | None:
         """Number nodes behind the rows fed before; boolean [nodes, fed] says which rows each one sees.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -42,15 +43,24 @@ _LOADED: WeakValueDictionary[tuple[str, ...], Model] = WeakValueDictionary()
 """Small models in use: specifications that name the same one share its weights, as long as any drafter holds it."""
 
 
-def _load(folder: Path, dtype: str, device: str, backend: str) -> Model:
-    """A checkpoint as it is now: from memory where a drafter has it."""
-    files = [folder] if folder.is_file() else folder.iterdir()
-    written = max(file.stat().st_mtime_ns for file in files if file.exists())
-    key = (str(folder.resolve()), str(written), dtype, device, backend)
-    model = _LOADED.get(key)
-    if model is None:
-        model = _LOADED[key] = load_model(folder, dtype, device, backend)
-    return model
+@dataclass(frozen=True)
+class SmallCheckpoint:
+    """A small model that is to be loaded; arguments as of `hasten.model.load_model`."""
+
+    folder: Path
+    dtype: str
+    device: str
+    backend: str
+
+    def load(self) -> Model:
+        """The checkpoint as it is now: from memory where a drafter of this process has it."""
+        files = [self.folder] if self.folder.is_file() else self.folder.iterdir()
+        written = max(file.stat().st_mtime_ns for file in files if file.exists())
+        key = (str(self.folder.resolve()), str(written), self.dtype, self.device, self.backend)
+        model = _LOADED.get(key)
+        if model is None:
+            model = _LOADED[key] = load_model(self.folder, self.dtype, self.device, self.backend)
+        return model
 
 
 def own_name(checkpoint: Path, suffix: str) -> str:
@@ -77,8 +87,8 @@ def is_whole(name: str) -> bool:
     return Path(name).is_file() or (Path(name) / "config.json").exists()
 
 
-def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
-    """The small model, after checking that it speaks the target's tokens.
+def find_small_model(slug: str, target: Target, name: str, dtype: str) -> SmallCheckpoint:
+    """The small model, not loaded yet, after checking that it speaks the target's tokens.
 
     Args:
         slug: the method that asks, for messages.
@@ -86,7 +96,7 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
         dtype: of the weights.
 
     Raises:
-        UserError: none found, another tokenizer, fewer tokens than it has, or a checkpoint that cannot be loaded.
+        UserError: none found, another tokenizer, or fewer tokens than it has.
     """
     if name == "auto":
         own = beside(target)
@@ -99,20 +109,28 @@ def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
                 f"'hasten train align --model {target.folder}'"
             )
     folder = resolve(name)
-    source = read_config(folder).source
-    if target.tokenizer is not None and not _same_tokens(folder, source, target.tokenizer):
+    config = read_config(folder)
+    if target.tokenizer is not None and not _same_tokens(folder, config.source, target.tokenizer):
         raise UserError(f"the drafter {name!r} has another tokenizer than the target; they must be the same")
-    # As the target runs, where the small model can, too.
-    backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
-    model = _load(folder, dtype, str(target.model.device), backend)
     words = target.model.config.vocab_size
     if target.tokenizer is not None:
         # Models of one tokenizer may be padded to different sizes.
         words = min(words, 1 + max(target.tokenizer.get_vocab().values(), default=-1))
-    if model.config.vocab_size < words and TOKEN_MAP not in source:
-        size = f"{model.config.vocab_size} < {words}"
+    if config.vocab_size < words and TOKEN_MAP not in config.source:
+        size = f"{config.vocab_size} < {words}"
         raise UserError(f"the drafter {name!r} has a smaller vocabulary than the target ({size})")
-    return model
+    # As the target runs, where the small model can, too.
+    backend = "torch" if getattr(getattr(target.model, "backend", None), "name", "torch") == "torch" else "auto"
+    return SmallCheckpoint(folder, dtype, str(target.model.device), backend)
+
+
+def load_small_model(slug: str, target: Target, name: str, dtype: str) -> Model:
+    """The small model that `find_small_model` finds.
+
+    Raises:
+        UserError: it finds none, or a checkpoint that cannot be loaded.
+    """
+    return find_small_model(slug, target, name, dtype).load()
 
 
 def _same_tokens(folder: Path, source: Mapping[str, Any], tokenizer: Any) -> bool:
@@ -207,6 +225,10 @@ class Growth(ABC):
                 raise UserError(NOT_FINITE)
             return [iter(pairs) for pairs in rows]
         return self.matching.children(distribution, self.frontier, paths, most)
+
+    def row(self, node: int) -> int | None:
+        """The number of a node's pending row; None where it was not fed."""
+        return self._branches.row(node)
 
     def feed(self) -> Tensor | None:
         """The frontier's mask behind the rows fed before, as `Branches.feed` gives it."""
@@ -385,8 +407,8 @@ class SmallModelDrafter(Drafter):
             return tokens
         return [token if 0 <= token < known else 0 for token in tokens]
 
-    def _expand(self, growths: Sequence[Growth]) -> Tensor:
-        """Logits of all frontiers' nodes, which stay pending."""
+    def _expand(self, growths: Sequence[Growth], heard: bool = True) -> Tensor:
+        """Logits of all frontiers' nodes, which stay pending; without `heard`, of none."""
         tokens: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -398,9 +420,15 @@ class SmallModelDrafter(Drafter):
             if mask is not None:
                 mask = mask.to(self.model.device)
             spans.append(Span(self._sequences.of(growth.request), start, len(tokens), mask, extend=True))
-        return self._forward(tokens, positions, spans, range(len(tokens)))
+        return self._forward(tokens, positions, spans, range(len(tokens)) if heard else (), drafted=True)
 
-    def _forward(self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int]) -> Tensor:
+    def _forward(
+        self, tokens: list[int], positions: list[int], spans: list[Span], wanted: Sequence[int], drafted: bool = False
+    ) -> Tensor:
         device = self.model.device
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
+        return self.drafted(rows, wanted) if drafted else self.model.forward(rows, wanted)
+
+    def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        """The pass over nodes of drafts; see `Model.forward`. Committed tokens are always read by the model itself."""
         return self.model.forward(rows, wanted)

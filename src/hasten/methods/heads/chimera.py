@@ -17,9 +17,8 @@ Decisions where the paper leaves room, or where its code does something else:
 - *Tree.* Every node that is worth growing has a row of its own, below its own path; the most probable nodes make the
   tree. `tree=static` takes the rates that were measured in place of the heads' own probabilities, which gives the
   paper's: one tree for all steps.
-- *Heads.* What the state adds to the estimate is a matrix [hidden, hidden], zero at first, and the target's own head
-  reads the sum: `W (o + A h)` for `H [h; o]`, of whose size four would be larger than a small target. Only frequent
-  tokens are said.
+- *Heads.* What the state adds to the estimate is a matrix [hidden, hidden], zero at first, and one head of frequent
+  words reads the sum at all levels: `W (o + A h)` for `H [h; o]`, four of which would be larger than a small target.
 - *Verification.* By the acceptance rules of all drafters; the authors' evaluation has typical acceptance, which is
   lossy.
 """
@@ -43,7 +42,6 @@ from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.chimera_weights import TRIGRAM, ChimeraWeights
 from hasten.methods.heads.context import ContextDrafter, backend_of, behind
 from hasten.methods.heads.head import FINAL, likeliest, linear_of, own_head, require_decoder
-from hasten.methods.heads.pieces import rounded
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import Expansion
 from hasten.model import Decoder, LayerConfig, Span
@@ -101,17 +99,13 @@ class ChimeraModel:
 
     def __init__(self, target: Decoder, weights: ChimeraWeights) -> None:
         linear = partial(linear_of, target)
-        self.embedding, self.levels, self.words = target.embedding, len(weights.heads), weights.words
+        self.embedding, self.levels = target.embedding, len(weights.heads)
+        self.words = None if weights.words is None else weights.words.to(target.device)
         self.narrow = None if weights.narrow is None else linear(weights.narrow)
         self.mix, self.out = linear(weights.mix), linear(weights.out)
         self.heads = [linear(head) for head in weights.heads]
-        # Others lead to the target's own head.
         self.complete = self.heads[0].in_features == 2 * target.config.hidden_size
-        said = target.head
-        if self.words is not None:
-            self.words = self.words.to(target.device)
-            if not self.complete:
-                said = linear(rounded(target.head.dequant()[self.words], "q8_0"))
+        said = target.head if weights.said is None else linear(weights.said)
         self.encoder = _encoder(target, weights, said)
         own = [self.mix, self.out, *self.heads, *([self.narrow] if self.narrow else [])]
         own += [] if said is target.head else [said]
@@ -267,7 +261,11 @@ class Chimera(ContextDrafter):
                     trees[place].tree.add(node, worth, tokens)
             if level + 1 == self.model.levels:
                 break
-            grown = [(place, nodes) for place, tree in enumerate(trees) if (nodes := self._frontier(tree.tree))]
+            grown = [
+                (place, nodes)
+                for place, tree in enumerate(trees)
+                if (nodes := tree.tree.frontier(self.parameters.width, self.parameters.least))
+            ]
             if not grown:
                 break
             estimates = self._expand(level + 1, [(trees[place], nodes) for place, nodes in grown])
@@ -282,11 +280,6 @@ class Chimera(ContextDrafter):
         if self.parameters.tree == "static":
             worth = [self.rates[level][: self.parameters.ranks]] * len(estimates)
         return worth, tokens.tolist()
-
-    def _frontier(self, tree: Expansion) -> list[int]:
-        """Nodes that have children; none where that is not worth a pass."""
-        nodes = tree.frontier(self.parameters.width)
-        return nodes if sum(tree.all.estimates[node] for node in nodes) >= self.parameters.least else []
 
     def _expand(self, level: int, grown: Sequence[tuple[Growing, list[int]]]) -> Tensor:
         """Estimates [nodes, hidden] at these nodes, all of one level."""

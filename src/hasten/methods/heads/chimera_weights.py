@@ -2,8 +2,8 @@
 
 The authors (kafkayu/Chimera) write `trimlp.pt`, `fast_layer1.pt` and `chimera_head.pt`; hasten writes
 `model.safetensors`, where the file's name stands in front of each tensor's. New there are `token_map`, `trimlp.narrow`,
-matrices in blocks, and heads that are [hidden, hidden]: the authors' are [vocabulary, 2 hidden] each, larger than a
-small target.
+matrices in blocks, and heads that are [hidden, hidden] in front of one `lm_head`: the authors' are [vocabulary, 2
+hidden] each, larger than a small target.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hasten.methods.heads.pieces import stacked, with_bias
 from hasten.model.weights import Piece
 
 AUTHORS = ("trimlp", "fast_layer1", "chimera_head")
-MIX, OUT, NARROW = "trimlp.0.linear", "trimlp.1.weight", "trimlp.narrow.weight"
+MIX, OUT, NARROW, SAID = "trimlp.0.linear", "trimlp.1.weight", "trimlp.narrow.weight", "lm_head.weight"
 LAYER, COPY = "fast_layer1.0.", "fast_layer1.0.self_attn.rotary_emb.inv_freq"
 """In front of a Llama's names; and what the authors' file has, and the target has, too."""
 TRIGRAM = 3
@@ -87,8 +87,9 @@ class ChimeraWeights:
         out: [hidden, 3 width].
         narrow: [width, hidden], what each of the three goes through before; None where they stay as wide as they are.
         layer: the one that sees all states.
-        heads: per level [hidden, hidden], what the target's state adds to the estimate that the target's own head then
-            reads; or [words, 2 hidden], a head on both.
+        heads: per level [hidden, hidden], what the target's state adds to the estimate that `said` then reads; or
+            [words, 2 hidden], a head on both.
+        said: [words, hidden]; None where the target's own head stands there, or none is needed.
         words: int64 [words], the tokens that may be said, ascending; None where these are all.
         accuracy: per level, how often each rank was right on held-out text behind right tokens; empty where nobody
             measured it.
@@ -99,6 +100,7 @@ class ChimeraWeights:
     layer: LayerWeights
     heads: list[Piece]
     narrow: Piece | None = None
+    said: Piece | None = None
     words: Tensor | None = None
     accuracy: tuple[tuple[float, ...], ...] = ()
 
@@ -120,7 +122,7 @@ class ChimeraWeights:
             raise UserError(f"{file} holds no heads of chimera")
         given = pieces.pop("token_map", None)
         words = read_words(file, None if given is None else given.weight, vocabulary)
-        narrow = pieces.pop(NARROW, None)
+        narrow, said = pieces.pop(NARROW, None), pieces.pop(SAID, None)
         parts = {part: f"{LAYER}{name}.weight" for part, name in NAMES.items()}
         heads = [f"chimera_head.{k}.0.weight" for k in range(count)]
         require_names(file, pieces, [f"{MIX}.weight", f"{MIX}.bias", OUT, *parts.values(), *heads])
@@ -134,14 +136,20 @@ class ChimeraWeights:
         for name in heads:
             wide = pieces[name].shape[-1:] == (2 * hidden,)
             require_shape(file, name, pieces[name], *((size, 2 * hidden) if wide else (hidden, hidden)))
-        if len({pieces[name].shape for name in heads}) > 1:
+        kinds = {pieces[name].shape for name in heads}
+        if len(kinds) > 1:
             raise UserError(f"{file}: heads must all be of one kind")
+        if said is not None:
+            require_shape(file, SAID, said, size, hidden)
+        elif words is not None and kinds == {(hidden, hidden)}:
+            raise UserError(f"{file} has a token_map, and no {SAID} for its words")
         return cls(
             with_bias(pieces[f"{MIX}.weight"], pieces[f"{MIX}.bias"].weight),
             pieces[OUT],
             _layer(file, {part: pieces[name] for part, name in parts.items()}, hidden, head_dim),
             [pieces[name] for name in heads],
             narrow,
+            said,
             words,
             read_accuracy(file, read_config(folder), count),
         )
@@ -159,8 +167,7 @@ class ChimeraWeights:
         tensors: dict[str, Tensor | Piece] = {f"{MIX}.weight": self.mix, f"{MIX}.bias": self.mix.bias, OUT: self.out}
         tensors |= {f"{LAYER}{name}.weight": getattr(self.layer, part) for part, name in NAMES.items()}
         tensors |= {f"chimera_head.{k}.0.weight": head for k, head in enumerate(self.heads)}
-        if self.narrow is not None:
-            tensors[NARROW] = self.narrow
+        tensors |= {name: piece for name, piece in ((NARROW, self.narrow), (SAID, self.said)) if piece is not None}
         if self.words is not None:
             tensors["token_map"] = self.words
         told = {

@@ -154,6 +154,11 @@ class StateDrafter(HeadDrafter):
         self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 
     @property
+    def reads_whole(self) -> bool:
+        # It looks at the last row only.
+        return False
+
+    @property
     def memory_bytes(self) -> int:
         return self._state_bytes * len(self._states)
 

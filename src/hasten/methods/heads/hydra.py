@@ -61,6 +61,7 @@ class HydraParameters:
         sized: whether only those are verified that pay on this machine.
         ranks: children of a node, at most.
         width: nodes of a level that may have children, at most.
+        least: a level's nodes have children where their probabilities come to that much together.
         tree: `dynamic`, by the heads' own probabilities, or `static`, by how often each rank is right.
 
     Raises:
@@ -72,12 +73,15 @@ class HydraParameters:
     sized: bool = True
     ranks: int = 8
     width: int = 8
+    least: float = 0.1
     tree: str = "dynamic"
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks", "width"):
             if not 1 <= getattr(self, name) <= 64:
                 raise UserError(f"hydra: {name} must be between 1 and 64")
+        if not 0 <= self.least <= 1:
+            raise UserError("hydra: least must be between 0 and 1")
         if self.tree not in ("dynamic", "static"):
             raise UserError(f"hydra: tree must be dynamic or static, not {self.tree!r}")
 
@@ -159,12 +163,12 @@ class HydraTrees:
         """See `HeadDrafter.draft`: level by level, all requests together."""
         trees = [Expansion(min(self.parameters.nodes, budget)) for budget in budgets]
         rows, tokens = [(tree, ROOT) for tree in trees], [request.tokens[-1] for request in requests]
-        sums = self.heads.begin(states)
+        sums, width, least = self.heads.begin(states), self.parameters.width, self.parameters.least
         for level in range(self.heads.count):
             sums = self.heads.extend(level, sums, tokens)
             self._add(level, rows, sums[:, 0])
             place = {parent: row for row, parent in enumerate(rows)}
-            rows = [(tree, node) for tree in trees for node in tree.frontier(self.parameters.width)]
+            rows = [(tree, node) for tree in trees for node in tree.frontier(width, least)]
             if not rows:
                 break
             tokens = [tree.all.tokens[node] for tree, node in rows]

@@ -286,11 +286,6 @@ class Medusa(StateDrafter):
             self.paths = static_paths([each[: parameters.ranks] for each in weights.accuracy], parameters.nodes)
 
     @property
-    def reads_whole(self) -> bool:
-        # It looks at the last row only.
-        return False
-
-    @property
     def memory_bytes(self) -> int:
         return super().memory_bytes + self.heads.own_bytes
 

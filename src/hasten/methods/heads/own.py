@@ -43,4 +43,4 @@ def promised(folder: Path) -> float:
         first = [float(depth[0] if isinstance(depth, list) else depth) for depth in table]
     except (UserError, TypeError, ValueError, IndexError):
         return 0.0
-    return sum(accumulate(first, mul))
+    return float(sum(accumulate(first, mul)))

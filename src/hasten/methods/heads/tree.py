@@ -103,11 +103,14 @@ class Expansion:
                 # Rounding must not make a child better than its parent.
                 self.all.estimates.append(path * min(1.0, probability))
 
-    def frontier(self, most: int) -> list[int]:
-        """Of the nodes that were added since it was asked last, those to add children to, the best `most`."""
-        fresh = [node for node in self._best() if node >= self._level]
+    def frontier(self, most: int, least: float = 0.0) -> list[int]:
+        """Of the nodes that were added since it was asked last, those to add children to, the best `most`.
+
+        None where their probabilities do not come to `least` together: so little is not worth a pass.
+        """
+        fresh = [node for node in self._best() if node >= self._level][:most]
         self._level = len(self.all)
-        return fresh[:most]
+        return fresh if sum(self.all.estimates[node] for node in fresh) >= least else []
 
     def best(self) -> Draft:
         """The draft of the best nodes, each after its parent."""

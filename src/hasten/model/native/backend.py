@@ -210,9 +210,9 @@ class NativeBackend:
         ]
         tapped = (TapStruct * len(sites))(*sites)
         entering = [
-            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=matrix.data_ptr())
+            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=join.address(place))
             for first, source, join in rows.joins
-            for place, matrix in enumerate(join.matrices)
+            for place in range(len(join.matrices))
         ]
         joins = (JoinStruct * len(entering))(*entering)
         late = _late(count, entering)
@@ -239,11 +239,17 @@ class NativeBackend:
             late_until=min((each.layer for each in entering if each.row >= count - late), default=0),
         )
         addresses, layer, layers = (ctypes.addressof(described), team(), ctypes.addressof(batch)), -1, len(model.layers)
+        pauses = sorted(at for site, at in states if at and site == "input" and taps and (site, at) in taps.listeners)
+        batch.pause = pauses[0] if pauses else 0
         while (layer := loaded.hasten_forward(*addresses, layer)) != layers:
             if layer < 0:
                 raise IndexError(f"a token id is not below {model.embedding.shape[0]}, the size of the vocabulary")
-            assert elsewhere is not None
-            elsewhere.attend(model.layers[layer].index)
+            if layer == batch.pause and taps is not None:
+                taps.put("input", layer, states.pop(("input", layer)).to(model.dtype))
+                pauses.pop(0)
+                batch.pause = pauses[0] if pauses else 0
+            if elsewhere is not None:
+                elsewhere.attend(model.layers[layer].index)
         if taps is not None:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))

@@ -103,12 +103,12 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             }
     }
 
-    // The next layer with a span whose slots are unknown here.
+    // The next layer with a span whose slots are unknown here, or where the pass is to pause.
     auto elsewhere = [&](int64_t s, int64_t layer) { return batch.span[s].of(layer).views == 0; };
     int64_t until = from + 1;
     for (bool known = true; until < model.layers; ++until) {
         for (int64_t s = 0; s < batch.spans; ++s) known = known && !elsewhere(s, until);
-        if (!known) break;
+        if (!known || (batch.pause && until == batch.pause)) break;
     }
 
     team.run([&](int number) {

@@ -348,6 +348,7 @@ struct Batch {
     const Join *join;
     // The last `late` rows all join, none of them before layer `late_until`: below it they are not computed.
     int64_t late, late_until;
+    int64_t pause;       // a layer behind whose attention somebody wants to look at what was tapped; 0 for none
 };
 
 }  // namespace
@@ -497,8 +498,9 @@ void *hasten_team(int count) { return new Team(count); }
 void hasten_disband(void *team) { delete static_cast<Team *>(team); }
 
 // A pass, from its start (`from` -1) or, once somebody has attended in layer `from` for those spans whose slots are unknown
-// here, from there on. Returns the next layer where that is to be done, `model->layers` when the pass is over, or -1 for a
-// token that the embedding does not have. A pass that goes on must do so before the thread begins another one.
+// here, from there on. Returns the next layer where that is to be done, or where it is to pause, `model->layers` when the
+// pass is over, or -1 for a token that the embedding does not have. A pass that goes on must do so before the thread begins
+// another one.
 int64_t hasten_forward(const Model *model, void *team, const Batch *batch, int64_t from) {
     for (int64_t row = 0; row < batch->rows; ++row) {
         const int64_t token = batch->tokens[row];
@@ -522,7 +524,8 @@ int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t t
     for (int64_t i = 0; i < most; ++i, ++position) {
         Span now = *span;
         now.pending = i + 1;
-        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+        const Batch batch{1, &token, &position, 1, nullptr, 1, &now, 1, &first, logits.data(), 0, nullptr, nullptr,
+                          nullptr, nullptr, nullptr, 0};
         if (hasten_forward(model, team, &batch, -1) < 0) return -1;
         token = tokens[i] = kernels().likeliest(logits.data(), vocabulary, &probabilities[i]);
         reached *= probabilities[i];

@@ -104,6 +104,7 @@ class BatchStruct(ctypes.Structure):
         *(("taps", c_int64), ("tap", c_void_p), ("qkv", c_void_p), ("mixed", c_void_p)),
         *((name, c_void_p) for name in ("beside", "gate")),
         *(("joins", c_int64), ("join", c_void_p), ("late", c_int64), ("late_until", c_int64)),
+        ("pause", c_int64),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from abc import abstractmethod
 from collections import Counter
@@ -19,6 +20,7 @@ from hasten.errors import UserError
 from hasten.files import write_text
 from hasten.methods.drafters.vocabtrim import most_frequent
 from hasten.methods.heads.files import CONFIG, read_config
+from hasten.methods.heads.shipped import FINGERPRINT
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import resolve
 from hasten.train.heads.dialogues import Dialogue, read_dialogues
@@ -135,18 +137,24 @@ class Epoch(Sequence[HeadBatch]):
         return self.dialogues.batch(self.packed[place])
 
 
-def write_card(folder: Path, summary: Mapping[str, Any], dialogues: int, command: str) -> None:
-    """Add to a head's configuration how it was made: `training`.
+def write_card(folder: Path, target: str, summary: Mapping[str, Any], dialogues: int, command: str) -> None:
+    """Add to a head's configuration whose it is, and how it was made: `fingerprint` and `training`.
 
     Args:
+        target: fingerprint of the model that it was trained for.
         summary: of the run.
         dialogues: that it was made on, those held out included.
 
     Raises:
         UserError: it cannot be written.
     """
-    made = {**summary, "dialogues": dialogues, "command": command}
-    write_text(folder / CONFIG, dumps({**read_config(folder), "training": made}, indent=2) + "\n")
+    # Where things lay is nothing to whoever gets the head.
+    config = {
+        name: Path(value).name if name in ("parent", "data") else value for name, value in summary["config"].items()
+    }
+    machine = f"{os.cpu_count()} x {torch.backends.cpu.get_cpu_capability()}"
+    made = {**summary, "config": config, "dialogues": dialogues, "command": command, "machine": machine}
+    write_text(folder / CONFIG, dumps({**read_config(folder), FINGERPRINT: target, "training": made}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from hasten.errors import UserError
 from hasten.methods.heads.pieces import require_store, rounded
-from hasten.methods.heads.shipped import FINGERPRINT
 from hasten.model import Decoder
-from hasten.model.fingerprint import fingerprint
 from hasten.model.weights import Piece
 from hasten.train.heads.recipe import Dialogues, HeadBatch, HeadRecipe
 
@@ -40,7 +38,7 @@ class Speakers(nn.Module):
         super().__init__()
         head, vocabulary = target.head.dequant().float(), target.config.vocab_size
         weight = head if words is None else head[words]
-        self.count, self.words, self.target = heads, words, fingerprint(target)
+        self.count, self.words = heads, words
         # It is not part of a checkpoint: a run that begins has it.
         self.register_buffer("teacher", weight.clone(), persistent=False)
         self.outputs = [_output(weight, bias) for _ in range(1 if shared else heads)]
@@ -158,7 +156,6 @@ class SpeakerRecipe(HeadRecipe[Spoken]):
             "vocab_size": len(model.row_of),
             "truncated_vocab_size": words,
             "target": Path(self.parent).name,
-            FINGERPRINT: model.target,
         }
 
 
