@@ -25,6 +25,7 @@ from hasten.engine.memory import LOGIT_BYTES
 from hasten.errors import UserError
 from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.segments import Lot, SegmentedCache, SegmentedSequence, cut, read
+from hasten.methods.drafters.sequences import Sequences
 from hasten.methods.drafters.small_model import beside, is_whole
 from hasten.model import Decoder, Model, Rows, Span
 
@@ -108,6 +109,7 @@ class S2D(DraftModel):
         except ValueError as error:
             raise UserError(f"s2d cannot cut this drafter: {error}") from error
         self.cache = SegmentedCache(self.model, self.segments)
+        self._sequences = Sequences(self.cache, self.length)
         self.left = [0] * len(self.exits)
 
     def _load(self, target: Target, parameters: DraftModelParameters) -> Model:
