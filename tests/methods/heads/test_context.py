@@ -14,8 +14,8 @@ from hasten import LLM, SamplingParams
 from hasten.cache import Cache
 from hasten.engine import Draft, Engine, Request
 from hasten.methods.heads import context
-from hasten.methods.heads.context import ContextDrafter, backend_of
-from hasten.methods.heads.head import FINAL
+from hasten.methods.heads.context import ContextDrafter
+from hasten.methods.heads.head import FINAL, backend_of
 from hasten.model import Decoder, LayerConfig, ModelConfig, Rows, Span, Taps
 from hasten.model.assembly import assemble
 from hasten.model.native.library import LIBRARY

@@ -40,8 +40,8 @@ from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError
 from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.chimera_weights import TRIGRAM, ChimeraWeights
-from hasten.methods.heads.context import ContextDrafter, backend_of, behind
-from hasten.methods.heads.head import FINAL, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.context import ContextDrafter, behind
+from hasten.methods.heads.head import FINAL, backend_of, likeliest, linear_of, own_head, require_decoder
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import Expansion
 from hasten.model import Decoder, LayerConfig, Span

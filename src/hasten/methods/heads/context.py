@@ -9,7 +9,6 @@ requests are read in common passes. A draft's own rows stay pending behind them,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from typing import ClassVar
 
 import torch
@@ -21,18 +20,10 @@ from hasten.methods.drafters.sequences import Sequences
 from hasten.methods.heads.head import HeadDrafter
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Rows, Span, Taps
-from hasten.model.decoder import Backend, TorchBackend
-from hasten.model.native import NativeBackend
 from hasten.model.taps import Site
 
 READING = 256
 """Rows of all requests that are read in one pass at most: what that takes for a while is bounded."""
-
-
-def backend_of(target: Decoder) -> Backend:
-    """A backend for a network that stands on a target: in its storage where that is native."""
-    # A copy, as it keeps a description of the model that it ran last.
-    return copy(target.backend) if isinstance(target.backend, NativeBackend) else TorchBackend()
 
 
 def behind(request: Request, places: range) -> list[int]:

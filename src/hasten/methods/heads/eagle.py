@@ -29,9 +29,9 @@ from hasten.engine import ROOT, Draft, Request, Target, register
 from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError
 from hasten.methods.drafters.sequences import Branches
-from hasten.methods.heads.context import ContextDrafter, backend_of
+from hasten.methods.heads.context import ContextDrafter
 from hasten.methods.heads.eagle_format import EagleWeights
-from hasten.methods.heads.head import FINAL, own_head, require_decoder
+from hasten.methods.heads.head import FINAL, backend_of, linear_of, own_head, require_decoder
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Span
 from hasten.model.assembly import assemble
@@ -131,7 +131,7 @@ class EagleNetwork:
         if weights.head is None and weights.words is None:
             return target.head
         rows = target.head.dequant()[weights.words] if weights.head is None else weights.head
-        return target.backend.linear(piece(rows), HEAD)
+        return linear_of(target, piece(rows))
 
     def enter(self, states: Tensor, tokens: Tensor) -> Tensor:
         """What rows of the target's states, and the tokens behind them, enter the layer as: [rows, hidden]."""

@@ -15,7 +15,10 @@ from hasten.errors import UserError
 from hasten.methods.heads.shipped import shipped_head
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
+from hasten.model.decoder import Backend, TorchBackend
 from hasten.model.linear import Linear
+from hasten.model.native import NativeBackend
+from hasten.model.native.rounding import Rounded
 from hasten.model.taps import Site
 from hasten.model.weights import HEAD, Piece
 
@@ -36,9 +39,22 @@ def require_decoder(target: Target, slug: str) -> Decoder:
     return target.model
 
 
+def backend_of(target: Decoder) -> Backend:
+    """A backend for what stands on a target: native where that is.
+
+    There, matrices in bfloat16 become int8 blocks: half the bytes, and what is drafted hardly changes.
+    """
+    own = target.backend
+    if not isinstance(own, NativeBackend):
+        return TorchBackend()
+    small: Rounded | None = "Q8_0" if target.dtype == torch.bfloat16 else None
+    return NativeBackend(target.dtype, own.layers or small, own.head or small)
+
+
 def linear_of(target: Decoder, piece: Piece) -> Linear:
-    """A matrix of a head, in the target's storage and precision, or as it is stored."""
-    return target.backend.linear(piece.to(target.dtype), HEAD)
+    """A matrix of a head, by the backend of such; what is stored in blocks stays as it is."""
+    backend = target.backend if piece.stored else backend_of(target)
+    return backend.linear(piece.to(target.dtype), HEAD)
 
 
 def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hasten.errors import UserError
-from hasten.methods.heads.context import backend_of
 from hasten.methods.heads.files import require_names, require_shape
+from hasten.methods.heads.head import backend_of
 from hasten.methods.heads.pieces import stacked
 from hasten.model import Decoder, LayerConfig
 from hasten.model.assembly import assemble
