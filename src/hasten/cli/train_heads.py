@@ -244,6 +244,9 @@ def eagle(
     version: Annotated[int, typer.Option(help="1: makes the next hidden state. 3: says the next words.")] = 3,
     steps: Annotated[int, typer.Option(help="Version 3: how far it drafts on its own outputs in training.")] = 3,
     words: Annotated[int, typer.Option(help="Tokens that it may say, the most frequent ones; 0 for all.")] = 8192,
+    own_head: Annotated[
+        bool, typer.Option("--own-head/--target-head", help="Version 3: train a head, or take the target's.")
+    ] = True,
     precision: Annotated[str, typer.Option(help="Of products: bf16 or fp32.")] = "bf16",
     fitting: Fitting = Fitting(epochs=1.0),
     data: Data = Data(),
@@ -262,5 +265,7 @@ def eagle(
     given = {"parent": str(llm.folder), "words": words, "precision": precision, **fitting.schedule}
     if version not in (1, 3):
         raise UserError(f"version must be 1 or 3, not {version}")
-    recipe: EagleRecipe = Eagle1Recipe(**given) if version == 1 else Eagle3Recipe(steps=steps, **given)
+    recipe: EagleRecipe = (
+        Eagle1Recipe(**given) if version == 1 else Eagle3Recipe(steps=steps, own_head=own_head, **given)
+    )
     fitting.train(recipe, llm, "eagle", data, recipe.taps(len(llm.model.layers)), output)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.errors import UserError
 from hasten.methods.heads.eagle_format import LAYER, PAIR, EagleWeights, default_taps, layer_fields
@@ -31,26 +31,33 @@ DEPTHS = 4
 
 
 class EagleTraining(EagleLayer):
-    """The layer, and the target's head.
+    """The layer, and a head.
 
     Args:
         words: int64 [words], or None where they are the whole vocabulary.
+        own_head: whether the head is trained, too; it begins as the target's, which it is otherwise.
+
+    Attributes:
+        teacher: [words, hidden], the target's head.
     """
 
-    def __init__(self, target: Decoder, version: int, taps: int, words: Tensor | None) -> None:
+    def __init__(self, target: Decoder, version: int, taps: int, words: Tensor | None, own_head: bool = False) -> None:
         super().__init__(target, version, taps)
         head, self.words = target.head.dequant().float(), words
-        self.head = head if words is None else head[words]
+        self.teacher = head if words is None else head[words]
+        self.head = nn.Parameter(self.teacher.clone()) if own_head else None
         self.row_of = torch.full((len(head),), -1)
-        self.row_of[torch.arange(len(head)) if words is None else words] = torch.arange(len(self.head))
+        self.row_of[torch.arange(len(head)) if words is None else words] = torch.arange(len(self.teacher))
 
     def says(self, finals: Tensor) -> Tensor:
-        """Logits [rows, words] of final states."""
-        return F.linear(finals, self.head).float()
+        """What the target says of final states: logits [rows, words]."""
+        return F.linear(finals, self.teacher).float()
 
     def drafts(self, outputs: Tensor) -> Tensor:
-        """The same of the layer's outputs."""
-        return self.says(outputs if self.version == 1 else self.norm(outputs, "norm"))
+        """What is drafted of the layer's outputs: logits [rows, words]."""
+        if self.version == 3:
+            outputs = self.norm(outputs, "norm")
+        return F.linear(outputs, self.teacher if self.head is None else self.head).float()
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class EagleRecipe(HeadRecipe[EagleTraining]):
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}")
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is trained."""
+        return False
+
     @classmethod
     @abstractmethod
     def taps(cls, layers: int) -> tuple[Tap, ...]:
@@ -84,7 +96,7 @@ class EagleRecipe(HeadRecipe[EagleTraining]):
         if not known or config.layers[0] != config.layers[-1]:
             raise UserError("eagle: layers of this kind are not those that such a head has")
         words = dialogues.words(self.words, config.vocab_size)
-        return EagleTraining(target, self.version, len(self.taps(len(config.layers))) - 1, words)
+        return EagleTraining(target, self.version, len(self.taps(len(config.layers))) - 1, words, self.trains_head)
 
     def loss(self, model: EagleTraining, batch: HeadBatch, progress: float, generator: torch.Generator) -> Tensor:
         with self._products():
@@ -112,10 +124,11 @@ class EagleRecipe(HeadRecipe[EagleTraining]):
         shares = self.accuracy(model, Dialogues(Path(self.data), self.states))
         kept = {name: parameter.detach().bfloat16() for name, parameter in model.weights.items()}
         names = LAYER | (PAIR if self.version == 3 else {})
+        head = None if model.head is None else model.head.detach().bfloat16()
         layers = tuple(layer for site, layer in self.taps(len(model.config.layers))[:-1])
         made = EagleWeights(
             self.version, model.config, kept["fusion"], None, {name: kept[name] for name in names}, kept.get("norm"),
-            None, model.words, None, layers if self.version == 3 else (),
+            head, model.words, None, layers if self.version == 3 else (),
         )  # fmt: skip
         told = {"target": Path(self.parent).name, "accuracy": shares}
         made.save(folder, layer_fields(model.config) | told)
@@ -165,10 +178,12 @@ class Eagle3Recipe(EagleRecipe):
 
     steps: how far ahead it drafts on its own outputs while it is trained.
     decay: the weight of each step's loss over that of the one before.
+    own_head: whether the matrix that makes words of its outputs is trained, as the authors have it, or the target's.
     """
 
     steps: int = 3
     decay: float = 0.8
+    own_head: bool = True
 
     version: ClassVar[int] = 3
     states: ClassVar[str] = "eagle3.bin"
@@ -177,6 +192,10 @@ class Eagle3Recipe(EagleRecipe):
         super().__post_init__()
         if not 1 <= self.steps <= 8:
             raise UserError("eagle: steps must be between 1 and 8")
+
+    @property
+    def trains_head(self) -> bool:
+        return self.own_head
 
     @classmethod
     def taps(cls, layers: int) -> tuple[Tap, ...]:
