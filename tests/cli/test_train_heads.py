@@ -1,7 +1,8 @@
-"""`hasten train medusa`: what it refuses before anything is made, and what it makes."""
+"""`hasten train medusa` and its like: what it refuses before anything is made, and what it makes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,22 @@ def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mo
         "verify", "--model", "tiny", "--method", f"medusa:head={heads}", "--per-task", "1", "--max-tokens", "8"
     )
     assert ran.status == 0 and "identical" in ran.out
+
+
+@pytest.mark.parametrize("version", ["1", "3"])
+def test_eagle_is_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    head, asked = tmp_path / "head", ("train", "eagle", *FEW[2:], "--version", version, "--words", "300")
+    made = hasten(*asked, "--output", str(head), "--epochs", "0.3", "--json").json()
+    told = json.loads((head / "config.json").read_text())
+    assert len(told["accuracy"]) == 4 and made["parameters"] > 0 and "eagle" in str(told["training"]["command"])
+    ran = hasten("verify", "--model", "tiny", "--method", f"eagle:head={head}", "--per-task", "1", "--max-tokens", "8")
+    assert ran.status == 0 and "identical" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [(("--version", "2"), "version must be 1 or 3"), (("--steps", "9"), "steps")]
+)
+def test_eagle_that_cannot_be_is_refused(hasten, tmp_path: Path, options: tuple[str, ...], told: str):
+    ran = hasten("train", "eagle", *FEW[2:], "--output", str(tmp_path / "head"), *options)
+    assert ran.status == 2 and told in ran.err and not (tmp_path / "head").exists()
