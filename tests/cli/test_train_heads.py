@@ -1,4 +1,4 @@
-"""`hasten train medusa`: what it refuses before anything is made, and what it makes."""
+"""`hasten train medusa` and its like: what it refuses before anything is made, and what it makes."""
 
 from __future__ import annotations
 
@@ -64,3 +64,22 @@ def test_heads_with_a_layer_of_their_own_are_made_and_found(hasten, tmp_path: Pa
 def test_chimera_refuses_a_layer_that_cannot_be(hasten, tmp_path: Path):
     ran = hasten("train", "chimera", "--model", "tiny", "--ffn", "40", "--output", str(tmp_path / "heads"))
     assert ran.status == 2 and "ffn a multiple of 16" in ran.err and not (tmp_path / "heads").exists()
+
+
+@pytest.mark.parametrize("version", ["1", "3"])
+def test_eagle_is_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    head, asked = tmp_path / "head", ("train", "eagle", *FEW[2:], "--version", version, "--words", "300")
+    made = hasten(*asked, "--output", str(head), "--epochs", "0.3", "--json").json()
+    told = json.loads((head / "config.json").read_text())
+    assert len(told["accuracy"]) == 4 and made["parameters"] > 0 and "eagle" in str(told["training"]["command"])
+    ran = hasten("verify", "--model", "tiny", "--method", f"eagle:head={head}", "--per-task", "1", "--max-tokens", "8")
+    assert ran.status == 0 and "identical" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [(("--version", "2"), "version must be 1 or 3"), (("--steps", "9"), "steps")]
+)
+def test_eagle_that_cannot_be_is_refused(hasten, tmp_path: Path, options: tuple[str, ...], told: str):
+    ran = hasten("train", "eagle", *FEW[2:], "--output", str(tmp_path / "head"), *options)
+    assert ran.status == 2 and told in ran.err and not (tmp_path / "head").exists()
