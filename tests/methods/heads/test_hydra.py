@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conformance.cases import PROMPTS, params
 from hasten import LLM, SamplingParams
@@ -229,6 +229,29 @@ def test_the_authors_files(tmp_path: Path, name: str) -> None:
     loaded = HydraWeights.load(tmp_path, HIDDEN, VOCABULARY)
     state, embedded = torch.ones(HIDDEN), torch.ones(HEADS, HIDDEN)
     assert loaded.layers == 4
+    torch.testing.assert_close(plainly(own, 2, state, embedded), plainly(loaded, 2, state, embedded))
+
+
+def test_the_authors_files_with_a_prefix_layer(tmp_path: Path) -> None:
+    """Dropout stands between their blocks, and copies of the target's embedding beside them."""
+    shape = {"hidden_size": HIDDEN, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": VOCABULARY}
+    layer = prefix_layer(LlamaConfig(**shape))
+    own = save_hydra(tmp_path / "own", torch.ones(VOCABULARY, HIDDEN), layers=4, prefix=layer)
+    tensors = load_file(tmp_path / "own" / "model.safetensors")
+    assert {
+        "hydra_mlp.0.1.res_connection.bias",
+        "hydra_mlp.0.3.linear.bias",
+        "hydra_lm_head.2.1.bias",
+    } <= tensors.keys()
+    for k in range(HEADS):
+        for part in PARTS:
+            tensors |= {f"hydra_mlp.{k}.{j}.linear.{part}": tensors[f"hydra_mlp.{k}.3.linear.{part}"] for j in (5, 7)}
+    copy = torch.zeros(VOCABULARY, HIDDEN)
+    tensors |= {"input_embed_fn.weight": copy, "prefix_embeding_layer.embed_tokens.weight": copy}
+    torch.save(tensors, tmp_path / "hydra_lm_head.pt")
+    loaded = HydraWeights.load(tmp_path, HIDDEN, VOCABULARY)
+    assert loaded.layers == 4 and set(loaded.prefix) == set(layer.state_dict()) - {"embed_tokens.weight"}
+    state, embedded = torch.ones(HIDDEN), torch.ones(HEADS, HIDDEN)
     torch.testing.assert_close(plainly(own, 2, state, embedded), plainly(loaded, 2, state, embedded))
 
 
