@@ -42,6 +42,7 @@ from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.chimera_weights import TRIGRAM, ChimeraWeights
 from hasten.methods.heads.context import ContextDrafter, behind
 from hasten.methods.heads.head import FINAL, backend_of, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.parameters import GrowingParameters
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import Expansion
 from hasten.model import Decoder, LayerConfig, Span
@@ -53,38 +54,13 @@ from hasten.model.weights import Piece, Pieces
 
 
 @dataclass(frozen=True)
-class ChimeraParameters:
-    """Parameters.
+class ChimeraParameters(GrowingParameters):
+    """Parameters."""
 
-    Attributes:
-        head: the folder of the weights; by default that beside the target.
-        nodes: of the tree, at most.
-        sized: whether only those are verified that pay on this machine.
-        ranks: children of a node, at most.
-        width: nodes of a level that may have children, at most.
-        least: a level's nodes have children where their probabilities sum to that much.
-        tree: `dynamic`, by the heads' own probabilities, or `static`, by how often each rank is right.
+    slug: ClassVar[str] = "chimera"
 
-    Raises:
-        UserError: out of range.
-    """
-
-    head: str = ""
-    nodes: int = 15
-    sized: bool = True
-    ranks: int = 8
     width: int = 4
     least: float = 0.2
-    tree: str = "dynamic"
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "ranks", "width"):
-            if not 1 <= getattr(self, name) <= 64:
-                raise UserError(f"chimera: {name} must be between 1 and 64")
-        if not 0 <= self.least <= 1:
-            raise UserError("chimera: least must be between 0 and 1")
-        if self.tree not in ("dynamic", "static"):
-            raise UserError(f"chimera: tree must be dynamic or static, not {self.tree!r}")
 
 
 class ChimeraModel:

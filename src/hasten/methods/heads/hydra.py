@@ -37,6 +37,7 @@ from hasten.errors import UserError
 from hasten.methods.heads.context import ContextDrafter
 from hasten.methods.heads.head import FINAL, StateDrafter, likeliest, linear_of, own_head, require_decoder
 from hasten.methods.heads.hydra_weights import HydraWeights
+from hasten.methods.heads.parameters import GrowingParameters
 from hasten.methods.heads.pieces import columns, stacked
 from hasten.methods.heads.prefix import prefix_network
 from hasten.methods.heads.sizing import Sizing
@@ -52,38 +53,10 @@ SUM_BYTES = 12
 
 
 @dataclass(frozen=True)
-class HydraParameters:
-    """Parameters.
+class HydraParameters(GrowingParameters):
+    """Parameters."""
 
-    Attributes:
-        head: the folder of the heads; by default that beside the target.
-        nodes: of the tree, at most.
-        sized: whether only those are verified that pay on this machine.
-        ranks: children of a node, at most.
-        width: nodes of a level that may have children, at most.
-        least: a level's nodes have children where their probabilities come to that much together.
-        tree: `dynamic`, by the heads' own probabilities, or `static`, by how often each rank is right.
-
-    Raises:
-        UserError: out of range.
-    """
-
-    head: str = ""
-    nodes: int = 15
-    sized: bool = True
-    ranks: int = 8
-    width: int = 8
-    least: float = 0.1
-    tree: str = "dynamic"
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "ranks", "width"):
-            if not 1 <= getattr(self, name) <= 64:
-                raise UserError(f"hydra: {name} must be between 1 and 64")
-        if not 0 <= self.least <= 1:
-            raise UserError("hydra: least must be between 0 and 1")
-        if self.tree not in ("dynamic", "static"):
-            raise UserError(f"hydra: tree must be dynamic or static, not {self.tree!r}")
+    slug: ClassVar[str] = "hydra"
 
 
 class HydraHeads:

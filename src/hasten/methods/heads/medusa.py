@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ from hasten.methods.heads.files import (
     save,
 )
 from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.parameters import TreeParameters
 from hasten.methods.heads.pieces import with_bias
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import best_paths, drawn_up, static_paths
@@ -192,33 +193,10 @@ def _blocks(file: Path, pieces: Mapping[str, Piece], names: list[list[str]], hid
 
 
 @dataclass(frozen=True)
-class MedusaParameters:
-    """Parameters.
+class MedusaParameters(TreeParameters):
+    """Parameters."""
 
-    Attributes:
-        head: the folder of the heads; by default that beside the target.
-        nodes: of the tree, at most.
-        sized: whether only those are verified that pay on this machine.
-        ranks: tokens of each head that may be in it.
-        tree: `dynamic`, by the heads' own probabilities, or `static`, by how often each rank is right.
-
-    Raises:
-        UserError: out of range.
-    """
-
-    head: str = ""
-    nodes: int = 15
-    sized: bool = True
-    ranks: int = 10
-    tree: str = "dynamic"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= 64:
-            raise UserError("medusa: nodes must be between 1 and 64")
-        if not 1 <= self.ranks <= 64:
-            raise UserError("medusa: ranks must be between 1 and 64")
-        if self.tree not in ("dynamic", "static"):
-            raise UserError(f"medusa: tree must be dynamic or static, not {self.tree!r}")
+    slug: ClassVar[str] = "medusa"
 
 
 class MedusaHeads:
