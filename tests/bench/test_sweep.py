@@ -156,7 +156,8 @@ def test_models_that_predict_the_next_token_have_decoders_of_their_own(llm: LLM,
     prompts = [BenchPrompt("words", "words", "the cat and the moon", lambda text: float("a" in text))]
     measured = sweep(llm, None, prompts, SamplingParams(max_tokens=4))
     slugs = {row["decoder"] for row in measured["rows"]} | {entry["method"] for entry in measured["skipped"]}
-    assert slugs == {"plain", "skipdecode", "ffn-skipllm"}
+    turned = {slug for slug, method in registry.decoders().items() if method.knob and method.role == "drafter"}
+    assert slugs == {"plain"} | turned >= {"skipdecode", "ffn-skipllm"}
     named = [row for row in measured["rows"] if row["decoder"] == "skipdecode"]
     assert {row["tokens_per_step"] for row in named} == {1}
     assert "speed-up" in words_of(plots.tradeoffs(named)) and "tokens per step" not in words_of(plots.tradeoffs(named))
