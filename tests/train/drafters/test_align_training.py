@@ -155,7 +155,7 @@ def test_the_first_table_keeps_what_tells_tokens_apart() -> None:
 
 
 def test_sorted_training_makes_every_exit_a_drafter(folder: Path, pretrained: Path, tmp_path: Path) -> None:
-    train(recipe(folder, SortedRecipe, leaves="1/2", tokens=30_000, lr=1e-2), tmp_path / "sorted")
+    train(recipe(folder, SortedRecipe, leaves="1/2", tokens=60_000, lr=1e-2), tmp_path / "sorted")
     config = json.loads((tmp_path / "sorted" / "config.json").read_text())
     first, last = config["alignment"]["acceptance"]
     assert config["exits"] == [1, 2] and len(config["thresholds"]) == 1
