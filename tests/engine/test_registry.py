@@ -71,8 +71,8 @@ def test_what_comes_with_hasten():
 
 
 PUBLISHED = (
-    "aded copyspec dparallel dyspec fast-dllm-v2 flashdecoding-pp freedave learn2pd localleap nbdiff parallelbench "
-    "prophet scylla specmemo stand suffix-decoding swift tidar token-recycling vocabtrim"
+    "aded copyspec dparallel dyspec fast-dllm-v2 ffn-skipllm flashdecoding-pp freedave learn2pd localleap nbdiff "
+    "parallelbench prophet scylla skipdecode specmemo stand suffix-decoding swift tidar token-recycling vocabtrim"
 )
 """The published systems that work here, under the names by which they are known."""
 
