@@ -17,7 +17,7 @@ from hasten.engine import Target
 from hasten.engine.creation import create
 from hasten.errors import Interrupted, UserError
 from hasten.methods.heads.eagle import Eagle
-from hasten.train.heads.dialogues import Writing, write_dialogues
+from hasten.train.heads.dialogues import read_dialogues
 from hasten.train.heads.eagle import Eagle1Recipe, Eagle3Recipe, EagleRecipe, entering
 from hasten.train.heads.recipe import DIALOGUES, Dialogues, HeadBatch
 from hasten.train.heads.states import read_states
@@ -28,13 +28,12 @@ RECIPES: dict[int, type[EagleRecipe]] = {1: Eagle1Recipe, 3: Eagle3Recipe}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues of `tiny`, and its states."""
-    llm, made = LLM("tiny", dtype="float32"), tmp_path_factory.mktemp("data")
-    dialogues = write_dialogues(llm, made / DIALOGUES, Writing(count=160, answer=40))
-    for kind in RECIPES.values():
-        read_states(llm, dialogues, kind.taps(len(llm.model.layers)), made / kind.states, 10**9)
-    return made
+def folder(folder: Path) -> Path:
+    """The dialogues that all share, and what EAGLE-3 reads of them."""
+    llm = LLM("tiny", dtype="float32")
+    taps = Eagle3Recipe.taps(len(llm.model.layers))
+    read_states(llm, read_dialogues(folder / DIALOGUES), taps, folder / Eagle3Recipe.states, 10**9)
+    return folder
 
 
 def recipe(version: int, folder: Path, **settings: Any) -> Any:
