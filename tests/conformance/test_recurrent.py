@@ -13,6 +13,7 @@ from recurrence import hybrid
 from hasten import LLM
 from hasten.cache import Cache
 from hasten.engine import Engine, Limits
+from hasten.methods.drafters.sequences import Sequences
 from hasten.methods.drafters.small_model import SmallModelDrafter
 from hasten.model import load_model
 from hasten.model.native.library import LIBRARY
@@ -75,6 +76,7 @@ def test_a_recurrent_model_that_drafts(engine, expected, tiny, spec, replays):
     assert isinstance(drafter, SmallModelDrafter)
     drafter.model = hybrid(load_model(f"{tiny}-draft", "float32", backend="torch"), not replays)
     drafter.cache = Cache(drafter.model.config.layers, drafter.model.cache_dtype, drafter.model.device)
+    drafter._sequences = Sequences(drafter.cache)
     assert decode(made, spec) == expected["torch"]
     (request,) = made.add(PROMPTS[20], params(20, "greedy"), spec)
     made.step()

@@ -46,7 +46,7 @@ def together(model: Decoder) -> tuple[torch.Tensor, Taps]:
             Span(read(model), 6, 11, SEES),
         ],
         torch.full((11, HIDDEN), 9.0),
-        [(2, 0, ONE), (4, 1, OTHER), (8, 6, ONE), (10, 7, OTHER)],
+        joins=[(2, 0, ONE), (4, 1, OTHER), (8, 6, ONE), (10, 7, OTHER)],
     )
     taps = Taps(SITES)
     return model.forward(rows, None, taps), taps

@@ -105,7 +105,9 @@ def _print(document: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("decoder")
-    for head in ("tokens\n/step", "right", "95 %", "rows\n/token", "agrees", "speed-\nup"):
+    # What a setting costs: of a diffusion model in rows, of another one in time.
+    timed = any(row["speedup"] is not None for row in document["rows"])
+    for head in ("tokens\n/step", "right", "95 %", "speed-\nup" if timed else "rows\n/token", "agrees"):
         table.add_column(head, justify="right")
     for category in dict.fromkeys(row["category"] for row in document["rows"]):
         table.add_row(category, style="bold")
@@ -115,17 +117,15 @@ def _print(document: dict[str, Any]) -> None:
                 table.add_row(f"  theory, {point['per_step']} a step", *cells, style="dim")
         for row in document["rows"]:
             if row["category"] == category:
-                table.add_row(f"  {row['method']}", *_cells(row))
+                table.add_row(f"  {row['method']}", *_cells(row, timed))
     console.print(table)
     for entry in document["skipped"]:
         console.print(f"skipped {entry['method']}: {entry['reason']}", style="dim")
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    patterns = {
-        "tokens_per_step": "{:.2f}", "accuracy": "{:.0%}", "rows_per_token": "{:.0f}", "agreement": "{:.0%}",
-        "speedup": "{:.2f}",
-    }  # fmt: skip
+def _cells(row: dict[str, Any], timed: bool) -> list[str]:
+    cost = {"speedup": "{:.2f}"} if timed else {"rows_per_token": "{:.0f}"}
+    patterns = {"tokens_per_step": "{:.2f}", "accuracy": "{:.0%}", **cost, "agreement": "{:.0%}"}
     cells = ["-" if row[key] is None else pattern.format(row[key]) for key, pattern in patterns.items()]
     interval = row["accuracy_interval"]
     cells.insert(2, "-" if interval is None else "{:.0%}-{:.0%}".format(*interval))

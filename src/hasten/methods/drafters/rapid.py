@@ -92,7 +92,7 @@ class RapidParameters:
     family="drafters",
     exactness="lossless",
     paper="2502.20330",
-    title="RAPID: a drafter that reads what was retrieved from a long prompt",
+    title="RAPID: drafts from what a long prompt's end is about",
     parameters=RapidParameters,
 )
 class Rapid(SmallModelDrafter):
@@ -209,7 +209,7 @@ class TransferParameters(RapidParameters):
     family="drafters",
     exactness="lossy",
     paper="2502.20330",
-    title="RAPID with transfer: what was retrieved changes what the target says",
+    title="RAPID with transfer: what was retrieved has a say",
     parameters=TransferParameters,
     knob=Knob("eta", (1.0, 5.0, 10.0, 20.0, 40.0)),
 )

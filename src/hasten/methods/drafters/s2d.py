@@ -84,7 +84,7 @@ def read_exits(text: str) -> tuple[int, ...]:
     family="drafters",
     exactness="lossless",
     paper="2407.01955",
-    title="S2D: a small model that each token leaves where it is sure",
+    title="S2D: a small model that tokens leave where it is sure",
     parameters=S2DParameters,
 )
 class S2D(DraftModel):

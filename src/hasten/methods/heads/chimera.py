@@ -170,7 +170,7 @@ class Growing:
     family="heads",
     exactness="lossless",
     paper="2402.15758",
-    title="Chimera: trigrams and one layer estimate the states to come",
+    title="Chimera: trigrams and a layer estimate states to come",
     parameters=ChimeraParameters,
     needs_training=True,
     command="hasten train chimera --model MODEL",

@@ -230,7 +230,7 @@ class Growing:
     family="heads",
     exactness="lossless",
     paper="2503.01840",
-    title="EAGLE-1/2/3: a layer drafts a tree on the target's states",
+    title="EAGLE-1/2/3: a layer drafts trees on target's states",
     parameters=EagleParameters,
     needs_training=True,
     command="hasten train eagle --model MODEL",

@@ -113,7 +113,7 @@ class Transfer:
     family="heads",
     exactness="lossless",
     paper="2404.12022",
-    title="hidden transfer: pseudo states of the next tokens run through the upper layers",
+    title="hidden transfer: states to come, from a middle layer",
     parameters=ProbingParameters,
     needs_training=True,
     command="hasten train hidden-transfer --model MODEL",

@@ -139,7 +139,7 @@ class PromptTokens:
     family="heads",
     exactness="lossless",
     paper="2405.18628",
-    title="PPD: prompt tokens behind every node draft as this is verified",
+    title="PPD: prompt tokens behind every node draft the next",
     parameters=ProbingParameters,
     needs_training=True,
     command="hasten train ppd --model MODEL",

@@ -30,7 +30,6 @@ from hasten.methods.skipping.layers import gated
 from hasten.model import Decoder, Rows, Taps
 from hasten.model.fingerprint import fingerprint
 from hasten.model.gate import Gate, cosine
-from hasten.tasks import TASKS, examples, prose_chunks
 
 PAGES, PAGE, OPENING = 8, 128, 32
 """Texts that are read, tokens of each, and how many of these go through all layers, as a prompt does."""
@@ -162,6 +161,9 @@ def _pages(target: Target, model: Decoder) -> list[list[int]]:
 
 def _texts() -> Iterator[str]:
     """Half of them prose, half of them tasks with their answers, one of several kinds behind the other."""
+    # Decoding starts without them.
+    from hasten.tasks import TASKS, examples, prose_chunks
+
     half = PAGES // 2
     yield from islice(prose_chunks("train", 4 * PAGE), half)
     for number in range(half):

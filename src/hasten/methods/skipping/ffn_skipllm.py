@@ -71,10 +71,10 @@ class FfnSkipLlmParameters:
     family="skipping",
     exactness="lossy",
     paper="2404.03865",
-    title="FFN-SkipLLM: feed-forward layers that change little are passed by",
+    title="FFN-SkipLLM: layers that change little are passed by",
     parameters=FfnSkipLlmParameters,
     knob=Knob("ratio", (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)),
-    command="hasten sweep --model tiny --methods ffn-skipllm:warmup=0 --suite tasks --per-task 4 --temperature 0",
+    command="hasten sweep --model tiny --methods ffn-skipllm --suite tasks --per-task 4 --temperature 0",
 )
 class FfnSkipLlm(Approximation):
     """Gates the model's passes.

@@ -102,9 +102,8 @@ def critical_path(seconds: LayerSeconds, layers: int, parallel: int) -> float:
     family="systems",
     exactness="lossless",
     paper="2502.02493",
-    title="EasySpec: the draft model's attention layers in parallel",
+    title="EasySpec: a draft model's attention in parallel",
     parameters=EasySpecParameters,
-    command="hasten bench --methods draft-model,easyspec:parallel=2",
 )
 class EasySpec(DraftModel):
     """Drafts for the whole batch together: one fuzzy pass of the small model per level.

@@ -131,7 +131,7 @@ class Clock:
     family="systems",
     exactness="lossless",
     paper="2510.13161",
-    title="Mirror-SD: a second process drafts while the target verifies",
+    title="Mirror-SD: a process drafts while the target verifies",
     parameters=MirrorParameters,
 )
 class Mirror(Drafter):
