@@ -52,7 +52,9 @@ def drafted(llm: LLM, drafter: Eagle) -> tuple[Request, Draft]:
 def chances(llm: LLM, drafter: Eagle, tokens: list[int], path: list[int]) -> list[float]:
     """Of each token of a path: one row after the other, in a cache of its own."""
     eagle, taps = drafter.eagle, Taps(drafter.taps)
-    llm.model.forward(Rows.of(llm.engine.cache.sequence(), tokens, 0), [], taps)
+    read = llm.engine.cache.sequence()
+    llm.model.forward(Rows.of(read, tokens, 0), [], taps)
+    read.release()
     states = torch.cat([taps[tap][:-1] for tap in drafter.taps], -1)
     own, found = drafter.cache.sequence(), []
     entering, beside, place = eagle.enter(states, torch.tensor(tokens[1:])), tokens[1:], 0
