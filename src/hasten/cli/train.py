@@ -17,6 +17,7 @@ from hasten.cli import (
     train_heads,
     train_learn2pd,
     train_probes,
+    train_skipdecode,
 )
 from hasten.cli.groups import grouped
 from hasten.cli.training import Run
@@ -30,6 +31,7 @@ app.add_typer(train_heads.app)
 app.add_typer(train_chimera.app)
 app.add_typer(train_probes.app)
 app.add_typer(train_drafters.app)
+app.add_typer(train_skipdecode.app)
 
 
 @app.callback()
