@@ -141,7 +141,7 @@ class NativeBackend:
         return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
-        described = self._describe(model)
+        described = self.describe(model)
         # Taps go by the numbers of all layers.
         if described is None or (taps is not None and len(model.layers) < len(model.config.layers)):
             return compose(model, rows, wanted, taps)
@@ -151,7 +151,7 @@ class NativeBackend:
         self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `hasten.model.gate.compose_gated`."""
-        described = self._describe(model)
+        described = self.describe(model)
         if described is None:
             return compose_gated(model, rows, wanted, gate, may)
         left = may.to(torch.int64) - 1
@@ -185,19 +185,7 @@ class NativeBackend:
         assert loaded is not None
         if rows.beside is None and any(type(layer) is PairedLayer for layer in model.layers):
             raise ValueError(LONELY)
-        masks: list[Tensor] = []
-        spans = (SpanStruct * len(rows.spans))()
-        opaque = []
-        for index, span in enumerate(rows.spans):
-            span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
-            mask = span.dense_mask(span.sequence.pending)
-            if mask is not None:
-                masks.append(mask.contiguous())
-            spans[index], plain = self._span(
-                described, span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
-            )
-            if not plain:
-                opaque.append(span)
+        spans, opaque, _masks = self.spans(described, rows)
         elsewhere = _Elsewhere(model, count, opaque) if opaque else None
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
@@ -282,7 +270,7 @@ class NativeBackend:
             IndexError: the embedding does not have `token`.
             UserError: logits that are not finite.
         """
-        loaded, described = library(), self._describe(model)
+        loaded, described = library(), self.describe(model)
         assert loaded is not None and described is not None
         sequence.begin(torch.arange(position, position + most))
         span, plain = self._span(described, Span(sequence, 0, 1), 1, None)
@@ -297,6 +285,22 @@ class NativeBackend:
         if count and isnan(probabilities[count - 1]):
             raise UserError(NOT_FINITE)
         return list(zip(tokens[:count], probabilities[:count], strict=True))
+
+    def spans(self, model: ModelStruct, rows: Rows) -> tuple[ctypes.Array[SpanStruct], list[Span], list[Tensor]]:
+        """The spans of rows that a pass begins with; those whose slots are not plain memory; masks, to be kept alive."""
+        masks: list[Tensor] = []
+        spans = (SpanStruct * len(rows.spans))()
+        opaque = []
+        for index, span in enumerate(rows.spans):
+            span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
+            mask = span.dense_mask(span.sequence.pending)
+            if mask is not None:
+                masks.append(mask.contiguous())
+            address = masks[-1].data_ptr() if mask is not None else None
+            spans[index], plain = self._span(model, span, span.sequence.pending, address)
+            if not plain:
+                opaque.append(span)
+        return spans, opaque, masks
 
     def _span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
@@ -318,9 +322,9 @@ class NativeBackend:
 
     def runs(self, model: Decoder) -> bool:
         """Whether the native step knows all pieces of a model; others are composed in PyTorch."""
-        return self._describe(model) is not None
+        return self.describe(model) is not None
 
-    def _describe(self, model: Decoder) -> ModelStruct | None:
+    def describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
         if model not in self._described:
             self._described[model] = _description(model)
@@ -369,7 +373,7 @@ def _struct(linear: Linear) -> LinearStruct | None:
 
 
 def _description(model: Decoder) -> ModelStruct | None:
-    """See `NativeBackend._describe`; the structure keeps alive what it points to."""
+    """See `NativeBackend.describe`; the structure keeps alive what it points to."""
     config, shape = model.config, model.config.layers[0]
     kept: list[Any] = []
 
