@@ -7,9 +7,9 @@
 layer foresaw the verdict, a step's seconds by the law and as measured, tokens per second; beside plain decoding and the
 same two models in turn (`draft-model`), on one core and on both. Tokens are compared with plain decoding's.
 
-`easyspec`: seconds of the draft model's fuzzy pass by attention layers at once, on one worker and on several, beside the
-critical path that its parts give, and what a row's way to another process and back would take; then tokens per second
-and acceptance, with and without calibration (not with `--passes-only`).
+`easyspec`: seconds of the draft model's fuzzy pass by attention layers at once, on one worker and on several, beside
+the critical path that its parts give, and what a row's way to another process and back would take; then tokens per
+second and acceptance, with and without calibration (not with `--passes-only`).
 """
 
 from __future__ import annotations

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams, UserError
+from hasten.bench import tune as tuning
+from hasten.bench.prompts import BenchPrompt
 from hasten.engine import Draft, Engine, Target
-from hasten.methods.systems import executors
+from hasten.methods.systems import executors, mirror
 from hasten.methods.systems.mirror import Mirror, MirrorParameters
 from hasten.model import OracleModel
 from helpers import VOCABULARY, make_model, make_tokenizer, same
@@ -129,6 +131,36 @@ def test_its_process_ends_with_it(llm):
     del drafter, engine
     gc.collect()
     assert _ends(worker)
+
+
+@processes
+def test_a_search_for_a_method_leaves_no_process(llm, monkeypatch):
+    """Nor do candidates that it has given up: all processes but one end before the last prompts."""
+    started, alive = [], []
+    start, check = executors.Process.start, tuning._Search.check
+
+    def note(self):
+        start(self)
+        started.append(self.pid)
+
+    def look(self, prompts):
+        alive.append(sum(map(_alive, set(started))))
+        check(self, prompts)
+
+    monkeypatch.setattr(executors.Process, "start", note)
+    monkeypatch.setattr(tuning._Search, "check", look)
+    prompts = [BenchPrompt("words", "words", f"the cat and the moon {number}", None) for number in range(8)]
+    specs = [f"{PROCESS},length={length}" for length in (2, 4)]
+    result = tuning.tune(llm, prompts, SamplingParams(max_tokens=6, ignore_eos=True), 100.0, specs)
+    assert len(set(started)) == 2 and alive == [1]
+    assert {candidate.method for candidate in result.candidates} == set(specs)
+    assert all(map(_ends, set(started)))
+
+
+def test_where_no_core_is_spare_nothing_is_started(llm, monkeypatch):
+    for spare, kind in ((0, executors.Inline), (1, executors.Process if mirror.CAN_START else executors.Inline)):
+        monkeypatch.setattr(mirror, "spare_cores", lambda spare=spare: spare)
+        assert type(fresh(llm).drafter("mirror-sd")[1].executor) is kind
 
 
 @processes

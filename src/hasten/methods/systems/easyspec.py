@@ -13,10 +13,11 @@ reads the tokens that came (*bonus calibration*), which gives the first drafted 
 Exactness: lossless. Where a draft is sampled, the distributions that it was sampled from are fuzzy, and are what is
 handed over.
 
-A device here is a core. Where the draft model runs natively, `workers` threads compute a group, an attention layer each,
-and MLPs and head together (`model/native/grouped.py`); with one worker, the layers of a group have their turns, to the
-same bits. Elsewhere the model's pieces are composed (`fuzzy`). `critical_path` says what a drafted token should take, from
-what its parts take; `python benchmarks/systems.py easyspec` has both beside each other, and acceptance by `parallel`.
+A device here is a core. Where the draft model runs natively, `workers` threads compute a group, an attention layer
+each, and MLPs and head together (`model/native/grouped.py`); with one worker, the layers of a group have their turns,
+to the same bits. Elsewhere the model's pieces are composed (`fuzzy`). `critical_path` says what a drafted token should
+take, from what its parts take; `python benchmarks/systems.py easyspec` has both beside each other, and acceptance by
+`parallel`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from hasten.methods.drafters.small_model import find_small_model
 from hasten.methods.systems.executors import Executor, Inline, Process, Setup
 from hasten.methods.systems.rollouts import Opening, Spent, Window
 from hasten.model import Decoder
-from hasten.model.threads import cores
+from hasten.model.threads import cores, spare_cores
 
 CANDIDATE_ROWS = 64
 """Candidates per row, times requests, at most: the paper has 8 for up to 8 requests, then fewer."""
@@ -64,7 +64,7 @@ class MirrorParameters:
         layer: what enters this layer of the target tells the candidates; 0 is the middle.
         confidence: a chain ends when the drafter gives all of it together less probability than this.
         executor: `process`, `inline` (no second process: the same tokens, nothing overlaps), or `auto`: a process
-            where this one has cores to share.
+            where there are cores beside those that the model computes on.
         cores: of the drafter's process, the last of those that this process may use.
         pin: whether it is kept there.
         dtype: of the drafter's weights.
@@ -133,6 +133,7 @@ class Clock:
     paper="2510.13161",
     title="Mirror-SD: a process drafts while the target verifies",
     parameters=MirrorParameters,
+    beside=1,
 )
 class Mirror(Drafter):
     """Drafts for the whole batch together.
@@ -168,7 +169,7 @@ class Mirror(Drafter):
         length, confidence, width = parameters.length, parameters.confidence, parameters.width
         spelled = checkpoint.folder if target.folder is None else Path(target.folder)
         setup = Setup(checkpoint, spelled, target.end_ids, length, confidence, width, own, parameters.pin)
-        shares = len(mine) > parameters.cores and CAN_START
+        shares = spare_cores() >= parameters.cores and CAN_START
         if parameters.executor == "process" or (parameters.executor == "auto" and shares):
             return Process(setup)
         return Inline(setup.rollouts())

@@ -287,7 +287,7 @@ class NativeBackend:
         return list(zip(tokens[:count], probabilities[:count], strict=True))
 
     def spans(self, model: ModelStruct, rows: Rows) -> tuple[ctypes.Array[SpanStruct], list[Span], list[Tensor]]:
-        """The spans of rows that a pass begins with; those whose slots are not plain memory; masks, to be kept alive."""
+        """Spans that a pass begins with; those whose slots are not plain memory; masks, which must stay alive."""
         masks: list[Tensor] = []
         spans = (SpanStruct * len(rows.spans))()
         opaque = []
