@@ -4,8 +4,9 @@
     python benchmarks/systems.py easyspec [--model M] [--draft FOLDER] ...
 
 `mirror`: Mirror-SD with the target on one core and the drafter on another, by layer and width: how often the middle
-layer foresaw the verdict, a step's seconds by the law and as measured, tokens per second; beside plain decoding and the
-same two models in turn (`draft-model`), on one core and on both. Tokens are compared with plain decoding's.
+layer foresaw the verdict, and how much of the answer's distribution it foresees; a step's seconds by the law and as
+measured, and which layer and width have the least; tokens per second; beside plain decoding and the same two models in
+turn (`draft-model`), on one core and on both. Tokens are compared with plain decoding's.
 
 `easyspec`: seconds of the draft model's fuzzy pass by attention layers at once, on one worker and on several, beside
 the critical path that its parts give, and what a row's way to another process and back would take; then tokens per
@@ -23,16 +24,18 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import torch
+from torch import Tensor
 
 from hasten import LLM, SamplingParams
 from hasten.bench.suite import load_suite
 from hasten.cache import Cache
 from hasten.engine import Engine
 from hasten.methods.drafters.small_model import find_small_model
+from hasten.methods.systems.clock import Clock
 from hasten.methods.systems.easyspec import critical_path, groups
 from hasten.methods.systems.executors import Process
 from hasten.methods.systems.mirror import Mirror
-from hasten.model import Decoder, Rows
+from hasten.model import Decoder, Rows, Taps
 from hasten.model.native.grouped import Spent, grouped
 
 
@@ -82,25 +85,66 @@ def mirror(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], para
     torch.set_num_threads(len(mine) - 1)
     print(Way(llm, "plain", prompts, params).line("plain, a core less", plain))
     print(Way(llm, f"draft-model:{draft}", prompts, params).line("draft-model, a core less", plain))
-    layers = len(llm.model.config.layers)
-    for layer in sorted({max(1, layers // 4), max(1, layers // 2), max(1, 3 * layers // 4)}):
-        for width in (1, 4, 8):
+    depth = len(llm.model.config.layers)
+    layers = sorted({max(1, depth // 4), max(1, depth // 2), max(1, 3 * depth // 4)})
+    masses = overlap(
+        llm, [prompt + output for prompt, output in zip(prompts, plain.outputs, strict=True)], prompts, layers
+    )
+    steps: dict[tuple[int, int], float] = {}
+    for layer in layers:
+        print(f"layer {layer}: mass of the answer on its " + ", ".join(f"{k} {mass:.0%}" for k, mass in masses[layer]))
+        for width in options.widths:
             spec = f"mirror-sd:executor=process,pin=false,{draft},layer={layer},width={width}"
             way = Way(llm, spec, prompts, params, drafter_core=mine[-1])
             print(way.line(f"mirror-sd, layer {layer}, width {width}", plain))
             assert isinstance(way.drafter, Mirror)
-            print(f"    {law(way.drafter)}")
+            clock = way.drafter.clock
+            print(f"    {law(clock, rendezvous(way.drafter))}")
+            steps[layer, width] = clock.step / max(1, clock.steps)
+        print("    foreseen by width: " + ", ".join(f"{k} {clock.hit_rate(k):.0%}" for k in range(1, width + 1)))
+    layer, width = min(steps, key=steps.__getitem__)
+    print(f"choice: mirror-sd:layer={layer},width={width} ({1000 * steps[layer, width]:.2f} ms per step)")
 
 
-def law(drafter: Mirror) -> str:
-    """A step of Mirror-SD, term by term, in milliseconds."""
-    clock, steps = drafter.clock, max(1, drafter.clock.steps)
+@torch.inference_mode()
+def overlap(
+    llm: LLM, texts: list[list[int]], prompts: list[list[int]], layers: list[int]
+) -> dict[int, list[tuple[int, float]]]:
+    """Overlap mass by layer: how much of the target's distribution its likeliest tokens in the middle have, by how many
+    these are, on the average of all answers' tokens."""
+    masses: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for text, prompt in zip(texts, prompts, strict=True):
+        taps = Taps(("input", layer) for layer in layers)
+        sequence = Cache(llm.model.config.layers, llm.model.cache_dtype, llm.model.device).sequence()
+        answer = range(len(prompt) - 1, len(text) - 1)
+        final = llm.model.forward(Rows.of(sequence, text, 0), answer, taps).softmax(-1)
+        for layer in layers:
+            likely = llm.model.logits(taps["input", layer][answer.start : answer.stop], None).topk(8).indices
+            masses[layer].append(final.gather(1, likely).cumsum(1))
+    means = {layer: torch.cat(rows).mean(0).tolist() for layer, rows in masses.items()}
+    return {layer: [(width, mean[width - 1]) for width in (1, 2, 4, 8)] for layer, mean in means.items()}
+
+
+def rendezvous(drafter: Mirror) -> float:
+    """Seconds per step that messages take: one that is told, one that is asked."""
+    times = []
+    for _ in range(200):
+        started = time.perf_counter()
+        drafter.executor.ask("held")
+        times.append(time.perf_counter() - started)
+    return 1.5 * quick(times)
+
+
+def law(clock: Clock, meeting: float) -> str:
+    """A step of Mirror-SD, term by term, in milliseconds; `meeting` as of `rendezvous`."""
+    steps = max(1, clock.steps)
     ms = {name: 1000 * getattr(clock, name) / steps for name in ("below", "looking", "above", "rolling", "fallback")}
     terms = "  ".join(f"{name} {value:.2f}" for name, value in ms.items())
-    hits = clock.hits / max(1, clock.windows)
+    hits, step = clock.hits / max(1, clock.windows), clock.step / steps
+    told = clock.law / steps + meeting
     return (
-        f"hits {hits:.0%}  {terms}  law {1000 * clock.law / steps:.2f}  measured {1000 * clock.step / steps:.2f} ms  "
-        f"({clock.step / clock.law if clock.law else 0:.3f})"
+        f"hits {hits:.0%}  {terms}  rendezvous {1000 * meeting:.2f}  law {1000 * told:.2f}  measured {1000 * step:.2f} ms  "
+        f"({step / told:.3f})"
     )
 
 
@@ -229,6 +273,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--length", type=int, default=7)
     parser.add_argument("--confidence", type=float, default=0.0)
+    parser.add_argument("--widths", type=lambda text: [*map(int, text.split(","))], default=[1, 2, 4, 8])
     parser.add_argument("--workers", type=int, default=2, help="threads that compute a group of attention layers")
     parser.add_argument("--rounds", type=int, default=100, help="passes of each kind, in turns")
     parser.add_argument("--passes-only", action="store_true", help="no decoding")

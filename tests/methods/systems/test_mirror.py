@@ -72,6 +72,26 @@ def test_misses_where_it_does_not(llm):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["greedy", "sampled"])
+def test_one_trace_tells_the_hits_of_every_width(llm, kind):
+    """A narrower drafter's candidates are the first of a wider one's, and its windows are the same: a hit's is what
+    the drafter says anew."""
+    engine, asked = fresh(llm), SamplingParams(max_tokens=24, ignore_eos=True, **kind)
+    clocks = {}
+    for width in (1, 2, 4, 8):
+        spec = f"{INLINE},width={width}"
+        for prompt in PROMPTS:
+            engine.add(prompt, asked, spec)
+            list(engine.run())
+        clocks[width] = engine.drafter(spec)[1].clock
+    widest = clocks[8]
+    for width, clock in clocks.items():
+        assert clock.windows == widest.windows > 10
+        assert clock.hits == sum(clock.places.values()) == round(widest.hit_rate(width) * widest.windows)
+    rates = [widest.hit_rate(width) for width in range(9)]
+    assert rates == sorted(rates) and rates[0] == 0 < rates[8]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["greedy", "sampled"])
 def test_candidates_leave_out_what_stands_there(llm, kind):
     """Behind a row that the window goes on from, its next token can be no end of it; behind the last one all can."""
     request = fresh(llm).add(PROMPTS[1], SamplingParams(**kind))[0]
@@ -79,7 +99,7 @@ def test_candidates_leave_out_what_stands_there(llm, kind):
     at, sampler = len(PROMPTS[1]), request.sampler
     likely = sampler.choose(logits, range(at, at + 3), [[], [0], [0, 0]])
     draft = Draft.chain([likely[0], (likely[1] + 1) % VOCABULARY])
-    rows = Mirror._candidates(request, draft, logits, 4)
+    rows = Mirror.candidates(request, draft, logits, 4)
     assert likely[0] not in rows[0] and rows[1][0] == likely[1] and rows[2][0] == likely[2]
     for number, (row, drafted) in enumerate(zip(rows, [*draft.tokens, None], strict=True)):
         scores = logits[number].clone()
