@@ -143,8 +143,8 @@ def law(clock: Clock, meeting: float) -> str:
     hits, step = clock.hits / max(1, clock.windows), clock.step / steps
     told = clock.law / steps + meeting
     return (
-        f"hits {hits:.0%}  {terms}  rendezvous {1000 * meeting:.2f}  law {1000 * told:.2f}  measured {1000 * step:.2f} ms  "
-        f"({step / told:.3f})"
+        f"hits {hits:.0%}  {terms}  rendezvous {1000 * meeting:.2f}  law {1000 * told:.2f}  "
+        f"measured {1000 * step:.2f} ms ({step / told:.3f})"
     )
 
 
