@@ -37,6 +37,9 @@ from hasten.model import Decoder, Span
 from hasten.model.assembly import assemble
 from hasten.model.layers import NoNorm, RMSNorm
 from hasten.model.linear import Linear
+from hasten.model.native.drafting import Growth, Root, grow, runs
+from hasten.model.native.linear import Panels
+from hasten.model.ranking import rank
 from hasten.model.taps import Site
 from hasten.model.weights import HEAD, Piece, Pieces
 
@@ -151,11 +154,19 @@ class EagleNetwork:
 
     def likeliest(self, outputs: Tensor, count: int) -> tuple[list[list[float]], list[list[int]]]:
         """Probabilities and tokens of the likeliest words behind each of some outputs [rows, hidden], falling."""
-        logits = self.decoder.logits(outputs, None)
-        best = logits.topk(min(count, logits.shape[1]), -1)
+        values, places, masses = rank(self.decoder.logits(outputs, None), count)
         # Rounding must not make a child likelier than its parent.
-        chances = torch.exp(best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=1.0)
-        return chances.tolist(), (best.indices if self.words is None else self.words[best.indices]).tolist()
+        chances = torch.exp(values - masses.unsqueeze(-1)).clamp(max=1.0)
+        return chances.tolist(), (places if self.words is None else self.words[places]).tolist()
+
+    def growth(self, parameters: EagleParameters) -> Growth | None:
+        """How trees grow in one native call; None where the network is composed in PyTorch."""
+        if not runs(self.decoder):
+            return None
+        assert isinstance(self.fusion, Panels)
+        fusion = self.fusion if self.weights.version == 1 else None
+        entrance = None if type(self._entrance) is NoNorm else self._entrance.weight.float()
+        return Growth(fusion, entrance, self.words, parameters.width, parameters.width, parameters.least)
 
 
 class Growing:
@@ -251,6 +262,7 @@ class Eagle(ContextDrafter):
         site: Site = "input" if parameters.site == "input" else "output"
         self.taps = (FINAL,) if weights.version == 1 else tuple((site, layer) for layer in weights.taps)
         self.eagle, self._end_ids = EagleNetwork(model, weights), target.end_ids
+        self._growth = self.eagle.growth(parameters)
         sizing = Sizing(target) if parameters.sized else None
         super().__init__(model, self.eagle.decoder, self.eagle.own_bytes, sizing)
 
@@ -258,6 +270,8 @@ class Eagle(ContextDrafter):
         return self.eagle.enter(states, tokens)
 
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+        if self._growth is not None:
+            return self._grown(self._growth, requests, states, budgets)
         trees = [
             Growing(request, self.parameters, budget, frozenset(request.params.endings(self._end_ids)))
             for request, budget in zip(requests, budgets, strict=True)
@@ -272,6 +286,23 @@ class Eagle(ContextDrafter):
             growing = [tree for tree in growing if tree.frontier]
             outputs = self._expand(growing) if growing else outputs
         return [tree.draft() for tree in trees]
+
+    def _grown(
+        self, growth: Growth, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]
+    ) -> list[Draft]:
+        """The same trees, in one native call."""
+        roots = [
+            Root(
+                self.sequence(request),
+                state,
+                len(request.tokens) - 2,
+                min(budget, self.parameters.nodes),
+                max(1, min(self.parameters.depth, request.stopper.left - 1)),
+                list(request.params.endings(self._end_ids)),
+            )
+            for request, state, budget in zip(requests, states, budgets, strict=True)
+        ]
+        return [Draft(tree.tokens, tree.parents, estimates=tree.chances) for tree in grow(self.network, growth, roots)]
 
     def _expand(self, trees: Sequence[Growing]) -> Tensor:
         """The network's outputs for all frontiers' nodes, whose rows stay pending."""

@@ -19,6 +19,7 @@ from hasten.model.decoder import Backend, TorchBackend
 from hasten.model.linear import Linear
 from hasten.model.native import NativeBackend
 from hasten.model.native.rounding import Rounded
+from hasten.model.ranking import rank
 from hasten.model.taps import Site
 from hasten.model.weights import HEAD, Piece
 
@@ -64,10 +65,8 @@ def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor,
         logits: [..., words].
         words: int64 [words], their tokens; None where these are the same.
     """
-    logits = logits.float()
-    best = logits.topk(min(ranks, logits.shape[-1]), -1)
-    probabilities = torch.exp(best.values - logits.logsumexp(-1, keepdim=True))
-    return probabilities, best.indices if words is None else words[best.indices]
+    values, places, masses = rank(logits, ranks)
+    return torch.exp(values - masses.unsqueeze(-1)), places if words is None else words[places]
 
 
 def own_head(slug: str) -> Any:
