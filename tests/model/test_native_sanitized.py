@@ -76,7 +76,8 @@ def grow_trees(model, cache, scale):
         state, sizes = scale * torch.randn(model.config.hidden_size), (random.randint(1, 20), random.randint(1, 6))
         roots.append(Root(sequence, state, length - 1, *sizes, random.sample(range(90), 2)))
     norm, words = torch.ones(model.config.hidden_size), torch.arange(model.config.vocab_size).flip(0)
-    growth = Growth(None, random.choice([norm, None]), random.choice([words, None]), width, width, random.choice([0, 0.1]))
+    norm, words, least = random.choice([norm, None]), random.choice([words, None]), random.choice([0, 0.1])
+    growth = Growth(None, norm, words, width, width, least)
     for root, tree in zip(roots, grow(model, growth, roots), strict=True):
         assert len(tree.tokens) <= root.nodes and all(parent < node for node, parent in enumerate(tree.parents))
 

@@ -18,6 +18,7 @@ from hasten.model import Decoder, Taps
 from hasten.model.decoder import Backend, TorchBackend
 from hasten.model.linear import Linear
 from hasten.model.native import NativeBackend
+from hasten.model.native.linear import Panels
 from hasten.model.native.rounding import Rounded
 from hasten.model.ranking import rank
 from hasten.model.taps import Site
@@ -56,6 +57,11 @@ def linear_of(target: Decoder, piece: Piece) -> Linear:
     """A matrix of a head, by the backend of such; what is stored in blocks stays as it is."""
     backend = target.backend if piece.stored else backend_of(target)
     return backend.linear(piece.to(target.dtype), HEAD)
+
+
+def logits_of(output: Linear, rows: Tensor) -> Tensor:
+    """[rows, words]; float32 where the matrix is native, which rounds them only for rows of another dtype."""
+    return output.forward(rows.float() if isinstance(output, Panels) else rows)
 
 
 def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
