@@ -17,6 +17,8 @@ from hasten.errors import UserError
 from hasten.methods.heads.eagle import Eagle
 from hasten.methods.heads.eagle_format import layer_fields
 from hasten.model import Rows, Span, Taps
+from hasten.model.layers import Attention, GatedMLP
+from hasten.model.native.blocks import BlockLinear
 from helpers import PeakBytes
 
 PROMPT = [5, 17, 40, 5, 17, 9]
@@ -27,6 +29,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "eagle-3": {"version": 3, "own": True, "words": torch.arange(2, 150, 3)},
     "eagle-3 with the target's head": {"version": 3},
     "eagle-3 with a normed residual": {"version": 3, "normed": True},
+    "eagle-3 in blocks": {"version": 3, "own": True, "store": "q4_1"},
 }
 
 
@@ -117,6 +120,23 @@ def test_it_gives_plain_decodings_tokens(llm: LLM, drafter: Eagle) -> None:
         plain = llm.generate(prompts, asked, "plain")
         assert [each.token_ids for each in llm.generate(prompts, asked, drafter)] == [each.token_ids for each in plain]
     assert drafter.memory_bytes == drafter.eagle.own_bytes
+
+
+@pytest.mark.parametrize("store", ["q8_0", "q4_1"])
+@pytest.mark.parametrize("asked", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"weights": "int4"}])
+def test_blocks_run_as_they_are_stored(store: str, asked: dict[str, str], tmp_path: Path) -> None:
+    """Whatever the target's own weights are."""
+    llm = LLM("tiny", **asked)  # type: ignore[arg-type]
+    config = llm.model.config
+    for version in (1, 3):
+        random_head(config, version, own=version == 3, store=store).save(tmp_path / "head", layer_fields(config))
+        network = made(llm, f"eagle:head={tmp_path / 'head'}").eagle
+        mixer, mlp = network.decoder.layers[0].mixer, network.decoder.layers[0].mlp
+        assert isinstance(mixer, Attention) and isinstance(mlp, GatedMLP)
+        own = [network.fusion, mixer.qkv, mixer.out, mlp.gate_up, mlp.down]
+        own += [network.decoder.head] if version == 3 else []
+        for linear in own:
+            assert isinstance(linear, BlockLinear) and linear.format == store.upper()
 
 
 def test_few_nodes_are_the_likeliest_of_many(llm: LLM) -> None:
