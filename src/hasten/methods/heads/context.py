@@ -17,6 +17,7 @@ from torch import Tensor
 from hasten.cache import Cache, SequenceCache
 from hasten.engine import Observation, Request
 from hasten.methods.drafters.sequences import Sequences
+from hasten.methods.heads.guesses import Guesses
 from hasten.methods.heads.head import HeadDrafter
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Rows, Span, Taps
@@ -41,7 +42,7 @@ class ContextDrafter(HeadDrafter):
         target: whose states are read.
         network: rows enter it as embeddings, the token behind each beside it. It has no rows of tokens.
         own_bytes: of weights, those that are the target's left out.
-        sizing: see `HeadDrafter`.
+        guesses, sizing: see `HeadDrafter`.
     """
 
     taps: tuple[tuple[Site, int], ...]
@@ -52,8 +53,10 @@ class ContextDrafter(HeadDrafter):
     rows: ClassVar[int] = 1
     """What a position is to the network; drafts begin with the last of its rows."""
 
-    def __init__(self, target: Decoder, network: Decoder, own_bytes: int, sizing: Sizing | None = None) -> None:
-        super().__init__(sizing)
+    def __init__(
+        self, target: Decoder, network: Decoder, own_bytes: int, guesses: Guesses, sizing: Sizing | None = None
+    ) -> None:
+        super().__init__(guesses, sizing)
         self.network, self._own_bytes = network, own_bytes
         self.cache = Cache(network.config.layers, network.cache_dtype, network.device)
         self._sequences = Sequences(self.cache, lambda request: self.rows * len(request.tokens))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target
 from hasten.errors import UserError
+from hasten.methods.heads.guesses import Guesses
 from hasten.methods.heads.shipped import shipped_head
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
@@ -21,7 +22,6 @@ from hasten.model.linear import Linear
 from hasten.model.native import NativeBackend
 from hasten.model.native.linear import Panels
 from hasten.model.native.rounding import Rounded
-from hasten.model.ranking import rank
 from hasten.model.taps import Site
 from hasten.model.weights import HEAD, Piece, Pieces, Source
 
@@ -82,17 +82,6 @@ def logits_of(output: Linear, rows: Tensor) -> Tensor:
     return output.forward(rows.float() if isinstance(output, Panels) else rows)
 
 
-def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities and tokens [..., ranks], likeliest first; fewer ranks where there are fewer words.
-
-    Args:
-        logits: [..., words].
-        words: int64 [words], their tokens; None where these are the same.
-    """
-    values, places, masses = rank(logits, ranks)
-    return torch.exp(values - masses.unsqueeze(-1)), places if words is None else words[places]
-
-
 def own_head(slug: str) -> Any:
     """Where a target's own head is: `Method.defaults` of a method whose parameter `head` names a folder.
 
@@ -119,11 +108,12 @@ class HeadDrafter(Drafter):
     """Drafts from a state per request, of all requests at once.
 
     Args:
+        guesses: children of its nodes.
         sizing: cuts drafts to what pays; None leaves them whole.
     """
 
-    def __init__(self, sizing: Sizing | None = None) -> None:
-        self.sizing = sizing
+    def __init__(self, guesses: Guesses, sizing: Sizing | None = None) -> None:
+        self.guesses, self.sizing = guesses, sizing
 
     @abstractmethod
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
@@ -159,6 +149,7 @@ class HeadDrafter(Drafter):
         ]
         if read:
             known, allowed = zip(*read, strict=True)
+            self.guesses.begin(known)
             with torch.inference_mode():
                 made = self.draft(known, self.states(known), allowed)
             if self.sizing is not None:
@@ -167,10 +158,12 @@ class HeadDrafter(Drafter):
         return [drafts[request.id] for request in requests]
 
     def observe(self, request: Request, seen: Observation) -> None:
+        self.guesses.observe(request, seen)
         if self.sizing is not None:
             self.sizing.learn(request, seen)
 
     def end(self, request: Request) -> None:
+        self.guesses.end(request)
         if self.sizing is not None:
             self.sizing.end(request)
 
@@ -182,13 +175,13 @@ class StateDrafter(HeadDrafter):
 
     Args:
         target: the network.
-        sizing: see `HeadDrafter`.
+        guesses, sizing: see `HeadDrafter`.
     """
 
     taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
 
-    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
-        super().__init__(sizing)
+    def __init__(self, target: Decoder, guesses: Guesses, sizing: Sizing | None = None) -> None:
+        super().__init__(guesses, sizing)
         self._states: dict[int, Tensor] = {}
         self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 
