@@ -327,10 +327,10 @@ def save_eagle(folder: Path) -> None:
     target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
     noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
     layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
-    layer = {piece: each + 0.05 * torch.randn(each.shape, generator=noise) for piece, each in layer.items()}
+    near = {piece: Piece(each + 0.05 * torch.randn(each.shape, generator=noise)) for piece, each in layer.items()}
     # A row enters as the token's embedding, whatever the state before it.
     fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
-    made = EagleWeights(1, config, fusion, None, layer, None, None, None, None)
+    made = EagleWeights(1, config, Piece(fusion), near, None, None, None, None)
     made.save(folder / "heads" / "eagle", layer_fields(config))
 
 

@@ -41,7 +41,16 @@ from hasten.errors import UserError
 from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.chimera_weights import TRIGRAM, ChimeraWeights
 from hasten.methods.heads.context import ContextDrafter, behind
-from hasten.methods.heads.head import FINAL, backend_of, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.head import (
+    FINAL,
+    backend_of,
+    layer_of,
+    likeliest,
+    linear_of,
+    logits_of,
+    own_head,
+    require_decoder,
+)
 from hasten.methods.heads.parameters import GrowingParameters
 from hasten.methods.heads.sizing import Sizing
 from hasten.methods.heads.tree import Expansion
@@ -105,8 +114,8 @@ class ChimeraModel:
             estimates: [rows, hidden], at the token that stands so many levels behind the root.
         """
         if self.complete:
-            return self.heads[level].forward(torch.cat([states, estimates], -1))
-        return self.encoder.head.forward(estimates + self.heads[level].forward(states))
+            return logits_of(self.heads[level], torch.cat([states, estimates], -1))
+        return logits_of(self.encoder.head, estimates + self.heads[level].forward(states))
 
 
 def _encoder(target: Decoder, weights: ChimeraWeights, head: Linear) -> Decoder:
@@ -118,7 +127,8 @@ def _encoder(target: Decoder, weights: ChimeraWeights, head: Linear) -> Decoder:
     config = replace(target.config, layers=(shape,))
     # What heads read is the layer's output itself.
     outside = Pieces(config, None, {"embedding": Piece(target.embedding)}, {"head": head}, frozenset({"norm"}))
-    return assemble(config, (outside, Pieces(config, 0, layer.pieces)), backend_of(target), target.cache_dtype)
+    own = layer_of(target, config, layer.pieces)
+    return assemble(config, (outside, own), backend_of(target), target.cache_dtype)
 
 
 def trigram(tokens: Sequence[int]) -> list[int]:

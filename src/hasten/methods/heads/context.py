@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hasten.cache import Cache
+from hasten.cache import Cache, SequenceCache
 from hasten.engine import Observation, Request
 from hasten.methods.drafters.sequences import Sequences
 from hasten.methods.heads.head import HeadDrafter
@@ -99,10 +99,14 @@ class ContextDrafter(HeadDrafter):
         self.network.forward(Rows(torch.full_like(places, -1), places, spans, entering, tokens), [], taps)
         return taps[self.output]
 
+    def sequence(self, request: Request) -> SequenceCache:
+        """A request's rows, behind which its draft's are left pending."""
+        return self._sequences.of(request)
+
     def span(self, request: Request, start: int, stop: int, mask: Tensor | None) -> Span:
         """Rows `start:stop` of a pass, behind a request's rows and those that its draft has pending (`Branches`)."""
         mask = None if mask is None else mask.to(self.network.device)
-        return Span(self._sequences.of(request), start, stop, mask, extend=True)
+        return Span(self.sequence(request), start, stop, mask, extend=True)
 
     def read(self, states: Tensor, pieces: Sequence[tuple[Request, range]], spans: list[Span]) -> Tensor:
         """The network's output for all rows of some positions, which are left pending.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +15,15 @@ from hasten.errors import UserError
 from hasten.methods.heads.shipped import shipped_head
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
+from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, TorchBackend
 from hasten.model.linear import Linear
 from hasten.model.native import NativeBackend
+from hasten.model.native.linear import Panels
 from hasten.model.native.rounding import Rounded
+from hasten.model.ranking import rank
 from hasten.model.taps import Site
-from hasten.model.weights import HEAD, Piece
+from hasten.model.weights import HEAD, Piece, Pieces, Source
 
 FINAL: tuple[Site, int] = ("final_norm", 0)
 """What the target's own head reads."""
@@ -51,10 +54,32 @@ def backend_of(target: Decoder) -> Backend:
     return NativeBackend(target.dtype, own.layers or small, own.head or small)
 
 
-def linear_of(target: Decoder, piece: Piece) -> Linear:
+def linear_of(target: Decoder, piece: Piece, source: Source = HEAD) -> Linear:
     """A matrix of a head, by the backend of such; what is stored in blocks stays as it is."""
-    backend = target.backend if piece.stored else backend_of(target)
-    return backend.linear(piece.to(target.dtype), HEAD)
+    backend = backend_of(target)
+    if piece.stored and isinstance(backend, NativeBackend):
+        backend = NativeBackend(target.dtype)
+    return backend.linear(piece.to(target.dtype, target.device), source)
+
+
+def layer_of(
+    target: Decoder, config: ModelConfig, pieces: Mapping[str, Piece], without: frozenset[str] = frozenset()
+) -> Pieces:
+    """The one layer of a head's own, its matrices by `linear_of`.
+
+    Args:
+        config: of the decoder that has it.
+        pieces, without: as `Pieces` has them.
+    """
+    matrices = {name: piece for name, piece in pieces.items() if len(piece.shape) == 2}
+    norms = {name: piece.to(target.dtype, target.device) for name, piece in pieces.items() if name not in matrices}
+    linears = {name: linear_of(target, piece, Source(name, 0)) for name, piece in matrices.items()}
+    return Pieces(config, 0, norms, linears, without)
+
+
+def logits_of(output: Linear, rows: Tensor) -> Tensor:
+    """[rows, words]; float32 where the matrix is native, which rounds them only for rows of another dtype."""
+    return output.forward(rows.float() if isinstance(output, Panels) else rows)
 
 
 def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,10 +89,8 @@ def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor,
         logits: [..., words].
         words: int64 [words], their tokens; None where these are the same.
     """
-    logits = logits.float()
-    best = logits.topk(min(ranks, logits.shape[-1]), -1)
-    probabilities = torch.exp(best.values - logits.logsumexp(-1, keepdim=True))
-    return probabilities, best.indices if words is None else words[best.indices]
+    values, places, masses = rank(logits, ranks)
+    return torch.exp(values - masses.unsqueeze(-1)), places if words is None else words[places]
 
 
 def own_head(slug: str) -> Any:

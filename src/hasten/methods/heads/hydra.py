@@ -35,7 +35,7 @@ from torch import Tensor
 from hasten.engine import ROOT, Draft, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.heads.context import ContextDrafter
-from hasten.methods.heads.head import FINAL, StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.head import FINAL, StateDrafter, likeliest, linear_of, logits_of, own_head, require_decoder
 from hasten.methods.heads.hydra_weights import HydraWeights
 from hasten.methods.heads.parameters import GrowingParameters
 from hasten.methods.heads.pieces import columns, stacked
@@ -112,7 +112,7 @@ class HydraHeads:
         for _ in range(self.layers - 1):
             assert block is not None
             x = x + F.silu(block.forward(x))
-        return self.outputs[min(head, len(self.outputs) - 1)].forward(x)
+        return logits_of(self.outputs[min(head, len(self.outputs) - 1)], x)
 
 
 class HydraTrees:

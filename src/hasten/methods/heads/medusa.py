@@ -45,7 +45,7 @@ from hasten.methods.heads.files import (
     require_shape,
     save,
 )
-from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, logits_of, own_head, require_decoder
 from hasten.methods.heads.parameters import TreeParameters
 from hasten.methods.heads.pieces import with_bias
 from hasten.methods.heads.sizing import Sizing
@@ -228,8 +228,8 @@ class MedusaHeads:
         """[rows, heads, words] from [rows, heads, hidden]."""
         if len(self.heads) == 1:
             # A matrix that all share is read once.
-            return torch.unflatten(self.heads[0].forward(hidden.flatten(0, 1)), 0, hidden.shape[:2])
-        return torch.stack([head.forward(hidden[:, k]) for k, head in enumerate(self.heads)], 1)
+            return torch.unflatten(logits_of(self.heads[0], hidden.flatten(0, 1)), 0, hidden.shape[:2])
+        return torch.stack([logits_of(head, hidden[:, k]) for k, head in enumerate(self.heads)], 1)
 
 
 @register(

@@ -19,8 +19,9 @@ from hasten.engine.drafting.cost import VerifyCost, verify_cost
 from hasten.engine.drafting.planner import Calibration
 from hasten.errors import UserError
 from hasten.methods.heads.allotment import allot, gains
-from hasten.methods.heads.head import FINAL, require_decoder
+from hasten.methods.heads.head import FINAL, logits_of, require_decoder
 from hasten.methods.heads.tree import best_paths, drawn_up
+from hasten.model.ranking import rank
 from hasten.model.taps import Site
 
 STEPS = 4.0
@@ -139,10 +140,9 @@ class ProbeDrafter(Drafter):
         if not requests:
             return []
         states = [self._states(request) for request in requests]
-        logits = self.model.head.forward(torch.cat(states)).float()
-        best = logits.topk(min(self.parameters.ranks, logits.shape[1]), -1)
+        logits = logits_of(self.model.head, torch.cat(states))
         sizes = [len(each) for each in states]
-        found = (torch.split(each, sizes) for each in (best.values, best.indices, logits.logsumexp(-1)))
+        found = (torch.split(each, sizes) for each in rank(logits, self.parameters.ranks))
         return [
             self._tree(request, values, tokens.tolist(), mass)
             for request, values, tokens, mass in zip(requests, *found, strict=True)
