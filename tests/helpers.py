@@ -33,6 +33,7 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.drafters import lud
 from hasten.methods.heads.chimera_weights import NAMES, ChimeraWeights, LayerWeights
 from hasten.methods.heads.eagle_format import LAYER, EagleWeights, default_taps, layer_fields
 from hasten.methods.heads.hidden_transfer import Transfer
@@ -212,6 +213,7 @@ def save_heads(folder: Path) -> None:
     save_hidden_transfer(folder / "heads" / "hidden-transfer", weight.shape[1])
     save_chimera(folder / "heads" / "chimera", model)
     save_eagle(folder)
+    save_lud(folder, weight.shape[1])
 
 
 ACCURACY = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
@@ -287,6 +289,12 @@ def save_ppd(folder: Path, hidden: int) -> None:
     """Prompt tokens that were never trained."""
     vectors = torch.randn(3, 1, hidden, generator=torch.Generator().manual_seed(5))
     PromptTokens(vectors, accuracy=ACCURACY).save(folder, {})
+
+
+def save_lud(folder: Path, hidden: int) -> None:
+    """Three placeholders that were never trained."""
+    vector = torch.randn(hidden, generator=torch.Generator().manual_seed(5))
+    lud.save_placeholder(vector, 3, folder / lud.FILE)
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -102,7 +103,7 @@ def read_states(
         stream.truncate(bounds[done] * size)
         stream.seek(bounds[done] * size)
         while done < len(kept):
-            some = _of_one_pass(kept[done:])
+            some = of_one_pass(kept[done:], ROWS_OF_PASS)
             stream.write(_pass(llm, some, taps).view(torch.int16).numpy().tobytes())
             done += len(some)
             report(len(some))
@@ -146,9 +147,6 @@ def _told(file: Path) -> Path:
 
 def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dict[str, Any]:
     """What states depend on."""
-    digest = hashlib.sha256()
-    for dialogue in dialogues:
-        digest.update(np.array([*dialogue.prompt, -1, *dialogue.answer, -2], dtype=np.int64).tobytes())
     return {
         "model": llm.folder.name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
@@ -156,8 +154,16 @@ def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dic
         "taps": [list(tap) for tap in taps],
         "hidden": llm.model.config.hidden_size,
         "count": len(dialogues),
-        "dialogues": digest.hexdigest(),
+        "dialogues": digest(dialogues),
     }
+
+
+def digest(dialogues: Sequence[Dialogue]) -> str:
+    """SHA-256 of what all of them say."""
+    told = hashlib.sha256()
+    for dialogue in dialogues:
+        told.update(np.array([*dialogue.prompt, -1, *dialogue.answer, -2], dtype=np.int64).tobytes())
+    return told.hexdigest()
 
 
 def _check(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap], file: Path) -> None:
@@ -194,15 +200,15 @@ def _serving(
     return None
 
 
-def _of_one_pass(dialogues: Sequence[Dialogue]) -> Sequence[Dialogue]:
-    """As many of the first as share a pass."""
-    ends = accumulate(len(dialogue.ids) for dialogue in dialogues)
-    return dialogues[: max(1, sum(1 for end in ends if end <= ROWS_OF_PASS))]
+def of_one_pass(dialogues: Sequence[Dialogue], rows: int) -> Sequence[Dialogue]:
+    """As many of the first as share a pass of so many rows, at least one."""
+    ends = accumulate(len(dialogue.ids) for dialogue in dialogues[:rows])
+    return dialogues[: max(1, sum(1 for end in ends if end <= rows))]
 
 
-@torch.inference_mode()
-def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tensor:
-    """bfloat16 [rows, taps, hidden] of some dialogues."""
+@contextmanager
+def reading(llm: LLM, dialogues: Sequence[Dialogue]) -> Iterator[Rows]:
+    """The rows of a pass over some dialogues; what it leaves in the cache goes with the context."""
     sequences = [llm.engine.cache.sequence() for _ in dialogues]
     bounds = [0, *accumulate(len(dialogue.ids) for dialogue in dialogues)]
     rows = Rows(
@@ -210,10 +216,17 @@ def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tenso
         torch.cat([torch.arange(len(dialogue.ids), device=llm.model.device) for dialogue in dialogues]),
         [Span(*each) for each in zip(sequences, bounds, bounds[1:], strict=False)],
     )
-    states = Taps(taps)
     try:
-        llm.model.forward(rows, [], states)
+        yield rows
     finally:
         for sequence in sequences:
             sequence.release()
+
+
+@torch.inference_mode()
+def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tensor:
+    """bfloat16 [rows, taps, hidden] of some dialogues."""
+    states = Taps(taps)
+    with reading(llm, dialogues) as rows:
+        llm.model.forward(rows, [], states)
     return torch.stack([states[tap] for tap in taps], 1).bfloat16().cpu().contiguous()
