@@ -347,7 +347,8 @@ def save_eagle(folder: Path) -> None:
     layer |= {norm: torch.ones(hidden) for norm in ("token_norm", "mixer_norm")}
     taps = default_taps(len(config.layers))
     fusion = 0.02 * torch.randn(hidden, len(taps) * hidden, generator=noise)
-    made = EagleWeights(3, config, fusion, None, layer, torch.ones(hidden), None, None, None, taps)
+    pieces = {name: Piece(weight) for name, weight in layer.items()}
+    made = EagleWeights(3, config, Piece(fusion), pieces, Piece(torch.ones(hidden)), None, None, None, taps)
     made.save(folder / "heads" / "eagle-3", layer_fields(config))
 
 
