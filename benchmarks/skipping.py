@@ -1,6 +1,6 @@
 """How many feed-forward layers FFN-SkipLLM really passes by, beside what was asked for, by kind of text.
 
-    python benchmarks/skipping.py [--model M] [--ratios 0.05,0.25] [--tokens N]
+python benchmarks/skipping.py [--model M] [--ratios 0.05,0.25] [--tokens N]
 """
 
 from __future__ import annotations

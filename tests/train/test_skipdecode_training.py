@@ -65,7 +65,7 @@ def test_where_answers_begin():
     assert {second for _, second in drawn} == set(range(1, 9))
 
 
-def test_schedules_fall_to_their_own(monkeypatch: pytest.MonkeyPatch):
+def test_schedules_fall_to_their_own():
     run = replace(RUN, ramp=0.5)
     shares = [run.schedule(10, progress, 0) for progress in (0, 0.25, 0.5, 1)]
     assert [(each.most + each.least) / 2 for each in shares] == [10, 8, 6, 6]
@@ -99,21 +99,21 @@ def test_an_interrupted_run_ends_in_the_same_weights(trained: Path, tmp_path: Pa
 
 def test_training_with_fewer_layers_lowers_the_loss_with_fewer_layers(tmp_path: Path):
     """On the same batches, of a model that was never asked to skip."""
-    run = replace(RUN, shares=[0.6], ramp=0.0, tokens=20_000, lr=3e-3)
+    run = replace(RUN, shares=[0.6], ramp=0.0, tokens=8_000, lr=3e-3)
     run.prepare(tmp_path)
     trainer = Trainer(run, tmp_path)
 
     def loss() -> float:
         with torch.no_grad():
-            batches = trainer.recipe.pool(trainer.stream, 99, 0.0)[:8]
-            return sum(float(run.loss(trainer.model, each, 1.0, torch.Generator())) for each in batches) / 8
+            batches = trainer.recipe.pool(trainer.stream, 99, 0.0)[:4]
+            return sum(float(run.loss(trainer.model, each, 1.0, torch.Generator())) for each in batches) / 4
 
     before = loss()
     for batch in trainer.batches():
         if trainer.tokens >= run.tokens:
             break
         trainer.step(batch)
-    assert loss() < 0.7 * before
+    assert loss() < 0.8 * before
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import Data, Fitting, Output
+from hasten.cli.train_heads import Data, Fitting, Output, Store
 
 app = typer.Typer()
 
@@ -25,7 +25,7 @@ class Estimating:
     labels: Annotated[
         bool, typer.Option("--labels", help="Learn the tokens that were said, not the model's probabilities.")
     ] = False
-    store: Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")] = "q8_0"
+    store: Store = "q8_0"
 
 
 @app.command()

@@ -32,6 +32,8 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of the heads (default: beside the model, found there).")
 ]
 
+Store = Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")]
+
 
 @dataclass(frozen=True)
 class Talk:
@@ -124,7 +126,7 @@ class Speaking:
     labels: Annotated[
         bool, typer.Option("--labels", help="Learn the tokens that were said, not the model's probabilities.")
     ] = False
-    store: Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")] = "q8_0"
+    store: Store = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,7 @@ def eagle(
         bool, typer.Option("--own-head/--target-head", help="Version 3: train a head, or take the target's.")
     ] = True,
     precision: Annotated[str, typer.Option(help="Of products: bf16 or fp32.")] = "bf16",
+    store: Store = "q8_0",
     fitting: Fitting = Fitting(epochs=1.0),
     data: Data = Data(),
     backend: options.Backend = "auto",
@@ -262,7 +265,7 @@ def eagle(
     from hasten.train.heads.eagle import Eagle1Recipe, Eagle3Recipe, EagleRecipe
 
     # Refuses what cannot be before anything is made.
-    given = {"parent": str(llm.folder), "words": words, "precision": precision, **fitting.schedule}
+    given = {"parent": str(llm.folder), "words": words, "precision": precision, "store": store, **fitting.schedule}
     if version not in (1, 3):
         raise UserError(f"version must be 1 or 3, not {version}")
     recipe: EagleRecipe = (

@@ -75,12 +75,12 @@ class Piece:
             return tuple(self.weight.shape)
         return sum(blocks.rows.shape[0] for blocks in self.stored), self.stored[0].inputs
 
-    def to(self, dtype: torch.dtype) -> Piece:
-        """The same in another dtype; what is stored stays."""
-        bias = None if self.bias is None else self.bias.to(dtype)
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Piece:
+        """The same in another dtype, and perhaps on another device; what is stored stays."""
+        bias = None if self.bias is None else self.bias.to(device, dtype)
         if self.stored:
-            return Piece.of(self.stored, lambda: self.weight.to(dtype), bias)
-        return Piece(self.weight.to(dtype), bias)
+            return Piece.of(self.stored, lambda: self.weight.to(device, dtype), bias)
+        return Piece(self.weight.to(device, dtype), bias)
 
 
 @dataclass(frozen=True)

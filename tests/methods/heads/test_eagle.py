@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hasten.errors import UserError
 from hasten.methods.heads.eagle import Eagle
 from hasten.methods.heads.eagle_format import layer_fields
 from hasten.model import Rows, Span, Taps
+from hasten.model.layers import Attention, GatedMLP
+from hasten.model.native.blocks import BlockLinear
 from helpers import PeakBytes
 
 PROMPT = [5, 17, 40, 5, 17, 9]
@@ -26,6 +29,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "eagle-3": {"version": 3, "own": True, "words": torch.arange(2, 150, 3)},
     "eagle-3 with the target's head": {"version": 3},
     "eagle-3 with a normed residual": {"version": 3, "normed": True},
+    "eagle-3 in blocks": {"version": 3, "own": True, "store": "q4_1"},
 }
 
 
@@ -85,6 +89,30 @@ def test_a_nodes_estimate_is_that_of_its_path(llm: LLM, drafter: Eagle) -> None:
     llm.engine.abort(request)
 
 
+@pytest.mark.parametrize("shape", ["nodes=20,depth=4,beam=3", "nodes=6,depth=5,beam=2", "nodes=9,tree=chain,depth=6"])
+def test_one_native_call_grows_the_trees_that_are_composed(llm: LLM, tmp_path: Path, shape: str) -> None:
+    config = llm.model.config
+    for number, head in enumerate(HEADS.values()):
+        folder = tmp_path / str(number)
+        random_head(config, **head).save(folder, layer_fields(config))
+        for least in (0, 0.3):
+            drafter = made(llm, f"eagle:head={folder},{shape},least={least},sized=false")
+            growth = drafter._growth
+            asked = [ASKED, replace(ASKED, stop_token_ids=[*range(0, 150, 2)]), replace(ASKED, max_tokens=3)]
+            prompts = [PROMPT, [*range(30, 70)], [7, 8]]
+            requests = [llm.engine.add(prompt, how, drafter)[0] for prompt, how in zip(prompts, asked, strict=True)]
+            llm.engine.step()
+            native = drafter.propose_all(requests, [64, 5, 64])
+            drafter._growth = None
+            composed = drafter.propose_all(requests, [64, 5, 64])
+            assert growth is not None
+            for one, other in zip(native, composed, strict=True):
+                assert (one.tokens, one.parents) == (other.tokens, other.parents)
+                assert one.estimates == pytest.approx(other.estimates, rel=1e-3)
+            for each in requests:
+                llm.engine.abort(each)
+
+
 def test_it_gives_plain_decodings_tokens(llm: LLM, drafter: Eagle) -> None:
     prompts = [PROMPT, list(range(30, 70)), [7]]
     for temperature in (0.0, 0.8):
@@ -92,6 +120,23 @@ def test_it_gives_plain_decodings_tokens(llm: LLM, drafter: Eagle) -> None:
         plain = llm.generate(prompts, asked, "plain")
         assert [each.token_ids for each in llm.generate(prompts, asked, drafter)] == [each.token_ids for each in plain]
     assert drafter.memory_bytes == drafter.eagle.own_bytes
+
+
+@pytest.mark.parametrize("store", ["q8_0", "q4_1"])
+@pytest.mark.parametrize("asked", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"weights": "int4"}])
+def test_blocks_run_as_they_are_stored(store: str, asked: dict[str, str], tmp_path: Path) -> None:
+    """Whatever the target's own weights are."""
+    llm = LLM("tiny", **asked)  # type: ignore[arg-type]
+    config = llm.model.config
+    for version in (1, 3):
+        random_head(config, version, own=version == 3, store=store).save(tmp_path / "head", layer_fields(config))
+        network = made(llm, f"eagle:head={tmp_path / 'head'}").eagle
+        mixer, mlp = network.decoder.layers[0].mixer, network.decoder.layers[0].mlp
+        assert isinstance(mixer, Attention) and isinstance(mlp, GatedMLP)
+        own = [network.fusion, mixer.qkv, mixer.out, mlp.gate_up, mlp.down]
+        own += [network.decoder.head] if version == 3 else []
+        for linear in own:
+            assert isinstance(linear, BlockLinear) and linear.format == store.upper()
 
 
 def test_few_nodes_are_the_likeliest_of_many(llm: LLM) -> None:

@@ -18,25 +18,36 @@ from hasten.errors import UserError
 from hasten.methods.heads.eagle_format import EagleWeights, default_taps, layer_fields
 from hasten.model.architectures.base import ARCHITECTURES
 from hasten.model.config import ModelConfig
+from hasten.model.weights import Piece
 
 WORDS = torch.tensor([0, 2, 3, 11, 19])
 Tensors, Config = dict[str, Tensor], dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def target() -> ModelConfig:
+def llama(hidden: int) -> ModelConfig:
     return ARCHITECTURES["llama"].config(
         {
-            "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 8, "vocab_size": 20,
+            "model_type": "llama", "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 8,
+            "vocab_size": 20,
             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "rope_theta": 50_000.0,
         }
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def target() -> ModelConfig:
+    return llama(8)
+
+
 def same(one: EagleWeights, other: EagleWeights) -> None:
     mine, theirs = vars(one) | dict(one.layer), vars(other) | dict(other.layer)
     for name, value in mine.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Piece):
+            for part in ("weight", "bias"):
+                mine_of_it, theirs_of_it = getattr(value, part), getattr(theirs[name], part)
+                assert mine_of_it is theirs_of_it or torch.equal(mine_of_it, theirs_of_it), name
+            assert [each.type for each in value.stored] == [each.type for each in theirs[name].stored]
+        elif isinstance(value, Tensor):
             assert torch.equal(value, theirs[name]), name
         elif name not in ("layer", "config"):
             assert value == theirs[name], name
@@ -55,6 +66,42 @@ def test_saved_loaded_and_saved_it_is_the_same_bytes(target, words, version, own
     loaded.save(other, layer_fields(target))
     for name in ("config.json", "model.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("store", ["q8_0", "q4_1"])
+@pytest.mark.parametrize(("version", "own"), [(1, False), (3, True)])
+def test_blocks_are_saved_and_loaded_as_they_are(store: str, version: int, own: bool, tmp_path: Path) -> None:
+    target = llama(32)
+    made = random_head(target, version, WORDS, own=own, store=store)
+    made.save(tmp_path / "one", layer_fields(target))
+    loaded = EagleWeights.load(tmp_path / "one", target)
+    same(made, loaded)
+    assert all(bool(piece.stored) == (len(piece.shape) == 2) for piece in (loaded.fusion, *loaded.layer.values()))
+    assert loaded.head is None or loaded.head.stored
+    loaded.save(tmp_path / "other", layer_fields(target))
+    one, other = (tmp_path / name / "model.safetensors" for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: rows[:, :-1], "k_proj.weight.q8_0 holds no whole blocks"),
+        (lambda rows: torch.full_like(rows, 255), "k_proj.weight.q8_0 holds NaN"),
+        (lambda rows: rows[:-1], r"k_proj.weight is \[15, 64\]"),
+        (lambda rows: torch.cat([rows, rows], 1), r"k_proj.weight is \[16, 128\]"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused_by_name(change: Callable[[Tensor], Tensor], told, tmp_path: Path) -> None:
+    target, name = llama(32), "midlayer.self_attn.k_proj.weight"
+    random_head(target, 3, store="q8_0").save(tmp_path / "head", layer_fields(target))
+    rewritten(tmp_path / "head", put(f"{name}.q8_0", change), lambda each: each)
+    with pytest.raises(UserError, match=told):
+        EagleWeights.load(tmp_path / "head", target)
+    rewritten(tmp_path / "head", put(name, lambda _: torch.ones(16, 64)), lambda each: each)
+    rewritten(tmp_path / "head", put(f"{name}.q8_0", lambda rows: torch.zeros(16, 68).byte()), lambda each: each)
+    with pytest.raises(UserError, match=r"k_proj\.weight more than once"):
+        EagleWeights.load(tmp_path / "head", target)
 
 
 def rewritten(folder: Path, tensors: Callable[[Tensors], Tensors], config: Callable[[Config], Config]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hasten import LLM, SamplingParams
@@ -122,7 +123,7 @@ def test_the_loss_of_each_step_is_that_of_the_roll_out(folder: Path) -> None:
 @pytest.mark.parametrize("version", RECIPES)
 def test_a_trained_layer_drafts_what_its_training_says(folder: Path, tmp_path: Path, version: int) -> None:
     """The drafter's network makes of a text what the training's makes of it."""
-    own = recipe(version, folder, tokens=2000, words=500)
+    own = recipe(version, folder, tokens=2000, words=500, store="bf16")
     train(own, tmp_path / "head")
     llm = LLM("tiny", dtype="float32")
     drafter = create(f"eagle:head={tmp_path / 'head'},tree=chain,depth=3,least=0,sized=false", Target(llm.model))
@@ -145,11 +146,21 @@ def test_a_trained_layer_drafts_what_its_training_says(folder: Path, tmp_path: P
     llm.engine.abort(request)
 
 
+@pytest.mark.parametrize("store", ["bf16", "q4_1"])
+def test_matrices_are_stored_as_asked_and_norms_are_not_rounded(folder: Path, tmp_path: Path, store: str) -> None:
+    train(recipe(3, folder, tokens=1, store=store), tmp_path / "head")
+    tensors = load_file(tmp_path / "head" / "model.safetensors")
+    vectors = {name for name, each in tensors.items() if each.ndim == 1}
+    assert len(vectors) == 4 and all(tensors[name].dtype == torch.bfloat16 for name in vectors)
+    blocks = {name for name in tensors if name.endswith(".q4_1")}
+    assert blocks == (set() if store == "bf16" else tensors.keys() - vectors)
+
+
 def _stored(drafter: Eagle, name: str) -> Tensor:
     weights = drafter.eagle.weights
     stored = {"fusion": weights.fusion, "norm": weights.norm, **weights.layer}[name]
     assert stored is not None
-    return stored.float()
+    return stored.weight.float()
 
 
 @pytest.mark.parametrize("version", RECIPES)
@@ -186,6 +197,10 @@ def test_interrupted_and_resumed_they_are_the_same_bytes(folder: Path, tmp_path:
 
 
 def test_what_cannot_be_asked(folder: Path) -> None:
-    for settings, told in (({"steps": 0}, "between 1 and 8"), ({"precision": "fp8"}, "bf16 or fp32")):
+    for settings, told in (
+        ({"steps": 0}, "between 1 and 8"),
+        ({"precision": "fp8"}, "bf16 or fp32"),
+        ({"store": "q2_k"}, "store must be"),
+    ):
         with pytest.raises(UserError, match=told):
             recipe(3, folder, **settings)

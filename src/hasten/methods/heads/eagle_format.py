@@ -1,5 +1,7 @@
 """Folders of EAGLE heads: the authors' formats of EAGLE-1 and -2, and of EAGLE-3, and speculators' of the latter.
 
+Beside these, matrices may be stored in blocks, which hasten alone reads.
+
 What is missing, too much, of another shape or not finite is refused by name: a tensor that is left at random would
 never change the text, only nobody would know why nothing is accepted.
 """
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UserError
-from hasten.methods.heads.files import CONFIG, WEIGHTS, read_config, read_tensors, require_names, require_shape, save
+from hasten.methods.heads.files import CONFIG, WEIGHTS, read_config, read_pieces, require_names, require_shape, save
+from hasten.methods.heads.pieces import with_bias
 from hasten.model.architectures.base import ARCHITECTURES
 from hasten.model.config import LayerConfig, ModelConfig
+from hasten.model.weights import Piece
 
 PICKLE = "pytorch_model.bin"
 """The weights' file in older folders."""
@@ -70,8 +74,8 @@ class EagleWeights:
     Attributes:
         version: 1 (which EAGLE-2 uses, too) or 3.
         config: of its one layer; its rope is its own, not the target's.
-        fusion: [hidden, 2 hidden] from a token's embedding and a final state (1), or [hidden, taps * target's hidden].
-        bias: [hidden] of the fusion, or None.
+        fusion: [hidden, 2 hidden] from a token's embedding and a final state (1; it may have a bias), or [hidden, taps
+            * target's hidden].
         layer: its matrices and norms, by the names of `LAYER`, and of `PAIR` for EAGLE-3.
         norm: [hidden], before the head; None for EAGLE-1, whose outputs are final states already.
         head: [words, hidden]; None where it is the target's, or those rows of it that `words` names.
@@ -83,13 +87,12 @@ class EagleWeights:
 
     version: int
     config: ModelConfig
-    fusion: Tensor
-    bias: Tensor | None
-    layer: Mapping[str, Tensor]
-    norm: Tensor | None
-    head: Tensor | None
+    fusion: Piece
+    layer: Mapping[str, Piece]
+    norm: Piece | None
+    head: Piece | None
     words: Tensor | None
-    embedding: Tensor | None
+    embedding: Piece | None
     taps: tuple[int, ...] = ()
     normed_residual: bool = False
 
@@ -103,47 +106,48 @@ class EagleWeights:
         if not folder.is_dir():
             raise UserError(f"eagle: there is no head in {folder}: `hasten train eagle --model MODEL` makes one")
         file = folder / (WEIGHTS if (folder / WEIGHTS).exists() else PICKLE)
-        tensors = {
-            name: tensor
-            for name, tensor in read_tensors(file).items()
+        pieces = {
+            name: piece
+            for name, piece in read_pieces(file).items()
             if not name.endswith("rotary_emb.inv_freq") and not name.startswith("verifier_")
         }
-        return cls._read(file, read_config(folder), tensors, target)
+        return cls._read(file, read_config(folder), pieces, target)
 
     @classmethod
-    def _read(cls, file: Path, raw: dict[str, Any], tensors: dict[str, Tensor], target: ModelConfig) -> Self:
-        where = "midlayer." if any(name.startswith("midlayer.") for name in tensors) else "layers.0."
-        version = 3 if where + PAIR["mixer_norm"] in tensors or where == "midlayer." else 1
-        names = {piece: where + name for piece, name in (LAYER | (PAIR if version == 3 else {})).items()}
+    def _read(cls, file: Path, raw: dict[str, Any], pieces: dict[str, Piece], target: ModelConfig) -> Self:
+        where = "midlayer." if any(name.startswith("midlayer.") for name in pieces) else "layers.0."
+        version = 3 if where + PAIR["mixer_norm"] in pieces or where == "midlayer." else 1
+        names = {part: where + name for part, name in (LAYER | (PAIR if version == 3 else {})).items()}
         # Without a map of words the head of EAGLE-3 is its own; with one, rows of the target's may stand for it.
         own = {"norm.weight"} if version == 3 else set()
         optional = OPTIONAL | ({"fc.bias"} if version == 1 else {"lm_head.weight"})
-        require_names(file, tensors.keys() - optional, {"fc.weight", *names.values(), *own})
+        require_names(file, pieces.keys() - optional, {"fc.weight", *names.values(), *own})
         config = _config(file, raw, target)
-        _require_config(file, config, tensors[names["query"]])
+        _require_config(file, config, pieces[names["query"]])
         hidden, shape = config.hidden_size, config.layers[0]
-        words = _words(file, tensors, target.vocab_size)
+        words = _words(file, pieces, target.vocab_size)
         vocabulary = target.vocab_size if words is None else len(words)
-        taps = _taps(file, raw, tensors["fc.weight"], target) if version == 3 else ()
+        taps = _taps(file, raw, pieces["fc.weight"], target) if version == 3 else ()
         read = len(taps) * target.hidden_size if version == 3 else 2 * hidden
         wanted = {"fc.weight": (hidden, read), "norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
         wanted |= {"embed_tokens.weight": (target.vocab_size, hidden), "fc.bias": (hidden,)}
         sizes = _shapes(hidden, shape, version)
-        wanted |= {name: sizes[piece] for piece, name in names.items()}
-        for name in wanted.keys() & tensors.keys():
-            require_shape(file, name, tensors[name], *wanted[name])
+        wanted |= {name: sizes[part] for part, name in names.items()}
+        for name in wanted.keys() & pieces.keys():
+            require_shape(file, name, pieces[name], *wanted[name])
         same_width = hidden == target.hidden_size
-        if not same_width and (version == 1 or not {"embed_tokens.weight", "lm_head.weight"} <= tensors.keys()):
+        if not same_width and (version == 1 or not {"embed_tokens.weight", "lm_head.weight"} <= pieces.keys()):
             raise UserError(f"{file}: the head is {hidden} wide, the target {target.hidden_size}")
+        bias = pieces.get("fc.bias")
         return cls(
-            version, config, tensors["fc.weight"], tensors.get("fc.bias"),
-            {piece: tensors[name] for piece, name in names.items()}, tensors.get("norm.weight"),
-            tensors.get("lm_head.weight"), words, tensors.get("embed_tokens.weight"), taps,
+            version, config, with_bias(pieces["fc.weight"], None if bias is None else bias.weight),
+            {part: pieces[name] for part, name in names.items()}, pieces.get("norm.weight"),
+            pieces.get("lm_head.weight"), words, pieces.get("embed_tokens.weight"), taps,
             _switch(file, raw, "norm_before_residual"),
         )  # fmt: skip
 
     def save(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write the authors' format.
+        """Write the authors' format; what is stored in blocks only hasten reads.
 
         Args:
             config: what else the configuration says; the fields of the layer's must be among it.
@@ -152,10 +156,11 @@ class EagleWeights:
             UserError: it cannot be written.
         """
         where, names = ("layers.0.", LAYER) if self.version == 1 else ("midlayer.", LAYER | PAIR)
-        tensors = {"fc.weight": self.fusion, **{where + names[piece]: weight for piece, weight in self.layer.items()}}
-        further = {"fc.bias": self.bias, "norm.weight": self.norm, "lm_head.weight": self.head}
-        further["embed_tokens.weight"] = self.embedding
-        tensors |= {name: tensor for name, tensor in further.items() if tensor is not None}
+        tensors: dict[str, Tensor | Piece] = {"fc.weight": self.fusion}
+        tensors |= {where + names[part]: piece for part, piece in self.layer.items()}
+        further = {"fc.bias": self.fusion.bias, "norm.weight": self.norm, "lm_head.weight": self.head}
+        further |= {"embed_tokens.weight": self.embedding}
+        tensors |= {name: each for name, each in further.items() if each is not None}
         said = self.config.vocab_size
         if self.words is not None:
             said = len(self.words)
@@ -185,7 +190,7 @@ def _config(file: Path, raw: dict[str, Any], target: ModelConfig) -> ModelConfig
         raise UserError(f"{file.with_name(CONFIG)}: {error}") from error
 
 
-def _require_config(file: Path, config: ModelConfig, query: Tensor) -> None:
+def _require_config(file: Path, config: ModelConfig, query: Piece) -> None:
     shape = config.layers[0]
     rows = shape.heads * shape.slots.key_width
     if query.shape[0] != rows:
@@ -204,13 +209,13 @@ def _shapes(hidden: int, shape: LayerConfig, version: int) -> dict[str, tuple[in
     }  # fmt: skip
 
 
-def _words(file: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> Tensor | None:
+def _words(file: Path, pieces: Mapping[str, Piece], vocabulary: int) -> Tensor | None:
     """The tokens of a head's rows: row i says token i + d2t[i].
 
     Raises:
         UserError: not ascending tokens of the target, or another set than t2d's.
     """
-    offsets, covered = tensors.get("d2t"), tensors.get("t2d")
+    offsets, covered = (pieces[name].weight if name in pieces else None for name in ("d2t", "t2d"))
     if offsets is None and covered is None:
         return None
     if offsets is None or offsets.dtype != torch.int64 or offsets.ndim != 1 or not len(offsets):
@@ -225,7 +230,7 @@ def _words(file: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> Tensor
     return words
 
 
-def _taps(file: Path, raw: dict[str, Any], fusion: Tensor, target: ModelConfig) -> tuple[int, ...]:
+def _taps(file: Path, raw: dict[str, Any], fusion: Piece, target: ModelConfig) -> tuple[int, ...]:
     """The layers of the target that are read.
 
     Raises:
@@ -236,7 +241,7 @@ def _taps(file: Path, raw: dict[str, Any], fusion: Tensor, target: ModelConfig) 
     taps = default_taps(layers) if given is None else given
     if not isinstance(taps, list | tuple) or not all(type(tap) is int and 0 <= tap < layers for tap in taps):
         raise UserError(f"{file.with_name(CONFIG)}: {AUX} {taps} must be layers of the target, which has {layers}")
-    if fusion.ndim != 2 or fusion.shape[1] != len(taps) * target.hidden_size:
+    if len(fusion.shape) != 2 or fusion.shape[1] != len(taps) * target.hidden_size:
         wanted = f"{len(taps)} states of {target.hidden_size}"
         raise UserError(f"{file}: fc.weight is {list(fusion.shape)}, and must read {wanted}")
     return tuple(taps)

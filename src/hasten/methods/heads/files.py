@@ -50,16 +50,19 @@ def read_pieces(file: Path) -> dict[str, Piece]:
     """All tensors of a file by name; those in blocks stay as they are stored.
 
     Raises:
-        UserError: it cannot be read, holds something else, or not a number.
+        UserError: it cannot be read, holds something else, not a number, or one tensor twice.
     """
-    pieces = {}
+    pieces: dict[str, Piece] = {}
     for name, tensor in read_tensors(file).items():
         plain, _, store = name.rpartition(".")
         if store in ROUNDED:
             require_finite(f"{file}: {name}", ROUNDED[store], tensor)
-            pieces[plain] = of_blocks(ROUNDED[store], tensor)
+            piece = of_blocks(ROUNDED[store], tensor)
         else:
-            pieces[name] = Piece(tensor)
+            plain, piece = name, Piece(tensor)
+        if plain in pieces:
+            raise UserError(f"{file} has {plain} more than once")
+        pieces[plain] = piece
     return pieces
 
 

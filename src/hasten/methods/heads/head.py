@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,15 +12,18 @@ from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target
 from hasten.errors import UserError
+from hasten.methods.heads.guesses import Guesses
 from hasten.methods.heads.shipped import shipped_head
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
+from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, TorchBackend
 from hasten.model.linear import Linear
 from hasten.model.native import NativeBackend
+from hasten.model.native.linear import Panels
 from hasten.model.native.rounding import Rounded
 from hasten.model.taps import Site
-from hasten.model.weights import HEAD, Piece
+from hasten.model.weights import HEAD, Piece, Pieces, Source
 
 FINAL: tuple[Site, int] = ("final_norm", 0)
 """What the target's own head reads."""
@@ -51,23 +54,32 @@ def backend_of(target: Decoder) -> Backend:
     return NativeBackend(target.dtype, own.layers or small, own.head or small)
 
 
-def linear_of(target: Decoder, piece: Piece) -> Linear:
+def linear_of(target: Decoder, piece: Piece, source: Source = HEAD) -> Linear:
     """A matrix of a head, by the backend of such; what is stored in blocks stays as it is."""
-    backend = target.backend if piece.stored else backend_of(target)
-    return backend.linear(piece.to(target.dtype), HEAD)
+    backend = backend_of(target)
+    if piece.stored and isinstance(backend, NativeBackend):
+        backend = NativeBackend(target.dtype)
+    return backend.linear(piece.to(target.dtype, target.device), source)
 
 
-def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities and tokens [..., ranks], likeliest first; fewer ranks where there are fewer words.
+def layer_of(
+    target: Decoder, config: ModelConfig, pieces: Mapping[str, Piece], without: frozenset[str] = frozenset()
+) -> Pieces:
+    """The one layer of a head's own, its matrices by `linear_of`.
 
     Args:
-        logits: [..., words].
-        words: int64 [words], their tokens; None where these are the same.
+        config: of the decoder that has it.
+        pieces, without: as `Pieces` has them.
     """
-    logits = logits.float()
-    best = logits.topk(min(ranks, logits.shape[-1]), -1)
-    probabilities = torch.exp(best.values - logits.logsumexp(-1, keepdim=True))
-    return probabilities, best.indices if words is None else words[best.indices]
+    matrices = {name: piece for name, piece in pieces.items() if len(piece.shape) == 2}
+    norms = {name: piece.to(target.dtype, target.device) for name, piece in pieces.items() if name not in matrices}
+    linears = {name: linear_of(target, piece, Source(name, 0)) for name, piece in matrices.items()}
+    return Pieces(config, 0, norms, linears, without)
+
+
+def logits_of(output: Linear, rows: Tensor) -> Tensor:
+    """[rows, words]; float32 where the matrix is native, which rounds them only for rows of another dtype."""
+    return output.forward(rows.float() if isinstance(output, Panels) else rows)
 
 
 def own_head(slug: str) -> Any:
@@ -96,11 +108,12 @@ class HeadDrafter(Drafter):
     """Drafts from a state per request, of all requests at once.
 
     Args:
+        guesses: children of its nodes.
         sizing: cuts drafts to what pays; None leaves them whole.
     """
 
-    def __init__(self, sizing: Sizing | None = None) -> None:
-        self.sizing = sizing
+    def __init__(self, guesses: Guesses, sizing: Sizing | None = None) -> None:
+        self.guesses, self.sizing = guesses, sizing
 
     @abstractmethod
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
@@ -136,6 +149,7 @@ class HeadDrafter(Drafter):
         ]
         if read:
             known, allowed = zip(*read, strict=True)
+            self.guesses.begin(known)
             with torch.inference_mode():
                 made = self.draft(known, self.states(known), allowed)
             if self.sizing is not None:
@@ -144,10 +158,12 @@ class HeadDrafter(Drafter):
         return [drafts[request.id] for request in requests]
 
     def observe(self, request: Request, seen: Observation) -> None:
+        self.guesses.observe(request, seen)
         if self.sizing is not None:
             self.sizing.learn(request, seen)
 
     def end(self, request: Request) -> None:
+        self.guesses.end(request)
         if self.sizing is not None:
             self.sizing.end(request)
 
@@ -159,13 +175,13 @@ class StateDrafter(HeadDrafter):
 
     Args:
         target: the network.
-        sizing: see `HeadDrafter`.
+        guesses, sizing: see `HeadDrafter`.
     """
 
     taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
 
-    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
-        super().__init__(sizing)
+    def __init__(self, target: Decoder, guesses: Guesses, sizing: Sizing | None = None) -> None:
+        super().__init__(guesses, sizing)
         self._states: dict[int, Tensor] = {}
         self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hasten.errors import UserError
 from hasten.methods.heads.files import require_names, require_shape
-from hasten.methods.heads.head import backend_of
+from hasten.methods.heads.head import backend_of, layer_of
 from hasten.methods.heads.pieces import stacked
 from hasten.model import Decoder, LayerConfig
 from hasten.model.assembly import assemble
@@ -45,17 +45,17 @@ def prefix_network(target: Decoder, prefix: Mapping[str, Piece], folder: Path) -
     require_shape(folder, NORM, prefix[NORM], hidden)
     pieces = {}
     for piece, names in NAMES.items():
-        parts = [prefix[_weight(name)].to(target.dtype) for name in names]
-        pieces[piece] = parts[0] if len(parts) == 1 else stacked(parts).to(target.dtype)
+        parts = [prefix[_weight(name)] for name in names]
+        pieces[piece] = parts[0] if len(parts) == 1 else stacked(parts)
     queries, keys = (prefix[_weight(name)].shape[0] for name in NAMES["qkv"][:2])
     if queries % width or keys % width or not keys or queries % keys:
         raise UserError(f"{folder}: queries of {queries} and keys of {keys} channels are no heads of {width}")
     shape = LayerConfig.attention(queries // width, keys // width, width, pieces["down"].shape[1])
     config = replace(target.config, layers=(shape,), rope_axes=(), diffusion=None)
-    outside = {"embedding": Piece(target.embedding), "norm": prefix[NORM].to(target.dtype)}
+    outside = {"embedding": Piece(target.embedding), "norm": prefix[NORM].to(target.dtype, target.device)}
     return assemble(
         config,
-        [Pieces(config, None, outside, {"head": target.head}), Pieces(config, 0, pieces)],
+        [Pieces(config, None, outside, {"head": target.head}), layer_of(target, config, pieces)],
         backend_of(target),
         target.cache_dtype,
     )

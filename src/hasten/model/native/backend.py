@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int64
-from math import isnan
+from ctypes import c_int64
 from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hasten.errors import UserError
 from hasten.model.config import Slots
-from hasten.model.decoder import NOT_FINITE, Decoder, compose
+from hasten.model.decoder import Decoder, compose
 from hasten.model.gate import Gate, compose_gated
 from hasten.model.layers import (
     LONELY,
@@ -243,49 +241,6 @@ class NativeBackend:
                 taps.put(site, layer, state.to(model.dtype))
         return logits
 
-    @torch.inference_mode()
-    def chain(
-        self,
-        model: Decoder,
-        sequence: SequenceState,
-        token: int,
-        position: int,
-        vocabulary: int,
-        most: int,
-        confidence: float,
-    ) -> list[tuple[int, float]]:
-        """A greedy draft in one call: what follows `token` in a sequence, token by token; for models that it `runs`.
-
-        Args:
-            sequence: its committed rows stand before `token`, in plain memory; the chain's rows are left pending.
-            token, position: the chain's first row.
-            vocabulary: tokens that may be chosen, from 0 on.
-            most: how many to draft.
-            confidence: the chain ends when all of it together has less probability.
-
-        Returns:
-            Tokens and their probabilities.
-
-        Raises:
-            IndexError: the embedding does not have `token`.
-            UserError: logits that are not finite.
-        """
-        loaded, described = library(), self.describe(model)
-        assert loaded is not None and described is not None
-        sequence.begin(torch.arange(position, position + most))
-        span, plain = self._span(described, Span(sequence, 0, 1), 1, None)
-        assert plain
-        tokens, probabilities = (c_int64 * most)(), (c_float * most)()
-        count = loaded.hasten_chain(
-            *(ctypes.addressof(described), team(), ctypes.addressof(span), token, position, vocabulary),
-            *(most, confidence, ctypes.addressof(tokens), ctypes.addressof(probabilities)),
-        )
-        if count < 0:
-            raise IndexError(f"token id {token} is not below {model.embedding.shape[0]}, the size of the vocabulary")
-        if count and isnan(probabilities[count - 1]):
-            raise UserError(NOT_FINITE)
-        return list(zip(tokens[:count], probabilities[:count], strict=True))
-
     def spans(self, model: ModelStruct, rows: Rows) -> tuple[ctypes.Array[SpanStruct], list[Span], list[Tensor]]:
         """Spans that a pass begins with; those whose slots are not plain memory; masks, which must stay alive."""
         masks: list[Tensor] = []
@@ -297,12 +252,12 @@ class NativeBackend:
             if mask is not None:
                 masks.append(mask.contiguous())
             address = masks[-1].data_ptr() if mask is not None else None
-            spans[index], plain = self._span(model, span, span.sequence.pending, address)
+            spans[index], plain = self.span(model, span, span.sequence.pending, address)
             if not plain:
                 opaque.append(span)
         return spans, opaque, masks
 
-    def _span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
+    def span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
         slots = self._slots.get(span.sequence)
         if slots is None:

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "forward.h"
 #include "grouped.h"
+#include "draft.h"
 #undef NAME
 #undef LEVEL
 #undef NEON

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from hasten.errors import UserError
 from hasten.methods.heads.eagle_format import LAYER, PAIR, EagleWeights, default_taps, layer_fields
 from hasten.methods.heads.head import FINAL
+from hasten.methods.heads.pieces import require_store, rounded
 from hasten.model import Decoder
 from hasten.model.layers import Attention, GatedMLP
+from hasten.model.weights import Piece
 from hasten.train.heads.eagle_network import EagleLayer
 from hasten.train.heads.recipe import Dialogues, HeadBatch, HeadRecipe
 from hasten.train.heads.states import Tap
@@ -65,9 +67,11 @@ class EagleRecipe(HeadRecipe[EagleTraining]):
     """Attributes beside those of all heads:
 
     precision: `bf16` of products, or `fp32`.
+    store: what matrices are rounded to in the end: `bf16` (they are not, as the authors have it), `q8_0`, `q4_1`.
     """
 
     precision: str = "bf16"
+    store: str = "q8_0"
 
     version: ClassVar[int]
 
@@ -75,6 +79,7 @@ class EagleRecipe(HeadRecipe[EagleTraining]):
         super().__post_init__()
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}")
+        require_store(self.store)
 
     @property
     def trains_head(self) -> bool:
@@ -122,16 +127,20 @@ class EagleRecipe(HeadRecipe[EagleTraining]):
 
     def export(self, model: EagleTraining, folder: Path) -> None:
         shares = self.accuracy(model, Dialogues(Path(self.data), self.states))
-        kept = {name: parameter.detach().bfloat16() for name, parameter in model.weights.items()}
+        kept = {name: self._stored(parameter) for name, parameter in model.weights.items()}
         names = LAYER | (PAIR if self.version == 3 else {})
-        head = None if model.head is None else model.head.detach().bfloat16()
+        head = None if model.head is None else self._stored(model.head)
         layers = tuple(layer for site, layer in self.taps(len(model.config.layers))[:-1])
         made = EagleWeights(
-            self.version, model.config, kept["fusion"], None, {name: kept[name] for name in names}, kept.get("norm"),
+            self.version, model.config, kept["fusion"], {name: kept[name] for name in names}, kept.get("norm"),
             head, model.words, None, layers if self.version == 3 else (),
         )  # fmt: skip
         told = {"target": Path(self.parent).name, "accuracy": shares}
         made.save(folder, layer_fields(model.config) | told)
+
+    def _stored(self, weight: Tensor) -> Piece:
+        """A matrix as it is to be stored; norms stay bf16."""
+        return rounded(weight, self.store if weight.ndim == 2 else "bf16")
 
 
 def entering(model: EagleTraining, batch: HeadBatch) -> Tensor:
