@@ -8,12 +8,13 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
+from hasten.cli.train_joint import Joint
 from hasten.errors import UserError
 from hasten.files import cache_folder
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from hasten.train.heads.states import Tap
 
 app = typer.Typer()
+SomeRecipe = TypeVar("SomeRecipe", bound="HeadRecipe[Any]")
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of the heads (default: beside the model, found there).")
@@ -160,16 +162,30 @@ class Fitting:
             output: their folder; None for that beside the model.
         """
         from hasten.methods.heads.head import beside
-        from hasten.train.trainer import train
 
         destination = output or beside(llm.folder, slug)
+        _, summary = self.run(recipe, llm, data, taps, destination)
+        conclude(destination, llm, summary, data.dialogues, self.json)
+
+    def run(
+        self, recipe: SomeRecipe, llm: LLM, data: Data, taps: Sequence[Tap], destination: Path
+    ) -> tuple[SomeRecipe, dict[str, Any]]:
+        """Make what is missing of the data, and train on it.
+
+        Args:
+            recipe: without its data and tokens.
+
+        Returns:
+            The recipe with both, and the run's summary.
+        """
+        from hasten.train.trainer import train
+
         budget = data.clock(destination)
         folder, rows = data.make(llm, taps, recipe.states, self.json, budget)
         run = replace(recipe, tokens=max(1, int(self.epochs * rows)), data=str(folder))
         if budget is not None:
             run = budget.cut(run)
-        summary = train(run, destination, self.resume)
-        conclude(destination, llm, summary, data.dialogues, self.json)
+        return run, train(run, destination, self.resume)
 
 
 def conclude(folder: Path, llm: LLM, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
@@ -191,23 +207,30 @@ def medusa(
     model: options.Model = "smollm2",
     output: Output = None,
     speaking: Speaking = Speaking(),
+    joint: Joint = Joint(),
     fitting: Fitting = Fitting(),
     data: Data = Data(),
     backend: options.Backend = "auto",
     threads: options.Threads = 0,
 ) -> None:
-    """Train Medusa's heads for a model, on what it says itself (2401.10774).
+    """Train Medusa's heads for a model, on what it says itself (2401.10774); perhaps the model with them (Medusa-2).
 
     Everything is kept: after Ctrl-C the same command goes on.
     """
     llm = options.Loading(backend=backend, threads=threads).load(model)
 
-    from hasten.methods.heads.head import FINAL
+    from hasten.methods.heads.head import FINAL, beside
     from hasten.train.heads.medusa import MedusaRecipe
 
     # Refuses what cannot be before anything is made.
-    recipe = MedusaRecipe(parent=str(llm.folder), **asdict(speaking), **fitting.schedule)
-    fitting.train(recipe, llm, "medusa", data, (FINAL,), output)
+    settings = {"parent": str(llm.folder), **asdict(speaking), **fitting.schedule}
+    if not joint.joint:
+        fitting.train(MedusaRecipe(**settings), llm, "medusa", data, (FINAL,), output)
+        return
+    recipe, folder = joint.recipe(output, **settings)
+    recipe, summary = fitting.run(recipe, llm, data, (FINAL,), folder)
+    made = joint.conclude(llm, folder, recipe, summary, fitting.json)
+    conclude(beside(folder, "medusa"), made, summary, data.dialogues, fitting.json)
 
 
 @app.command()

@@ -19,6 +19,8 @@ from hasten.train.tokenizer import load_tokenizer
 
 LEAST_CONTEXT = 64
 """Below, the shortest examples of the tasks would not fit."""
+TIMES = "times"
+"""Of an optimiser's group that learns at another rate than the run's: so many times as fast."""
 SHORT = 0.1
 """Difficulty in the opening."""
 

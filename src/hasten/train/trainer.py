@@ -24,7 +24,7 @@ from hasten.documents import dumps
 from hasten.errors import Interrupted, UserError
 from hasten.files import replacing, write_text, writing
 from hasten.model.checkpoint import read_json
-from hasten.train.recipe import AnyRecipe, Trained
+from hasten.train.recipe import TIMES, AnyRecipe, Trained
 
 CHECKPOINT, SUMMARY = "training.pt", "training.json"
 LOG_SECONDS = 20
@@ -62,7 +62,7 @@ class Trainer:
         rate = self.recipe.learning_rate(progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get(TIMES, 1.0)
         # A function of what was trained on so far, so that a resumed run draws the same noise.
         generator = torch.Generator().manual_seed((self.recipe.seed << 40) + self.tokens)
         loss = self.recipe.loss(self.model, batch, progress, generator)
