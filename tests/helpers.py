@@ -84,10 +84,10 @@ def stopped_at(number: int, stop: Callable[[], None], error: type[BaseException]
     """Before a training's step of this number `stop` is called; what stands inside ends with the error."""
     step, numbers = Trainer.step, count(1)
 
-    def counted(self: Trainer, batch: Batch) -> None:
+    def counted(self: Trainer, batches: Sequence[Batch]) -> None:
         if next(numbers) == number:
             stop()
-        step(self, batch)
+        step(self, batches)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
         patch.setattr(Trainer, "step", counted)

@@ -34,6 +34,9 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of the heads (default: beside the model, found there).")
 ]
 
+BatchesPerStep = Annotated[
+    int, typer.Option(help="Batches of a step, which processes share (`torchrun`); 0: one for each process.")
+]
 Store = Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")]
 
 
@@ -74,13 +77,15 @@ class Talk:
         Raises:
             UserError: unreadable prompts, or what is there was made in another way.
         """
+        from hasten.train import processes
         from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
         from hasten.train.heads.recipe import DIALOGUES
 
         how = Writing(self.dialogues, answer=self.answer)
         prompts = None if self.prompts is None else read_prompts(self.prompts)
         folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
-        with options.progress("asking", how.count, quiet=quiet) as advance:
+        quiet = quiet or not processes.first()
+        with processes.first_alone(), options.progress("asking", how.count, quiet=quiet) as advance:
             enough = (lambda: False) if budget is None else (lambda: budget.talked)
             return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance, enough)
 
@@ -101,13 +106,22 @@ class Data(Talk):
             UserError: unreadable prompts, or what is there was made in another way.
         """
         from hasten.engine.memory import parse_bytes
+        from hasten.train import processes
         from hasten.train.heads.states import read_states
 
         most = parse_bytes(self.states_bytes, "states-bytes")
         folder, dialogues = self.write(llm, quiet, budget)
-        with options.progress("reading", len(dialogues), quiet=quiet) as advance:
+        quiet = quiet or not processes.first()
+        with processes.first_alone(), options.progress("reading", len(dialogues), quiet=quiet) as advance:
             read = read_states(llm, dialogues, taps, folder / states, most, advance)
         return folder, len(read.tokens)
+
+
+def batches_of_step(asked: int) -> int:
+    """As many as asked for; of 0 as many as there are processes."""
+    from hasten.train import processes
+
+    return asked or processes.count()
 
 
 def _digest(how: Writing, prompts: Sequence[str] | None) -> str:
@@ -139,6 +153,7 @@ class Fitting:
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0
+    batches_per_step: BatchesPerStep = 0
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     json: options.Json = False
 
@@ -149,7 +164,10 @@ class Fitting:
     @property
     def schedule(self) -> dict[str, Any]:
         """What a recipe takes of it; how many tokens it is follows from the data."""
-        return {"tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed}
+        return {
+            "tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed,
+            "batches_per_step": batches_of_step(self.batches_per_step),
+        }  # fmt: skip
 
     def train(
         self, recipe: HeadRecipe[Any], llm: LLM, slug: str, data: Data, taps: Sequence[Tap], output: Path | None
@@ -189,10 +207,13 @@ class Fitting:
 
 
 def conclude(folder: Path, llm: LLM, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
-    """Write what a run was into its card, and say where its heads are."""
+    """Write what a run was into its card, and say where its heads are: the first of several processes does."""
     from hasten.model.fingerprint import fingerprint
+    from hasten.train import processes
     from hasten.train.heads.recipe import write_card
 
+    if not processes.first():
+        return
     command = shlex.join(["hasten", *sys.argv[1:]])
     write_card(folder, fingerprint(llm.model), summary, dialogues, command)
     if json:
@@ -220,6 +241,7 @@ def medusa(
     llm = options.Loading(backend=backend, threads=threads).load(model)
 
     from hasten.methods.heads.head import FINAL, beside
+    from hasten.train import processes
     from hasten.train.heads.medusa import MedusaRecipe
 
     # Refuses what cannot be before anything is made.
@@ -229,6 +251,8 @@ def medusa(
         return
     recipe, folder = joint.recipe(output, **settings)
     recipe, summary = fitting.run(recipe, llm, data, (FINAL,), folder)
+    if not processes.first():
+        return
     made = joint.conclude(llm, folder, recipe, summary, fitting.json)
     conclude(beside(folder, "medusa"), made, summary, data.dialogues, fitting.json)
 

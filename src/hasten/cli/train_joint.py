@@ -46,12 +46,7 @@ class Joint:
 
         if output is None:
             raise UserError("medusa: --joint makes another model, so --output must say where")
-        own: dict[str, Any] = {
-            "rank": self.rank,
-            "opening": self.opening,
-            "base_lr": self.base_lr,
-            "weight": self.weight,
-        }
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("rank", "opening", "base_lr", "weight")}
         return JointRecipe(**own, **settings), output
 
     def conclude(self, llm: LLM, folder: Path, recipe: JointRecipe, summary: Mapping[str, Any], json: bool) -> LLM:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +20,11 @@ from hasten import LLM, SamplingParams
 from hasten.bench.divergence import divergence
 from hasten.errors import Interrupted, UserError
 from hasten.model import Decoder, load_model
-from hasten.model.checkpoint import resolve
 from hasten.model.linear import DenseLinear
 from hasten.train.heads.adapted import Adapted, LowRank, write_adapted
 from hasten.train.heads.dialogues import read_dialogues
 from hasten.train.heads.joint import JointNetwork, JointRecipe
-from hasten.train.heads.recipe import DIALOGUES, Dialogues, HeadBatch, is_held_out
+from hasten.train.heads.recipe import DIALOGUES, HeadBatch, is_held_out
 from hasten.train.trainer import train
 from helpers import stopped_at
 
@@ -156,10 +154,8 @@ def test_the_loss_is_kl_and_what_heads_say_with_the_weight_asked_for(
 
     alone, little, much = gradient(0.0), gradient(0.1), gradient(0.4)
     # What heads add is in proportion.
-    torch.testing.assert_close(
-        4 * (little - alone), much - alone, atol=0.05 * float((much - alone).abs().max()), rtol=0.3
-    )
-    assert math.sin(math.pi / 2 * 0.5) > 0 and (much - alone).norm() > 0
+    added, more = little - alone, much - alone
+    assert more.norm() > 0 and (4 * added - more).norm() < 0.2 * more.norm()
 
 
 def test_interrupted_and_resumed_it_is_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -200,4 +196,3 @@ def test_what_cannot_be_asked(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=told):
             recipe(folder, **settings)
-    assert resolve("tiny").is_dir() and Dialogues(folder, JointRecipe.states).held_out
