@@ -18,6 +18,9 @@ from hasten.engine import Target
 from hasten.engine.creation import create
 from hasten.errors import Interrupted, UserError
 from hasten.methods.heads.eagle import Eagle
+from hasten.model import Decoder, load_model
+from hasten.model.checkpoint import resolve
+from hasten.model.layers import Attention, GatedMLP
 from hasten.train.heads.dialogues import read_dialogues
 from hasten.train.heads.eagle import Eagle1Recipe, Eagle3Recipe, EagleRecipe, entering
 from hasten.train.heads.recipe import DIALOGUES, Dialogues, HeadBatch
@@ -78,6 +81,23 @@ def by_hand(model: Any, states: Tensor, batch: HeadBatch, row: int, steps: int) 
         normed = norm(x, w["mlp_norm"])
         outs.append(x + w["down"] @ (F.silu(w["gate"] @ normed) * (w["up"] @ normed)))
     return outs
+
+
+def test_the_third_begins_as_the_last_layer_and_the_first_as_one_that_adds_nothing(folder: Path) -> None:
+    target = load_model(resolve("tiny"), "float32", backend="torch")
+    assert isinstance(target, Decoder)
+    last, hidden = target.layers[-1], target.config.hidden_size
+    assert isinstance(last.mixer, Attention) and isinstance(last.mlp, GatedMLP)
+    third, data = recipe(3, folder).begin(folder)
+    own = torch.cat([third.weights[name][:, hidden:] for name in ("query", "key", "value")])
+    assert torch.equal(own, last.mixer.qkv.dequant()) and torch.equal(third.weights["down"], last.mlp.down.dequant())
+    first, data = recipe(1, folder).begin(folder)
+    batch = data.batch(data.trained[:2])
+    with torch.no_grad():
+        rows, outputs = next(first.roll(entering(first, batch), batch, 1))
+        fused = torch.cat([first.embedding[batch.ids[rows + 1]], batch.states[rows, 0]], -1)
+        torch.testing.assert_close(outputs, fused @ first.weights["fusion"].T)
+    assert all(first.weights[name].std() > 0 for name in ("query", "key", "value", "gate", "up", "fusion"))
 
 
 @pytest.mark.parametrize("version", RECIPES)
