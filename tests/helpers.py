@@ -33,8 +33,9 @@ from transformers import (
 
 from hasten.engine import ROOT, Draft, Drafter
 from hasten.llm import Completion, Generation
+from hasten.methods.drafters import lud
 from hasten.methods.heads.chimera_weights import NAMES, ChimeraWeights, LayerWeights
-from hasten.methods.heads.eagle_format import LAYER, EagleWeights, layer_fields
+from hasten.methods.heads.eagle_format import LAYER, EagleWeights, default_taps, layer_fields
 from hasten.methods.heads.hidden_transfer import Transfer
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
@@ -201,11 +202,18 @@ def save_heads(folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
     weight = model.lm_head.weight.detach()
     save_medusa(folder / "heads" / "medusa", weight)
-    save_hydra(folder / "heads" / "hydra", weight, carries=fitted_carries(model))
+    carries, prefix = fitted_carries(model), prefix_layer(model.config)
+    with torch.no_grad():
+        # Its output is near what it reads.
+        for each in (prefix.layers[0].self_attn.o_proj, prefix.layers[0].mlp.down_proj):
+            each.weight.mul_(0.02)
+    save_hydra(folder / "heads" / "hydra", weight, carries=carries)
+    save_hydra(folder / "heads" / "hydra-prefix", weight, carries=carries, prefix=prefix)
     save_ppd(folder / "heads" / "ppd", weight.shape[1])
     save_hidden_transfer(folder / "heads" / "hidden-transfer", weight.shape[1])
     save_chimera(folder / "heads" / "chimera", model)
     save_eagle(folder)
+    save_lud(folder, weight.shape[1])
 
 
 ACCURACY = ((0.6, 0.2, 0.1), (0.4, 0.2, 0.1), (0.3, 0.1, 0.1))
@@ -283,6 +291,12 @@ def save_ppd(folder: Path, hidden: int) -> None:
     PromptTokens(vectors, accuracy=ACCURACY).save(folder, {})
 
 
+def save_lud(folder: Path, hidden: int) -> None:
+    """Three placeholders that were never trained."""
+    vector = torch.randn(hidden, generator=torch.Generator().manual_seed(5))
+    lud.save_placeholder(vector, 3, folder / lud.FILE)
+
+
 @torch.inference_mode()
 def save_chimera(
     folder: Path, model: LlamaForCausalLM, words: Tensor | None = None, wide: bool = False
@@ -315,7 +329,10 @@ def save_chimera(
 
 
 def save_eagle(folder: Path) -> None:
-    """Beside a checkpoint whose norms are ones, a head whose layer is the target's first, more or less."""
+    """Beside a checkpoint whose norms are ones, heads whose layer is the target's first, more or less: of both kinds.
+
+    That of EAGLE-3, `eagle-3`, reads next to nothing but the token.
+    """
     target, config = LlamaForCausalLM.from_pretrained(folder).state_dict(), read_config(folder)
     noise, hidden = torch.Generator().manual_seed(6), config.hidden_size
     layer = {piece: target[f"model.layers.0.{name}"] for piece, name in LAYER.items()}
@@ -324,6 +341,15 @@ def save_eagle(folder: Path) -> None:
     fusion = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1)
     made = EagleWeights(1, config, Piece(fusion), near, None, None, None, None)
     made.save(folder / "heads" / "eagle", layer_fields(config))
+    layer |= {
+        piece: torch.cat([layer[piece], torch.zeros_like(layer[piece])], 1) for piece in ("query", "key", "value")
+    }
+    layer |= {norm: torch.ones(hidden) for norm in ("token_norm", "mixer_norm")}
+    taps = default_taps(len(config.layers))
+    fusion = 0.02 * torch.randn(hidden, len(taps) * hidden, generator=noise)
+    pieces = {name: Piece(weight) for name, weight in layer.items()}
+    made = EagleWeights(3, config, Piece(fusion), pieces, Piece(torch.ones(hidden)), None, None, None, taps)
+    made.save(folder / "heads" / "eagle-3", layer_fields(config))
 
 
 def save_hidden_transfer(folder: Path, hidden: int) -> None:

@@ -75,6 +75,11 @@ def test_eagle_is_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mon
     assert len(told["accuracy"]) == 4 and made["parameters"] > 0 and "eagle" in str(told["training"]["command"])
     ran = hasten("verify", "--model", "tiny", "--method", f"eagle:head={head}", "--per-task", "1", "--max-tokens", "8")
     assert ran.status == 0 and "identical" in ran.out
+    # Medusa's states are among those of EAGLE-3.
+    hasten(*FEW, "--output", str(tmp_path / "other"), "--heads", "1", "--epochs", "0.1")
+    assert (tmp_path / "other" / "model.safetensors").exists()
+    kept = [file.name for file in (tmp_path / "cache" / "dialogues").glob("*/*.bin")]
+    assert kept == ["final_norm.bin" if version == "1" else "eagle3.bin"]
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,18 @@ VARIANTS = {
         "specmemo:budget=64MiB,nodes=12,drafter=aded:shared=false",
     ],
     "chimera": ["chimera:nodes=12,least=0,sized=false", "chimera:tree=static,nodes=30,ranks=3,width=6,sized=false"],
-    "eagle": ["eagle:nodes=12,depth=4,least=0,sized=false", "eagle:tree=chain,depth=6,least=0,sized=false"],
-    "hydra": ["hydra:nodes=12,least=0,sized=false", "hydra:tree=static,nodes=30,ranks=3,width=4,sized=false"],
+    # The head beside the model is EAGLE-1's. Folders are seen from the model's own (conftest.py).
+    "eagle": [
+        "eagle:nodes=12,depth=4,least=0,sized=false",
+        "eagle:tree=chain,depth=6,least=0,sized=false",
+        "eagle:head=heads/eagle-3,nodes=12,depth=4,least=0,sized=false",
+    ],
+    # With a prefix layer they are Hydra++'s.
+    "hydra": [
+        "hydra:nodes=12,least=0,sized=false",
+        "hydra:tree=static,nodes=30,ranks=3,width=4,sized=false",
+        "hydra:head=heads/hydra-prefix,nodes=12,least=0,sized=false",
+    ],
     "medusa": ["medusa:nodes=12,sized=false", "medusa:tree=static,nodes=30,sized=false"],
     "hidden-transfer": ["hidden-transfer:sized=false", "hidden-transfer:sized=false,nodes=30,rows=90,ranks=20"],
     "ppd": ["ppd:sized=false", "ppd:sized=false,nodes=30,rows=90,ranks=20"],

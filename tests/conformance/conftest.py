@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from cases import PROMPTS, params
@@ -26,6 +27,12 @@ def free_rows() -> Iterator[None]:
         patch.setattr(Typical, "add", count)
         patch.setattr(auto, "verify_cost", lambda model, folder: VerifyCost((1, 2, 64), (64,), ((1, 1.001, 1.01),), 0))
         yield
+
+
+@pytest.fixture(autouse=True)
+def beside_heads(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods whose heads a case names find them: `heads/...` is below the model's folder."""
+    monkeypatch.chdir(tiny)
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ class Written:
 
     def model(self, name: str, model: Decoder) -> None:
         """A prompt, a tree behind it, and a chain behind both."""
-        described = model.backend._describe(model)  # type: ignore[attr-defined]
+        described = model.backend.describe(model)  # type: ignore[attr-defined]
         for part in (described, model.embedding, *(each for each in described.kept if each is not None)):
             self.calls.add(part)
         for piece in (model.head, *(piece for layer in model.layers for piece in matrices(layer))):

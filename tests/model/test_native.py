@@ -17,6 +17,7 @@ from hasten.model.layers import RMSNorm
 from hasten.model.linear import DenseLinear
 from hasten.model.loading import read_config
 from hasten.model.native import library, refusal
+from hasten.model.native.drafting import chain
 from hasten.model.native.library import LIBRARY
 from hasten.model.native.linear import PanelLinear
 from hasten.model.native.structs import STRUCTS
@@ -361,14 +362,14 @@ def test_norms_of_heads_that_overflow(make_checkpoint):
 def test_a_chain_ends_where_logits_are_not_finite(model):
     cache = Cache(model.config.layers, model.cache_dtype, model.device)
     sequence = behind(model, cache, 5)
-    sound = model.backend.chain(model, sequence, 3, 5, 97, 6, 0.0)
+    sound = chain(model, sequence, 3, 5, 97, 6, 0.0)
     assert len(sound) == 6
     later = sound[2][0]
     kept = model.embedding[later].clone()
     try:
         model.embedding[later] = 1e30
         with pytest.raises(UserError, match="the model's logits are not finite"):
-            model.backend.chain(model, sequence, 3, 5, 97, 6, 0.0)
+            chain(model, sequence, 3, 5, 97, 6, 0.0)
     finally:
         model.embedding[later] = kept
-    assert model.backend.chain(model, sequence, 3, 5, 97, 6, 0.0) == sound
+    assert chain(model, sequence, 3, 5, 97, 6, 0.0) == sound

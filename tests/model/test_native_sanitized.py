@@ -29,6 +29,7 @@ from instruction_sets import INSTRUCTION_SETS, chosen
 from hasten.cache import Cache
 from hasten.model import Rows, Span, Taps, load_model
 from hasten.model.native.blocks import KINDS, BlockLinear
+from hasten.model.native.drafting import Growth, Root, grow
 from hasten.model.native.linear import BLOCK_FORMATS, FORMATS, PanelLinear
 
 def linear_of(format, outputs):
@@ -57,10 +58,28 @@ def examine(folders):
             cache = Cache(model.config.layers, model.cache_dtype, model.device)
             for _ in range(6):
                 step(model, cache)
-            model.embedding[3] = random.choice(EXTREME)
+                grow_trees(model, cache, 1.0)
+            extreme = random.choice(EXTREME)
+            model.embedding[3] = extreme
             step(model, cache, sound=False)
+            grow_trees(model, cache, extreme)
 
 EXTREME = (torch.nan, torch.inf, -torch.inf, 1e38, -3e38, 1e20, 1e-38, 1e-45)
+
+def grow_trees(model, cache, scale):
+    roots, width = [], random.randint(1, 5)
+    for _ in range(random.randint(1, 3)):
+        sequence, length = cache.sequence(), random.choice([0, 1, 15, 16, 17, 63, 64, 65, 130])
+        if length:
+            model.forward(Rows.of(sequence, [5] * length, 0), [0])
+            sequence.commit(length)
+        state, sizes = scale * torch.randn(model.config.hidden_size), (random.randint(1, 20), random.randint(1, 6))
+        roots.append(Root(sequence, state, length - 1, *sizes, random.sample(range(90), 2)))
+    norm, words = torch.ones(model.config.hidden_size), torch.arange(model.config.vocab_size).flip(0)
+    norm, words, least = random.choice([norm, None]), random.choice([words, None]), random.choice([0, 0.1])
+    growth = Growth(None, norm, words, width, width, least)
+    for root, tree in zip(roots, grow(model, growth, roots), strict=True):
+        assert len(tree.tokens) <= root.nodes and all(parent < node for node, parent in enumerate(tree.parents))
 
 def step(model, cache, sound=True):
     spans, tokens, positions, start = [], [], [], 0

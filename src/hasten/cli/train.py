@@ -17,6 +17,7 @@ from hasten.cli import (
     train_drafters,
     train_heads,
     train_learn2pd,
+    train_lud,
     train_probes,
 )
 from hasten.cli.groups import grouped
@@ -31,6 +32,7 @@ app.add_typer(train_heads.app)
 app.add_typer(train_chimera.app)
 app.add_typer(train_probes.app)
 app.add_typer(train_drafters.app)
+app.add_typer(train_lud.app)
 
 
 @app.callback()

@@ -15,7 +15,7 @@ import typer
 from hasten.cli import options
 
 if TYPE_CHECKING:
-    from hasten.train.recipe import Recipe
+    from hasten.train.recipe import AnyRecipe
 
 WriteCard = Callable[[Path, dict[str, Any], str, int, Callable[[int], None]], Path]
 """Folder, summary, command, held-out examples of each task, and what is told of each task that was decoded."""
@@ -32,7 +32,7 @@ class Run:
 
     def train(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         output: Path,
         write_card: WriteCard,
         decodings: int = 1,

@@ -54,9 +54,10 @@ class Placement:
                 except UserError as error:
                     if self._prefixes.evict():
                         continue
-                    if isinstance(request.decoding, Speculation) and request.decoding.drafted:
+                    decoding = request.decoding
+                    if isinstance(decoding, Speculation) and decoding.drafted and not decoding.draft.trusted:
                         # Before anybody makes place for it.
-                        request.decoding.draft = Draft()
+                        decoding.draft = Draft()
                         continue
                     victim = self._victim(request)
                     if victim is None:

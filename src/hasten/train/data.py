@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class Document:
         """Prompt, answer and end of an example."""
         prompt = encode(example.prompt)
         return cls([*prompt, *encode(example.answer), end], len(prompt))
+
+
+SomeDocument = TypeVar("SomeDocument", bound=Document)
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,9 @@ def batches(documents: Sequence[Document], batch_tokens: int, end: int, rng: ran
     return made
 
 
-def group(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:
+def group(documents: Sequence[SomeDocument], batch_tokens: int) -> Iterator[list[SomeDocument]]:
     """Cut a list sorted by length where `rows * longest` would pass the budget."""
-    rows: list[Document] = []
+    rows: list[SomeDocument] = []
     for document in documents:
         if rows and (len(rows) + 1) * len(document.ids) > batch_tokens:
             yield rows

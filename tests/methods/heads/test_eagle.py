@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,30 @@ def test_a_nodes_estimate_is_that_of_its_path(llm: LLM, drafter: Eagle) -> None:
     # Asked once more, it says the same.
     assert drafter.propose(request, 64).tokens == draft.tokens
     llm.engine.abort(request)
+
+
+@pytest.mark.parametrize("shape", ["nodes=20,depth=4,beam=3", "nodes=6,depth=5,beam=2", "nodes=9,tree=chain,depth=6"])
+def test_one_native_call_grows_the_trees_that_are_composed(llm: LLM, tmp_path: Path, shape: str) -> None:
+    config = llm.model.config
+    for number, head in enumerate(HEADS.values()):
+        folder = tmp_path / str(number)
+        random_head(config, **head).save(folder, layer_fields(config))
+        for least in (0, 0.3):
+            drafter = made(llm, f"eagle:head={folder},{shape},least={least},sized=false")
+            growth = drafter._growth
+            asked = [ASKED, replace(ASKED, stop_token_ids=[*range(0, 150, 2)]), replace(ASKED, max_tokens=3)]
+            prompts = [PROMPT, [*range(30, 70)], [7, 8]]
+            requests = [llm.engine.add(prompt, how, drafter)[0] for prompt, how in zip(prompts, asked, strict=True)]
+            llm.engine.step()
+            native = drafter.propose_all(requests, [64, 5, 64])
+            drafter._growth = None
+            composed = drafter.propose_all(requests, [64, 5, 64])
+            assert growth is not None
+            for one, other in zip(native, composed, strict=True):
+                assert (one.tokens, one.parents) == (other.tokens, other.parents)
+                assert one.estimates == pytest.approx(other.estimates, rel=1e-3)
+            for each in requests:
+                llm.engine.abort(each)
 
 
 def test_it_gives_plain_decodings_tokens(llm: LLM, drafter: Eagle) -> None:

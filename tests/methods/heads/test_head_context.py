@@ -15,6 +15,7 @@ from hasten.cache import Cache
 from hasten.engine import Draft, Engine, Request
 from hasten.methods.heads import context
 from hasten.methods.heads.context import ContextDrafter
+from hasten.methods.heads.guesses import Guesses
 from hasten.methods.heads.head import FINAL, backend_of
 from hasten.model import Decoder, LayerConfig, ModelConfig, Rows, Span, Taps
 from hasten.model.assembly import assemble
@@ -56,7 +57,7 @@ class Reading(ContextDrafter):
     taps = (("input", 1), FINAL)
 
     def __init__(self, target: Decoder, script: Any) -> None:
-        super().__init__(target, network(target), 0)
+        super().__init__(target, network(target), 0, Guesses(None))
         self.script, self.seen = script, []
 
     def enter(self, states: Tensor, tokens: Tensor) -> Tensor:

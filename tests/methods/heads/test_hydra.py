@@ -21,7 +21,7 @@ from hasten.engine.creation import create
 from hasten.errors import UserError
 from hasten.methods.heads.hydra import Hydra, HydraHeads, PrefixHydra
 from hasten.methods.heads.hydra_weights import HydraWeights
-from helpers import ACCURACY, fitted_carries, prefix_layer, same, save_hydra
+from helpers import ACCURACY, prefix_layer, same, save_hydra
 
 Make = Callable[[str], Hydra | PrefixHydra]
 HIDDEN, VOCABULARY, HEADS = 8, 20, 3
@@ -123,19 +123,10 @@ def test_drafts_are_the_best_paths_of_all(llm: LLM, make_drafter: Make, tmp_path
         assert all(chance == pytest.approx(expected[path], rel=1e-3) for path, chance in told.items())
 
 
-@pytest.fixture(scope="module")
-def plus(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def plus(tiny: Path) -> str:
     """Heads with a prefix layer."""
-    folder = tmp_path_factory.mktemp("plus")
-    reference = LlamaForCausalLM.from_pretrained(llm.folder)
-    weight, carries = reference.lm_head.weight.detach(), fitted_carries(reference)
-    layer = prefix_layer(reference.config)
-    with torch.no_grad():
-        # Its output is near what it reads.
-        for each in (layer.layers[0].self_attn.o_proj, layer.layers[0].mlp.down_proj):
-            each.weight.mul_(0.02)
-    save_hydra(folder, weight, carries=carries, prefix=layer)
-    return f"hydra:head={folder},sized=false"
+    return f"hydra:head={tiny / 'heads' / 'hydra-prefix'},sized=false"
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "everything"])

@@ -123,7 +123,7 @@ def test_grown_by_levels_a_tree_is_the_best_of_all(table: list[list[float]], nod
     level = [ROOT]
     for ranks in table:
         for node in level:
-            tree.add(node, ranks, range(len(ranks)))
+            tree.add(node, enumerate(ranks))
         level = tree.frontier(nodes)
     draft, expected = tree.best(), sorted(all_paths(table).values(), reverse=True)[:nodes]
     assert sorted(draft.estimates, reverse=True) == pytest.approx(expected)
@@ -132,8 +132,8 @@ def test_grown_by_levels_a_tree_is_the_best_of_all(table: list[list[float]], nod
 
 def test_what_is_hardly_likely_does_not_grow() -> None:
     tree = Expansion(4)
-    tree.add(ROOT, [0.2, 0.1, 0.0], [5, 6, 7])
+    tree.add(ROOT, [(5, 0.2), (6, 0.1), (7, 0.0)])
     assert len(tree.all) == 2 and tree.frontier(4, least=0.4) == []
     tree = Expansion(4)
-    tree.add(ROOT, [0.2, 0.1], [5, 6])
+    tree.add(ROOT, [(5, 0.2), (6, 0.1)])
     assert tree.frontier(1, least=0.2) == [0]

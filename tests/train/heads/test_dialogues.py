@@ -87,7 +87,7 @@ def test_what_cannot_be(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Writing(count=1)
     with pytest.raises(UserError, match="must not be negative"):
         Writing(about=-1)
-    with pytest.raises(UserError, match="cannot read dialogues"):
+    with pytest.raises(UserError, match="cannot read"):
         read_dialogues(tmp_path / "none")
     monkeypatch.setattr(dialogues, "LEAST_WORDS", 1000)
     monkeypatch.setattr(dialogues, "BARREN", 2)

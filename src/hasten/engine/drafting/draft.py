@@ -92,7 +92,8 @@ class Draft:
     The acceptance rule follows from that, per node. `estimates` are the drafter's own, one per node or none at all: the
     probability that verification accepts the node and all above it. Their sum is the expected number of accepted
     tokens; planners read them. `probes` are further rows of the step. `transfer` is how far verification moves the
-    target's distribution towards what a chain's nodes were drawn from (`verification.transfer`; lossy).
+    target's distribution towards what a chain's nodes were drawn from (`verification.transfer`; lossy). A `trusted`
+    chain is kept as it is (`verification.trust`; lossy), so it never gives way to anything, either.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -101,6 +102,7 @@ class Draft:
     estimates: list[float] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     transfer: float = 0.0
+    trusted: bool = False
 
     @classmethod
     def chain(cls, tokens: Sequence[int], estimates: Sequence[float] = ()) -> Draft:
@@ -217,6 +219,7 @@ class Draft:
             [self.estimates[node] for node in nodes] if self.estimates else [],
             self._probes_of(number),
             self.transfer,
+            self.trusted,
         )
 
     def clamped(self, nodes: int, depth: int, vocabulary: int) -> Draft:
@@ -228,7 +231,7 @@ class Draft:
         depths: list[int] = []
         number: dict[int, int] = {ROOT: ROOT}
         closed: set[int] = set()
-        kept = Draft(transfer=self.transfer)
+        kept = Draft(transfer=self.transfer, trusted=self.trusted)
         for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=False)):
             level = 1 if parent == ROOT else depths[parent] + 1 if 0 <= parent < node else depth + 1
             depths.append(level)

@@ -94,7 +94,7 @@ class Speculation:
         """
         sampler, params = request.sampler, request.params
         matched = params.greedy or params.acceptance == "match" or (params.acceptance == "max" and not self.draft.drawn)
-        if sampler.is_argmax or not matched or self.draft.transfer or not answer.finite[0]:
+        if sampler.is_argmax or not matched or self.draft.transfer or self.draft.trusted or not answer.finite[0]:
             return None
         return sampler.walk(answer.logits, len(request.tokens), self.draft)
 
@@ -191,6 +191,9 @@ class Speculation:
     def _verify(self, request: Request, answer: Answer) -> Verdict:
         """The acceptance rule that the request's parameters ask for."""
         sampler, params, draft = request.sampler, request.params, self.draft
+        if draft.trusted:
+            row, position = answer.logits[len(draft) : len(draft) + 1], len(request.tokens) + len(draft)
+            return verification.trust(draft, lambda path: sampler.choose(row, [position], [path])[0])
         if sampler.is_argmax and not draft.transfer:
             return verification.match(draft, answer.best)
         walk = self.walk(request, answer)

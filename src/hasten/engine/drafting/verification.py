@@ -5,7 +5,8 @@ descends while a child has that token; the output is what plain decoding would g
 `max`, where a draft has sampled nodes: Leviathan et al. 2211.17192 and Chen et al. 2302.01318 for a sampled child
 (rule B), SpecInfer 2305.09781 for several drawn with replacement (C), Sequoia 2402.12374 without (D); deterministic
 children are one-hot rounds of the same recursion. A draft without sampled nodes is matched (A), which accepts as often.
-`typical`: Medusa 2401.10774, section 2.3.1; lossy. `transfer`: RAPID 2502.20330, section 3.2; lossy.
+`typical`: Medusa 2401.10774, section 2.3.1; lossy. `transfer`: RAPID 2502.20330, section 3.2; lossy. `trust`: LUD
+2405.15208; lossy.
 """
 
 from __future__ import annotations
@@ -158,6 +159,15 @@ def transfer(draft: Draft, target: Callable[[int], Tensor], coins: Uniforms, gre
             return Verdict(path, draw(residual if float(residual.sum()) > 0 else p, coins.draw()))
         node = children[0]
         path.append(node)
+
+
+def trust(draft: Draft, chosen: Callable[[list[int]], int]) -> Verdict:
+    """All of a chain, whatever the target says, and behind it the target's own choice.
+
+    Args:
+        chosen: that choice, given the tokens before it.
+    """
+    return Verdict(list(range(len(draft))), chosen(draft.tokens))
 
 
 def moved(p: Tensor, q: Tensor, eta: float) -> Tensor:

@@ -19,7 +19,7 @@ from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
 from hasten.model import Decoder, Model
-from hasten.model.native import NativeBackend
+from hasten.model.native.drafting import chain, runs
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class DraftModel(SmallModelDrafter):
             or not self.plain_tokens
             or not requests[0].sampler.is_argmax
             or not isinstance(model, Decoder)
-            or not isinstance(model.backend, NativeBackend)
-            or not model.backend.runs(model)
+            or not runs(model)
         ):
             return super().propose_all(requests, budgets)
         request, growth = requests[0], self.start(requests[0], budgets[0])
@@ -111,10 +110,10 @@ class DraftModel(SmallModelDrafter):
             vocabulary = min(request.sampler.vocabulary, model.config.vocab_size) if words is None else len(words)
             if words is not None:
                 first = words.number_of[first]
-            chain = model.backend.chain(
+            links = chain(
                 model, sequence, first, self.length(request), vocabulary, most, growth.confidence / growth.values[0]
             )
-            for number, probability in chain:
+            for number, probability in links:
                 token = number if words is None else int(words.tokens[number])
                 growth.add(len(growth.draft) - 1, token, probability)
                 if token in growth.closed:

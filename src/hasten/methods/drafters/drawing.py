@@ -131,6 +131,19 @@ class Matching:
         rows = zip(nodes, *(part.tolist() for part in each), strict=True)
         return [self._likely(node, zip(*parts, strict=True)) for node, *parts in rows]
 
+    def surest(
+        self, nodes: Sequence[int], tokens: Tensor, alone: Tensor, alike: Tensor, most: int
+    ) -> list[list[Child]]:
+        """At most so many children of each node, likeliest first: by the noise as far as the belief goes by it.
+
+        Args:
+            tokens: int64 [nodes, candidates], any order.
+            alone, alike: [nodes, candidates], of what `Belief` is made.
+        """
+        columns = self.belief.of(alone, alike).topk(min(most, tokens.shape[1]), -1).indices
+        rows = zip(nodes, *(part.gather(1, columns).tolist() for part in (tokens, alone, alike)), strict=True)
+        return [list(self._likely(node, zip(*parts, strict=True))) for node, *parts in rows]
+
     def _likely(self, node: int, tokens: Iterable[tuple[int, float, float]]) -> Iterator[Child]:
         """A filtered token has a place in the order, but no probability."""
         for token, *cases in tokens:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp, log
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ START, MOST = 3.0, 5.0
 """Log odds of the first case at the start, and their bound either way: a text may change."""
 LEAST = 1e-4
 """Probabilities below this are taken for it: no single token decides."""
+
+Share = TypeVar("Share", float, Tensor)
 
 
 def together(perturbed: Tensor, temperature: float) -> Tensor:
@@ -39,7 +42,7 @@ class Belief:
 
     odds: float = START
 
-    def of(self, alone: float, together: float) -> float:
+    def of(self, alone: Share, together: Share) -> Share:
         """Probability that a drafted token is the target's.
 
         Args:

@@ -40,6 +40,7 @@ from hasten.engine.memory import logits_bytes
 from hasten.engine.sampling.noise import Uniforms
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import order_of_noise, sampled
+from hasten.model.ranking import rank
 
 DRAFT_PURPOSE = 5
 """Coins of the drafter are another stream than the verifier's."""
@@ -274,8 +275,8 @@ class Stand(Drafter):
         for node in range(len(draft)) if self.parameters.rejected else seen.path:
             contexts[node] = (*contexts[draft.parents[node]], draft.tokens[node])[-longest:]
         logits = seen.logits[torch.tensor([node + 1 for node in contexts], device=seen.logits.device)]
-        values, ids = logits.topk(min(self.parameters.top, logits.shape[1]), -1)
-        probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
+        values, ids, masses = rank(logits, self.parameters.top)
+        probabilities = (values - masses.unsqueeze(-1)).exp()
         for context, row_ids, row in zip(contexts.values(), ids.tolist(), probabilities.tolist(), strict=True):
             kept = sum(p >= self.parameters.floor for p in row)
             self._learn(owner, context, Entry(tuple(row_ids[:kept]), tuple(row[:kept])))

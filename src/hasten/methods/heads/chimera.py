@@ -41,18 +41,11 @@ from hasten.errors import UserError
 from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.chimera_weights import TRIGRAM, ChimeraWeights
 from hasten.methods.heads.context import ContextDrafter, behind
-from hasten.methods.heads.head import (
-    FINAL,
-    backend_of,
-    layer_of,
-    likeliest,
-    linear_of,
-    own_head,
-    require_decoder,
-)
+from hasten.methods.heads.guesses import Guesses, Place
+from hasten.methods.heads.head import FINAL, backend_of, layer_of, linear_of, logits_of, own_head, require_decoder
 from hasten.methods.heads.parameters import GrowingParameters
 from hasten.methods.heads.sizing import Sizing
-from hasten.methods.heads.tree import Expansion
+from hasten.methods.heads.tree import Expansion, at_rates
 from hasten.model import Decoder, LayerConfig, Span
 from hasten.model.assembly import assemble
 from hasten.model.config import Slots
@@ -113,8 +106,8 @@ class ChimeraModel:
             estimates: [rows, hidden], at the token that stands so many levels behind the root.
         """
         if self.complete:
-            return self.heads[level].forward(torch.cat([states, estimates], -1))
-        return self.encoder.head.forward(estimates + self.heads[level].forward(states))
+            return logits_of(self.heads[level], torch.cat([states, estimates], -1))
+        return logits_of(self.encoder.head, estimates + self.heads[level].forward(states))
 
 
 def _encoder(target: Decoder, weights: ChimeraWeights, head: Linear) -> Decoder:
@@ -152,6 +145,10 @@ class Growing:
         self.request, self.tree = request, Expansion(nodes)
         self.estimates: dict[int, Tensor] = {}
         self._branches = Branches()
+
+    def place(self, node: int) -> Place:
+        """Where a node's children stand."""
+        return Place.behind(self.request, self.tree.all, node)
 
     def trigram(self, node: int) -> list[int]:
         """The last tokens of its path."""
@@ -209,7 +206,8 @@ class Chimera(ContextDrafter):
             raise UserError(f"chimera: {parameters.head} does not say how often its heads are right: tree=dynamic")
         self.model, self.rates = ChimeraModel(model, weights), weights.accuracy
         sizing = Sizing(target) if parameters.sized else None
-        super().__init__(model, self.model.encoder, self.model.own_bytes, sizing)
+        guesses = Guesses(self.model.words, noise=parameters.tree != "static")
+        super().__init__(model, self.model.encoder, self.model.own_bytes, guesses, sizing)
         # A state and an estimate.
         self._last_bytes *= 2
 
@@ -238,12 +236,14 @@ class Chimera(ContextDrafter):
         grown = [(place, [ROOT]) for place in range(len(trees))]
         for level in range(self.model.levels):
             of = [place for place, nodes in grown for _ in nodes]
-            said = self._likeliest(level, known[of], estimates)
-            rows = iter(zip(estimates, *said, strict=True))
+            places = [trees[place].place(node) for place, nodes in grown for node in nodes]
+            found = self.guesses.behind(places, self.model.logits(level, known[of], estimates), self.parameters.ranks)
+            rows = iter(zip(estimates, found, strict=True))
             for place, nodes in grown:
                 for node in nodes:
-                    trees[place].estimates[node], worth, tokens = next(rows)
-                    trees[place].tree.add(node, worth, tokens)
+                    trees[place].estimates[node], children = next(rows)
+                    static = self.parameters.tree == "static"
+                    trees[place].tree.add(node, at_rates(children, self.rates[level]) if static else children)
             if level + 1 == self.model.levels:
                 break
             grown = [
@@ -254,17 +254,9 @@ class Chimera(ContextDrafter):
             if not grown:
                 break
             estimates = self._expand(level + 1, [(trees[place], nodes) for place, nodes in grown])
+        for tree in trees:
+            self.guesses.made(tree.request, tree.tree.all)
         return [tree.tree.best() for tree in trees]
-
-    def _likeliest(
-        self, level: int, states: Tensor, estimates: Tensor
-    ) -> tuple[list[Sequence[float]], list[list[int]]]:
-        """What children of some nodes are worth, and their tokens."""
-        found, tokens = likeliest(self.model.logits(level, states, estimates), self.parameters.ranks, self.model.words)
-        worth: list[Sequence[float]] = found.tolist()
-        if self.parameters.tree == "static":
-            worth = [self.rates[level][: self.parameters.ranks]] * len(estimates)
-        return worth, tokens.tolist()
 
     def _expand(self, level: int, grown: Sequence[tuple[Growing, list[int]]]) -> Tensor:
         """Estimates [nodes, hidden] at these nodes, all of one level."""

@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hasten.cache import Cache
+from hasten.cache import Cache, SequenceCache
 from hasten.engine import Observation, Request
 from hasten.methods.drafters.sequences import Sequences
+from hasten.methods.heads.guesses import Guesses
 from hasten.methods.heads.head import HeadDrafter
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Rows, Span, Taps
@@ -41,7 +42,7 @@ class ContextDrafter(HeadDrafter):
         target: whose states are read.
         network: rows enter it as embeddings, the token behind each beside it. It has no rows of tokens.
         own_bytes: of weights, those that are the target's left out.
-        sizing: see `HeadDrafter`.
+        guesses, sizing: see `HeadDrafter`.
     """
 
     taps: tuple[tuple[Site, int], ...]
@@ -52,8 +53,10 @@ class ContextDrafter(HeadDrafter):
     rows: ClassVar[int] = 1
     """What a position is to the network; drafts begin with the last of its rows."""
 
-    def __init__(self, target: Decoder, network: Decoder, own_bytes: int, sizing: Sizing | None = None) -> None:
-        super().__init__(sizing)
+    def __init__(
+        self, target: Decoder, network: Decoder, own_bytes: int, guesses: Guesses, sizing: Sizing | None = None
+    ) -> None:
+        super().__init__(guesses, sizing)
         self.network, self._own_bytes = network, own_bytes
         self.cache = Cache(network.config.layers, network.cache_dtype, network.device)
         self._sequences = Sequences(self.cache, lambda request: self.rows * len(request.tokens))
@@ -99,10 +102,14 @@ class ContextDrafter(HeadDrafter):
         self.network.forward(Rows(torch.full_like(places, -1), places, spans, entering, tokens), [], taps)
         return taps[self.output]
 
+    def sequence(self, request: Request) -> SequenceCache:
+        """A request's rows, behind which its draft's are left pending."""
+        return self._sequences.of(request)
+
     def span(self, request: Request, start: int, stop: int, mask: Tensor | None) -> Span:
         """Rows `start:stop` of a pass, behind a request's rows and those that its draft has pending (`Branches`)."""
         mask = None if mask is None else mask.to(self.network.device)
-        return Span(self._sequences.of(request), start, stop, mask, extend=True)
+        return Span(self.sequence(request), start, stop, mask, extend=True)
 
     def read(self, states: Tensor, pieces: Sequence[tuple[Request, range]], spans: list[Span]) -> Tensor:
         """The network's output for all rows of some positions, which are left pending.

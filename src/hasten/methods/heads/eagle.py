@@ -28,9 +28,11 @@ from torch import Tensor
 from hasten.engine import ROOT, Draft, Request, Target, register
 from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError
+from hasten.methods.drafters.drawing import Child
 from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.context import ContextDrafter
 from hasten.methods.heads.eagle_format import EagleWeights
+from hasten.methods.heads.guesses import Guesses, Place
 from hasten.methods.heads.head import FINAL, backend_of, layer_of, linear_of, own_head, require_decoder
 from hasten.methods.heads.pieces import stacked
 from hasten.methods.heads.sizing import Sizing
@@ -38,6 +40,8 @@ from hasten.model import Decoder, Span
 from hasten.model.assembly import assemble
 from hasten.model.layers import NoNorm, RMSNorm
 from hasten.model.linear import Linear
+from hasten.model.native.drafting import Growth, Root, grow, runs
+from hasten.model.native.linear import Panels
 from hasten.model.taps import Site
 from hasten.model.weights import Piece, Pieces
 
@@ -141,13 +145,14 @@ class EagleNetwork:
         """EAGLE-1: a token's embedding and a final state, in one."""
         return self.fusion.forward(torch.cat([self.decoder.embedding[tokens], states], -1))
 
-    def likeliest(self, outputs: Tensor, count: int) -> tuple[list[list[float]], list[list[int]]]:
-        """Probabilities and tokens of the likeliest words behind each of some outputs [rows, hidden], falling."""
-        logits = self.decoder.logits(outputs, None)
-        best = logits.topk(min(count, logits.shape[1]), -1)
-        # Rounding must not make a child likelier than its parent.
-        chances = torch.exp(best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=1.0)
-        return chances.tolist(), (best.indices if self.words is None else self.words[best.indices]).tolist()
+    def growth(self, parameters: EagleParameters) -> Growth | None:
+        """How trees grow in one native call; None where the network is composed in PyTorch."""
+        if not runs(self.decoder):
+            return None
+        assert isinstance(self.fusion, Panels)
+        fusion = self.fusion if self.weights.version == 1 else None
+        entrance = None if type(self._entrance) is NoNorm else self._entrance.weight.float()
+        return Growth(fusion, entrance, self.words, parameters.width, parameters.width, parameters.least)
 
 
 class Growing:
@@ -160,6 +165,7 @@ class Growing:
         closed: tokens below which nothing stands.
 
     Attributes:
+        all: nodes, those included that the draft will not have.
         frontier: nodes whose rows are read next; at first the root's was.
         outputs: of each node's parent, by the parent.
     """
@@ -168,53 +174,58 @@ class Growing:
         self.request, self.closed = request, closed
         self._width, self._least, self._most = parameters.width, parameters.least, min(nodes, parameters.nodes)
         self._left = min(parameters.depth, request.stopper.left - 1)
-        self._all = Draft()
+        self.all = Draft()
         self._depths: list[int] = []
         self._branches = Branches()
         self.outputs: dict[int, Tensor] = {}
         self.frontier: list[int] = [ROOT]
 
-    def grow(self, outputs: Tensor, chances: Sequence[Sequence[float]], words: Sequence[Sequence[int]]) -> None:
+    def places(self) -> list[Place]:
+        """Where the frontier's nodes have their children."""
+        return [Place.behind(self.request, self.all, node) for node in self.frontier]
+
+    def grow(self, outputs: Tensor, children: Sequence[Sequence[Child]]) -> None:
         """Give the frontier's nodes children, and choose the next frontier.
 
         Args:
             outputs: the network's, [frontier, hidden].
-            chances, words: of each one's likeliest words.
+            children: of each one.
         """
-        tree, first = self._all, len(self._all)
+        tree, first = self.all, len(self.all)
         for row, parent in enumerate(self.frontier):
             self.outputs[parent] = outputs[row]
             above, depth = (1.0, 0) if parent == ROOT else (tree.estimates[parent], self._depths[parent])
-            for chance, word in zip(chances[row], words[row], strict=True):
+            for word, chance in children[row]:
                 tree.tokens.append(word)
                 tree.parents.append(parent)
-                tree.estimates.append(above * chance)
+                # Rounding must not make a child likelier than its parent.
+                tree.estimates.append(above * min(1.0, chance))
                 self._depths.append(depth + 1)
         self._left -= 1
         self.frontier = self._chosen(range(first, len(tree))) if self._left > 0 else []
 
     def _chosen(self, fresh: Sequence[int]) -> list[int]:
         """The likeliest of a level's nodes that may have a child in the draft; none where that is not worth it."""
-        chances = self._all.estimates
+        chances = self.all.estimates
         ranked = sorted(chances, reverse=True)
         bar = ranked[self._most - 1] if len(ranked) >= self._most else 0.0
-        open_ = [node for node in fresh if self._all.tokens[node] not in self.closed and chances[node] > bar]
+        open_ = [node for node in fresh if self.all.tokens[node] not in self.closed and chances[node] > bar]
         best = sorted(open_, key=lambda node: -chances[node])[: self._width]
         return sorted(best) if sum(chances[node] for node in best) >= self._least else []
 
     def mask(self) -> Tensor | None:
         """What the frontier's rows see of the rows that were read before."""
-        return self._branches.feed(self.frontier, self._all.parents)
+        return self._branches.feed(self.frontier, self.all.parents)
 
     def row(self, node: int) -> tuple[int, Tensor, int]:
         """A node's token, what its parent's row gave, and its position behind that of the text's last row."""
-        return self._all.tokens[node], self.outputs[self._all.parents[node]], self._depths[node]
+        return self.all.tokens[node], self.outputs[self.all.parents[node]], self._depths[node]
 
     def draft(self) -> Draft:
         """The likeliest nodes; of two that are as likely the one that is not as deep, so that none lacks its parent."""
-        chances = self._all.estimates
+        chances = self.all.estimates
         order = sorted(range(len(chances)), key=lambda node: (-chances[node], self._depths[node], node))
-        return self._all.subset(sorted(order[: self._most]))
+        return self.all.subset(sorted(order[: self._most]))
 
 
 @register(
@@ -243,27 +254,50 @@ class Eagle(ContextDrafter):
         site: Site = "input" if parameters.site == "input" else "output"
         self.taps = (FINAL,) if weights.version == 1 else tuple((site, layer) for layer in weights.taps)
         self.eagle, self._end_ids = EagleNetwork(model, weights), target.end_ids
+        self._growth = self.eagle.growth(parameters)
         sizing = Sizing(target) if parameters.sized else None
-        super().__init__(model, self.eagle.decoder, self.eagle.own_bytes, sizing)
+        super().__init__(model, self.eagle.decoder, self.eagle.own_bytes, Guesses(self.eagle.words), sizing)
 
     def enter(self, states: Tensor, tokens: Tensor) -> Tensor:
         return self.eagle.enter(states, tokens)
 
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
+        if self._growth is not None and not self.guesses.noisy:
+            return self._grown(self._growth, requests, states, budgets)
         trees = [
             Growing(request, self.parameters, budget, frozenset(request.params.endings(self._end_ids)))
             for request, budget in zip(requests, budgets, strict=True)
         ]
         growing, outputs = trees, states
         while growing:
-            chances, words = self.eagle.likeliest(outputs, self.parameters.width)
+            places = [place for tree in growing for place in tree.places()]
+            children = self.guesses.behind(places, self.network.logits(outputs, None), self.parameters.width)
             stop = 0
             for tree in growing:
                 start, stop = stop, stop + len(tree.frontier)
-                tree.grow(outputs[start:stop], chances[start:stop], words[start:stop])
+                tree.grow(outputs[start:stop], children[start:stop])
             growing = [tree for tree in growing if tree.frontier]
             outputs = self._expand(growing) if growing else outputs
+        for tree in trees:
+            self.guesses.made(tree.request, tree.all)
         return [tree.draft() for tree in trees]
+
+    def _grown(
+        self, growth: Growth, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]
+    ) -> list[Draft]:
+        """The same trees, in one native call."""
+        roots = [
+            Root(
+                self.sequence(request),
+                state,
+                len(request.tokens) - 2,
+                min(budget, self.parameters.nodes),
+                max(1, min(self.parameters.depth, request.stopper.left - 1)),
+                list(request.params.endings(self._end_ids)),
+            )
+            for request, state, budget in zip(requests, states, budgets, strict=True)
+        ]
+        return [Draft(tree.tokens, tree.parents, estimates=tree.chances) for tree in grow(self.network, growth, roots)]
 
     def _expand(self, trees: Sequence[Growing]) -> Tensor:
         """The network's outputs for all frontiers' nodes, whose rows stay pending."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hasten.engine import Draft, Drafter, Observation, Request, Target
 from hasten.errors import UserError
+from hasten.methods.heads.guesses import Guesses
 from hasten.methods.heads.shipped import shipped_head
 from hasten.methods.heads.sizing import Sizing
 from hasten.model import Decoder, Taps
@@ -19,6 +20,7 @@ from hasten.model.config import ModelConfig
 from hasten.model.decoder import Backend, TorchBackend
 from hasten.model.linear import Linear
 from hasten.model.native import NativeBackend
+from hasten.model.native.linear import Panels
 from hasten.model.native.rounding import Rounded
 from hasten.model.taps import Site
 from hasten.model.weights import HEAD, Piece, Pieces, Source
@@ -75,17 +77,9 @@ def layer_of(
     return Pieces(config, 0, norms, linears, without)
 
 
-def likeliest(logits: Tensor, ranks: int, words: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities and tokens [..., ranks], likeliest first; fewer ranks where there are fewer words.
-
-    Args:
-        logits: [..., words].
-        words: int64 [words], their tokens; None where these are the same.
-    """
-    logits = logits.float()
-    best = logits.topk(min(ranks, logits.shape[-1]), -1)
-    probabilities = torch.exp(best.values - logits.logsumexp(-1, keepdim=True))
-    return probabilities, best.indices if words is None else words[best.indices]
+def logits_of(output: Linear, rows: Tensor) -> Tensor:
+    """[rows, words]; float32 where the matrix is native, which rounds them only for rows of another dtype."""
+    return output.forward(rows.float() if isinstance(output, Panels) else rows)
 
 
 def own_head(slug: str) -> Any:
@@ -114,11 +108,12 @@ class HeadDrafter(Drafter):
     """Drafts from a state per request, of all requests at once.
 
     Args:
+        guesses: children of its nodes.
         sizing: cuts drafts to what pays; None leaves them whole.
     """
 
-    def __init__(self, sizing: Sizing | None = None) -> None:
-        self.sizing = sizing
+    def __init__(self, guesses: Guesses, sizing: Sizing | None = None) -> None:
+        self.guesses, self.sizing = guesses, sizing
 
     @abstractmethod
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
@@ -154,6 +149,7 @@ class HeadDrafter(Drafter):
         ]
         if read:
             known, allowed = zip(*read, strict=True)
+            self.guesses.begin(known)
             with torch.inference_mode():
                 made = self.draft(known, self.states(known), allowed)
             if self.sizing is not None:
@@ -162,10 +158,12 @@ class HeadDrafter(Drafter):
         return [drafts[request.id] for request in requests]
 
     def observe(self, request: Request, seen: Observation) -> None:
+        self.guesses.observe(request, seen)
         if self.sizing is not None:
             self.sizing.learn(request, seen)
 
     def end(self, request: Request) -> None:
+        self.guesses.end(request)
         if self.sizing is not None:
             self.sizing.end(request)
 
@@ -177,13 +175,13 @@ class StateDrafter(HeadDrafter):
 
     Args:
         target: the network.
-        sizing: see `HeadDrafter`.
+        guesses, sizing: see `HeadDrafter`.
     """
 
     taps: ClassVar[tuple[tuple[Site, int], ...]] = (FINAL,)  # type: ignore[misc]
 
-    def __init__(self, target: Decoder, sizing: Sizing | None = None) -> None:
-        super().__init__(sizing)
+    def __init__(self, target: Decoder, guesses: Guesses, sizing: Sizing | None = None) -> None:
+        super().__init__(guesses, sizing)
         self._states: dict[int, Tensor] = {}
         self._state_bytes = target.config.hidden_size * target.dtype.itemsize
 

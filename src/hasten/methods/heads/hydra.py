@@ -35,13 +35,14 @@ from torch import Tensor
 from hasten.engine import ROOT, Draft, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.heads.context import ContextDrafter
-from hasten.methods.heads.head import FINAL, StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.guesses import Guesses, Place
+from hasten.methods.heads.head import FINAL, StateDrafter, linear_of, logits_of, own_head, require_decoder
 from hasten.methods.heads.hydra_weights import HydraWeights
 from hasten.methods.heads.parameters import GrowingParameters
 from hasten.methods.heads.pieces import columns, stacked
 from hasten.methods.heads.prefix import prefix_network
 from hasten.methods.heads.sizing import Sizing
-from hasten.methods.heads.tree import Expansion
+from hasten.methods.heads.tree import Expansion, at_rates
 from hasten.model import Decoder
 from hasten.model.linear import Linear
 from hasten.model.taps import Site
@@ -112,7 +113,7 @@ class HydraHeads:
         for _ in range(self.layers - 1):
             assert block is not None
             x = x + F.silu(block.forward(x))
-        return self.outputs[min(head, len(self.outputs) - 1)].forward(x)
+        return logits_of(self.outputs[min(head, len(self.outputs) - 1)], x)
 
 
 class HydraTrees:
@@ -124,6 +125,7 @@ class HydraTrees:
 
     def __init__(self, target: Decoder, weights: HydraWeights, parameters: HydraParameters) -> None:
         self.heads, self.rates, self.parameters = HydraHeads(target, weights), weights.accuracy, parameters
+        self.guesses = Guesses(self.heads.words, noise=parameters.tree != "static")
         if parameters.tree == "static" and not weights.accuracy:
             raise UserError(f"hydra: {parameters.head} does not say how often its heads are right: tree=dynamic")
 
@@ -135,34 +137,31 @@ class HydraTrees:
     def grown(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
         """See `HeadDrafter.draft`: level by level, all requests together."""
         trees = [Expansion(min(self.parameters.nodes, budget)) for budget in budgets]
+        of = dict(zip(trees, requests, strict=True))
         rows, tokens = [(tree, ROOT) for tree in trees], [request.tokens[-1] for request in requests]
         sums, width, least = self.heads.begin(states), self.parameters.width, self.parameters.least
         for level in range(self.heads.count):
             sums = self.heads.extend(level, sums, tokens)
-            self._add(level, rows, sums[:, 0])
+            places = [Place.behind(of[tree], tree.all, node) for tree, node in rows]
+            children = self.guesses.behind(places, self.heads.logits(level, sums[:, 0]), self.parameters.ranks)
+            for (tree, node), found in zip(rows, children, strict=True):
+                tree.add(node, at_rates(found, self.rates[level]) if self.parameters.tree == "static" else found)
             place = {parent: row for row, parent in enumerate(rows)}
             rows = [(tree, node) for tree in trees for node in tree.frontier(width, least)]
             if not rows:
                 break
             tokens = [tree.all.tokens[node] for tree, node in rows]
             sums = sums[[place[tree, tree.all.parents[node]] for tree, node in rows], 1:]
+        for tree, request in of.items():
+            self.guesses.made(request, tree.all)
         return [tree.best() for tree in trees]
-
-    def _add(self, level: int, rows: Sequence[tuple[Expansion, int]], sums: Tensor) -> None:
-        """The children that a level's head says of these nodes."""
-        found, tokens = likeliest(self.heads.logits(level, sums), self.parameters.ranks, self.heads.words)
-        probabilities = found.tolist()
-        if self.parameters.tree == "static":
-            probabilities = [self.rates[level][: self.parameters.ranks]] * len(rows)
-        for (tree, node), worth, said in zip(rows, probabilities, tokens.tolist(), strict=True):
-            tree.add(node, worth, said)
 
 
 class Hydra(StateDrafter):
     """A tree per request, from heads on the target's states."""
 
     def __init__(self, target: Decoder, trees: HydraTrees, sizing: Sizing | None) -> None:
-        super().__init__(target, sizing)
+        super().__init__(target, trees.guesses, sizing)
         self.trees = trees
 
     @property
@@ -184,7 +183,7 @@ class PrefixHydra(ContextDrafter):
 
     def __init__(self, target: Decoder, network: Decoder, trees: HydraTrees, sizing: Sizing | None) -> None:
         layer_bytes = sum(layer.nbytes() for layer in network.layers)
-        super().__init__(target, network, layer_bytes + trees.heads.own_bytes, sizing)
+        super().__init__(target, network, layer_bytes + trees.heads.own_bytes, trees.guesses, sizing)
         self.trees = trees
 
     def enter(self, states: Tensor, tokens: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
+from hasten.methods.drafters.drawing import Child
 from hasten.methods.heads.files import (
     WEIGHTS,
     read_accuracy,
@@ -45,11 +46,12 @@ from hasten.methods.heads.files import (
     require_shape,
     save,
 )
-from hasten.methods.heads.head import StateDrafter, likeliest, linear_of, own_head, require_decoder
+from hasten.methods.heads.guesses import Guesses
+from hasten.methods.heads.head import StateDrafter, linear_of, logits_of, own_head, require_decoder
 from hasten.methods.heads.parameters import TreeParameters
 from hasten.methods.heads.pieces import with_bias
 from hasten.methods.heads.sizing import Sizing
-from hasten.methods.heads.tree import best_paths, drawn_up, static_paths
+from hasten.methods.heads.tree import best_of_levels, drawn_up, static_paths
 from hasten.model import Decoder
 from hasten.model.linear import Linear
 from hasten.model.weights import Piece
@@ -210,26 +212,19 @@ class MedusaHeads:
         linears = [*(block for layers in self.blocks for block in layers), *self.heads]
         self.own_bytes = sum(each.nbytes() for each in linears if each is not target.head)
 
-    def likeliest(self, states: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-        """Probabilities and tokens [rows, heads, ranks], likeliest first.
-
-        Args:
-            states: [rows, hidden].
-        """
+    def logits(self, states: Tensor) -> Tensor:
+        """[rows, heads, words] from states [rows, hidden]."""
         each = []
         for layers in self.blocks:
             x = states
             for block in layers:
                 x = x + F.silu(block.forward(x))
             each.append(x)
-        return likeliest(self._logits(torch.stack(each, 1)), ranks, self.words)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[rows, heads, words] from [rows, heads, hidden]."""
+        hidden = torch.stack(each, 1)
         if len(self.heads) == 1:
             # A matrix that all share is read once.
-            return torch.unflatten(self.heads[0].forward(hidden.flatten(0, 1)), 0, hidden.shape[:2])
-        return torch.stack([head.forward(hidden[:, k]) for k, head in enumerate(self.heads)], 1)
+            return torch.unflatten(logits_of(self.heads[0], hidden.flatten(0, 1)), 0, hidden.shape[:2])
+        return torch.stack([logits_of(head, hidden[:, k]) for k, head in enumerate(self.heads)], 1)
 
 
 @register(
@@ -252,12 +247,13 @@ class Medusa(StateDrafter):
 
     def __init__(self, target: Target, parameters: MedusaParameters) -> None:
         model, self.parameters = require_decoder(target, "medusa"), parameters
-        super().__init__(model, Sizing(target) if parameters.sized else None)
         if not parameters.head:
             raise UserError("medusa needs heads for this model: `hasten train medusa --model MODEL` makes them")
         config = model.config
         weights = MedusaWeights.load(Path(parameters.head), config.hidden_size, config.vocab_size)
         self.heads, self.paths = MedusaHeads(model, weights), None
+        guesses = Guesses(self.heads.words, noise=parameters.tree != "static")
+        super().__init__(model, guesses, Sizing(target) if parameters.sized else None)
         if parameters.tree == "static":
             if not weights.accuracy:
                 raise UserError(f"medusa: {parameters.head} does not say how often its heads are right: tree=dynamic")
@@ -268,8 +264,16 @@ class Medusa(StateDrafter):
         return super().memory_bytes + self.heads.own_bytes
 
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
-        probabilities, tokens = self.heads.likeliest(states, self.parameters.ranks)
-        return [
-            drawn_up((self.paths or best_paths(each, self.parameters.nodes))[:budget], words)
-            for each, words, budget in zip(probabilities.tolist(), tokens.tolist(), budgets, strict=True)
-        ]
+        logits = self.heads.logits(states)
+        counts = [logits.shape[1]] * len(requests)
+        found = self.guesses.levels(requests, counts, logits.flatten(0, 1), self.parameters.ranks)
+        drafts = [self._tree(levels, budget) for levels, budget in zip(found, budgets, strict=True)]
+        for request, draft in zip(requests, drafts, strict=True):
+            self.guesses.made_of_levels(request, draft)
+        return drafts
+
+    def _tree(self, levels: Sequence[list[Child]], budget: int) -> Draft:
+        """The best tree of children that all nodes of a level have."""
+        if self.paths is not None:
+            return drawn_up(self.paths[:budget], [[token for token, _ in level] for level in levels])
+        return best_of_levels(levels, min(budget, self.parameters.nodes))

@@ -19,8 +19,9 @@ from hasten.engine.drafting.cost import VerifyCost, verify_cost
 from hasten.engine.drafting.planner import Calibration
 from hasten.errors import UserError
 from hasten.methods.heads.allotment import allot, gains
-from hasten.methods.heads.head import FINAL, require_decoder
-from hasten.methods.heads.tree import best_paths, drawn_up
+from hasten.methods.heads.guesses import Guesses
+from hasten.methods.heads.head import FINAL, logits_of, require_decoder
+from hasten.methods.heads.tree import best_of_levels
 from hasten.model.taps import Site
 
 STEPS = 4.0
@@ -98,6 +99,7 @@ class ProbeDrafter(Drafter):
         levels = range(1, len(forms) + 1)
         self._gains = gains(accuracy or [[UNKNOWN ** (level + rank) for rank in range(3)] for level in levels])
         self._courses: dict[int, Course] = {}
+        self._guesses = Guesses(None)
         self._cost: VerifyCost | None = None
         self._state_bytes = self.model.config.hidden_size * self.model.dtype.itemsize
 
@@ -139,34 +141,16 @@ class ProbeDrafter(Drafter):
         if not requests:
             return []
         states = [self._states(request) for request in requests]
-        logits = self.model.head.forward(torch.cat(states)).float()
-        best = logits.topk(min(self.parameters.ranks, logits.shape[1]), -1)
-        sizes = [len(each) for each in states]
-        found = (torch.split(each, sizes) for each in (best.values, best.indices, logits.logsumexp(-1)))
-        return [
-            self._tree(request, values, tokens.tolist(), mass)
-            for request, values, tokens, mass in zip(requests, *found, strict=True)
+        logits = logits_of(self.model.head, torch.cat(states))
+        self._guesses.begin(requests)
+        found = self._guesses.levels(requests, list(map(len, states)), logits, self.parameters.ranks)
+        drafts = [
+            best_of_levels(levels[: request.stopper.left - 1], self.parameters.nodes)
+            for request, levels in zip(requests, found, strict=True)
         ]
-
-    def _tree(self, request: Request, values: Tensor, tokens: list[list[int]], mass: Tensor) -> Draft:
-        """The best tree of the likeliest tokens.
-
-        Args:
-            values: their logits [levels, ranks].
-            mass: log-sum-exp of each level's logits.
-        """
-        likely = torch.exp(values - mass.unsqueeze(-1))
-        temperature = request.params.temperature
-        if temperature > 0:
-            # The target takes the largest of score plus noise. Where both draw alike, this is to its choice what
-            # logits are to a greedy one.
-            at = len(request.tokens)
-            noise = torch.tensor([request.sampler.noise(at + level, ids) for level, ids in enumerate(tokens)])
-            likely = torch.softmax(values.cpu() + temperature * noise, -1) * likely.cpu().sum(-1, keepdim=True)
-            order = likely.sort(-1, descending=True)
-            likely = order.values
-            tokens = [[ids[rank] for rank in ranks] for ids, ranks in zip(tokens, order.indices.tolist(), strict=True)]
-        return drawn_up(best_paths(likely.tolist()[: request.stopper.left - 1], self.parameters.nodes), tokens)
+        for request, draft in zip(requests, drafts, strict=True):
+            self._guesses.made_of_levels(request, draft)
+        return drafts
 
     def _cut(self, request: Request, tree: Draft, budget: int, price: Callable[[int], float]) -> Draft:
         """What pays of a tree, with the rows behind it that draft next."""
@@ -198,6 +182,7 @@ class ProbeDrafter(Drafter):
 
     def observe(self, request: Request, seen: Observation) -> None:
         course, node, row = self._course(request), seen.path[-1] if seen.path else ROOT, 0
+        self._guesses.observe(request, seen)
         course.calibration.observe(course.whole, course.whole.judged(seen.tokens))
         if self._cost is not None:
             course.gained += len(seen.tokens)
@@ -211,6 +196,7 @@ class ProbeDrafter(Drafter):
             row += len(probe.tokens)
 
     def end(self, request: Request) -> None:
+        self._guesses.end(request)
         self._courses.pop(request.id, None)
 
     def _course(self, request: Request) -> Course:

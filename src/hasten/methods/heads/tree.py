@@ -12,10 +12,11 @@ once; the tests hold its recursion against them. How much of a tree then pays on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 from hasten.engine import ROOT, Draft
+from hasten.methods.drafters.drawing import Child
 
 Paths = list[tuple[float, tuple[int, ...]]]
 """Probabilities and paths, best first."""
@@ -80,6 +81,18 @@ def drawn_up(paths: Sequence[tuple[float, tuple[int, ...]]], tokens: Sequence[Se
     return draft
 
 
+def best_of_levels(levels: Sequence[Sequence[Child]], nodes: int) -> Draft:
+    """The best tree where all nodes of a level have the same children."""
+    falling = [sorted(level, key=lambda child: -child[1]) for level in levels]
+    paths = best_paths([[probability for _, probability in level] for level in falling], nodes)
+    return drawn_up(paths, [[token for token, _ in level] for level in falling])
+
+
+def at_rates(children: Sequence[Child], rates: Sequence[float]) -> list[Child]:
+    """Children with how often each rank of their level was right, in place of their own probabilities."""
+    return [(token, rate) for (token, _), rate in zip(children, rates, strict=False)]
+
+
 class Expansion:
     """A tree that grows by levels, where a token's probability depends on its path (EAGLE-2, 2406.16858, section 4.1).
 
@@ -87,16 +100,19 @@ class Expansion:
 
     Args:
         nodes: of the tree, at most.
+
+    Attributes:
+        all: nodes that were added, those included that are not among the best.
     """
 
     def __init__(self, nodes: int) -> None:
         self.nodes, self.all = nodes, Draft()
         self._level = 0
 
-    def add(self, parent: int, probabilities: Sequence[float], tokens: Sequence[int]) -> None:
-        """Children of a node, or of `ROOT`: their probabilities behind it, and their tokens, no token twice."""
+    def add(self, parent: int, children: Iterable[Child]) -> None:
+        """Children of a node, or of `ROOT`: their tokens, no token twice, and their probabilities behind it."""
         path = 1.0 if parent == ROOT else self.all.estimates[parent]
-        for probability, token in zip(probabilities, tokens, strict=False):
+        for token, probability in children:
             if probability > 0:
                 self.all.tokens.append(token)
                 self.all.parents.append(parent)

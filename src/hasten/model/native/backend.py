@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int64
-from math import isnan
+from ctypes import c_int64
 from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hasten.errors import UserError
 from hasten.model.config import Slots
-from hasten.model.decoder import NOT_FINITE, Decoder, compose
+from hasten.model.decoder import Decoder, compose
 from hasten.model.gate import Gate, compose_gated
 from hasten.model.layers import (
     LONELY,
@@ -141,7 +139,7 @@ class NativeBackend:
         return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
-        described = self._describe(model)
+        described = self.describe(model)
         # Taps go by the numbers of all layers.
         if described is None or (taps is not None and len(model.layers) < len(model.config.layers)):
             return compose(model, rows, wanted, taps)
@@ -151,7 +149,7 @@ class NativeBackend:
         self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, gate: Gate, may: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `hasten.model.gate.compose_gated`."""
-        described = self._describe(model)
+        described = self.describe(model)
         if described is None:
             return compose_gated(model, rows, wanted, gate, may)
         left = may.to(torch.int64) - 1
@@ -193,7 +191,7 @@ class NativeBackend:
             mask = span.dense_mask(span.sequence.pending)
             if mask is not None:
                 masks.append(mask.contiguous())
-            spans[index], plain = self._span(
+            spans[index], plain = self.span(
                 described, span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
             )
             if not plain:
@@ -255,50 +253,7 @@ class NativeBackend:
                 taps.put(site, layer, state.to(model.dtype))
         return logits
 
-    @torch.inference_mode()
-    def chain(
-        self,
-        model: Decoder,
-        sequence: SequenceState,
-        token: int,
-        position: int,
-        vocabulary: int,
-        most: int,
-        confidence: float,
-    ) -> list[tuple[int, float]]:
-        """A greedy draft in one call: what follows `token` in a sequence, token by token; for models that it `runs`.
-
-        Args:
-            sequence: its committed rows stand before `token`, in plain memory; the chain's rows are left pending.
-            token, position: the chain's first row.
-            vocabulary: tokens that may be chosen, from 0 on.
-            most: how many to draft.
-            confidence: the chain ends when all of it together has less probability.
-
-        Returns:
-            Tokens and their probabilities.
-
-        Raises:
-            IndexError: the embedding does not have `token`.
-            UserError: logits that are not finite.
-        """
-        loaded, described = library(), self._describe(model)
-        assert loaded is not None and described is not None
-        sequence.begin(torch.arange(position, position + most))
-        span, plain = self._span(described, Span(sequence, 0, 1), 1, None)
-        assert plain
-        tokens, probabilities = (c_int64 * most)(), (c_float * most)()
-        count = loaded.hasten_chain(
-            *(ctypes.addressof(described), team(), ctypes.addressof(span), token, position, vocabulary),
-            *(most, confidence, ctypes.addressof(tokens), ctypes.addressof(probabilities)),
-        )
-        if count < 0:
-            raise IndexError(f"token id {token} is not below {model.embedding.shape[0]}, the size of the vocabulary")
-        if count and isnan(probabilities[count - 1]):
-            raise UserError(NOT_FINITE)
-        return list(zip(tokens[:count], probabilities[:count], strict=True))
-
-    def _span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
+    def span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""
         slots = self._slots.get(span.sequence)
         if slots is None:
@@ -318,9 +273,9 @@ class NativeBackend:
 
     def runs(self, model: Decoder) -> bool:
         """Whether the native step knows all pieces of a model; others are composed in PyTorch."""
-        return self._describe(model) is not None
+        return self.describe(model) is not None
 
-    def _describe(self, model: Decoder) -> ModelStruct | None:
+    def describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
         if model not in self._described:
             self._described[model] = _description(model)
@@ -369,7 +324,7 @@ def _struct(linear: Linear) -> LinearStruct | None:
 
 
 def _description(model: Decoder) -> ModelStruct | None:
-    """See `NativeBackend._describe`; the structure keeps alive what it points to."""
+    """See `NativeBackend.describe`; the structure keeps alive what it points to."""
     config, shape = model.config, model.config.layers[0]
     kept: list[Any] = []
 

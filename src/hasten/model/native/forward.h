@@ -287,20 +287,6 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
     return until;
 }
 
-// The likeliest of some logits, the first where several are, and its probability.
-int64_t likeliest(const float *logits, int64_t count, float *probability) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < count; ++i)
-        if (logits[i] > logits[best]) best = i;
-    Lanes total = {};
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH) total += exponential(load(logits + i) - logits[best]);
-    float mass = sum(total);
-    for (; i < count; ++i) mass += std::exp(logits[i] - logits[best]);
-    *probability = 1.0f / mass;
-    return best;
-}
-
 // One layer by itself: out [rows][outputs] from x [rows][inputs].
 void apply(const Linear &weight, Team &team, int64_t rows, const float *x, const float *residual, float *out) {
     static thread_local Inputs buffer;

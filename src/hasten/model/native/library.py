@@ -53,6 +53,10 @@ def _load() -> ctypes.CDLL | None:
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
         *(c_float, c_void_p, c_void_p),
     ]
+    loaded.hasten_rank.restype = None
+    loaded.hasten_rank.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
+    loaded.hasten_grow.restype = None
+    loaded.hasten_grow.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]
     loaded.hasten_linear.restype = None
     loaded.hasten_linear.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
     runtime = openmp_runtime()

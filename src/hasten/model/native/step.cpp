@@ -2,8 +2,8 @@
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
 // in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in structs.py; the
-// work is in lanes.h (over vectors.h, or neon.h on arm64), amx.h, blocks.h, linear.h, attention.h and forward.h, compiled
-// once per instruction set.
+// work is in lanes.h (over vectors.h, or neon.h on arm64), amx.h, blocks.h, linear.h, attention.h, forward.h and draft.h,
+// compiled once per instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -350,6 +350,27 @@ struct Batch {
     int64_t late, late_until;
     int64_t pause;       // a layer behind whose attention somebody wants to look at what was tapped; 0 for none
 };
+// How trees of drafts grow (EAGLE-2): a network reads the likeliest nodes of a level, each as what its parent's row gave with
+// its token beside it, and their likeliest words become the next level.
+struct Growth {
+    const Linear *fusion;   // where a token's embedding and an output, side by side, are made one (EAGLE-1); or null
+    const float *entrance;  // [hidden] of a norm that outputs enter by, or null
+    const int64_t *words;   // [head.outputs] tokens of the head's rows, or null: they are the rows' numbers
+    int64_t width, ranks;   // nodes of a level that are read, at most, and children of each
+    double least;           // a level is read where its nodes' chances come to so much together
+};
+// One request's tree. Its nodes come back, each behind its parent; -1 is the parent of the first ones.
+struct Tree {
+    const Span *span;     // its sequence, with room for width * depth rows
+    const float *state;   // [hidden] what the network made of the text's last row
+    int64_t position;     // of that row
+    int64_t most, depth;  // nodes, and levels
+    int64_t closed_count;
+    const int64_t *closed;  // tokens below which nothing stands
+    int64_t *tokens, *parents;  // [most]
+    double *estimates;          // [most]
+    int64_t count;
+};
 
 }  // namespace
 
@@ -416,6 +437,8 @@ struct Kernels {
     int64_t (*forward)(const Model &, Team &, const Batch &, int64_t);
     void (*apply)(const Linear &, Team &, int64_t, const float *, const float *, float *);
     int64_t (*likeliest)(const float *, int64_t, float *);
+    float (*rank)(const float *, int64_t, int64_t, float *, int64_t *);
+    void (*grow)(const Model &, Team &, const Growth &, int64_t, Tree *);
 };
 
 #ifdef EMULATED_TILES
@@ -430,7 +453,7 @@ bool tiles_granted() {
 }
 #endif
 
-#define KERNELS(set) Kernels{#set, set::forward, set::apply, set::likeliest}
+#define KERNELS(set) Kernels{#set, set::forward, set::apply, set::likeliest, set::rank, set::grow}
 
 // The best that the processor has, or the one that is asked for, if it has it.
 Kernels choose() {
@@ -471,7 +494,7 @@ extern "C" {
 const int64_t *hasten_sizes() {
     static const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(View), sizeof(Slots),
                                     sizeof(Span),   sizeof(Tap),   sizeof(Gate),  sizeof(Join),
-                                    sizeof(Batch),  0};
+                                    sizeof(Batch),  sizeof(Growth), sizeof(Tree), 0};
     return sizes;
 }
 const char *hasten_kernels() { return kernels().name; }
@@ -533,6 +556,19 @@ int64_t hasten_chain(const Model *model, void *team, const Span *span, int64_t t
         if (!(reached >= confidence)) return i + 1;
     }
     return most;
+}
+
+// The likeliest `most` of each of some rows of logits: `values` and `places` [rows][most], falling, and the logarithm of each
+// row's sum of exponentials.
+void hasten_rank(const float *logits, int64_t rows, int64_t words, int64_t most, float *values, int64_t *places,
+                 float *masses) {
+    for (int64_t row = 0; row < rows; ++row)
+        masses[row] = kernels().rank(logits + row * words, words, most, values + row * most, places + row * most);
+}
+
+// Grows the drafts of some requests together, level by level. The model's rows are embeddings with a token beside each.
+void hasten_grow(const Model *model, void *team, const Growth *growth, int64_t trees, Tree *tree) {
+    kernels().grow(*model, *static_cast<Team *>(team), *growth, trees, tree);
 }
 
 // One layer by itself: out [rows][outputs] = x [rows][inputs] W^T + bias (+ residual, or null).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 from typing import Any, ClassVar
 
 
@@ -108,8 +108,28 @@ class BatchStruct(ctypes.Structure):
     ]
 
 
+class GrowthStruct(ctypes.Structure):
+    """`struct Growth`."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_void_p) for name in ("fusion", "entrance", "words")),
+        *(("width", c_int64), ("ranks", c_int64), ("least", c_double)),
+    ]
+
+
+class TreeStruct(ctypes.Structure):
+    """`struct Tree`."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_void_p) for name in ("span", "state")),
+        *((name, c_int64) for name in ("position", "most", "depth", "closed_count")),
+        *((name, c_void_p) for name in ("closed", "tokens", "parents", "estimates")),
+        ("count", c_int64),
+    ]
+
+
 STRUCTS = (
     *(LinearStruct, LayerStruct, ModelStruct, ViewStruct, SlotsStruct, SpanStruct),
-    *(TapStruct, GateStruct, JoinStruct, BatchStruct),
+    *(TapStruct, GateStruct, JoinStruct, BatchStruct, GrowthStruct, TreeStruct),
 )
 """In the order of `hasten_sizes`."""

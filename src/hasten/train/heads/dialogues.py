@@ -11,7 +11,6 @@ The model answers all of them itself: heads that were trained on other people's 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -152,12 +151,7 @@ def read_dialogues(file: Path) -> list[Dialogue]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    try:
-        with file.open("rb") as stream:
-            origin = dict(json.loads(stream.readline()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read dialogues from {file}") from error
-    return _dialogues([line["dialogues"] for line in read_lines(file, origin, NEEDED)])
+    return _dialogues([line["dialogues"] for line in read_lines(file, None, NEEDED)])
 
 
 def _dialogues(batches: Iterable[list[dict[str, Any]]]) -> list[Dialogue]:
@@ -221,8 +215,8 @@ class _Author:
         ]
 
     def read(self, request: str) -> list[int]:
-        """A request as the model reads it."""
-        if self.llm.templated:
+        """A request as the model reads it; the questions of tasks are what it reads."""
+        if self.llm.templated and (self._opening or self.prompts is not None):
             return self.llm.apply_chat_template([{"role": "user", "content": request}])
         return self.llm.encode(request)
 

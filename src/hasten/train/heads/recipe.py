@@ -106,7 +106,7 @@ class Dialogues:
             torch.cat([self.states.tokens[span] for span in spans]),
             torch.cat([self.states.answers[span] for span in spans]),
             torch.cat([torch.full((span.stop - span.start,), place) for place, span in enumerate(spans)]),
-            torch.cat([self.states.states[span] for span in spans]).float(),
+            torch.cat([self.states[span] for span in spans]).float(),
         )
 
     def words(self, count: int, vocabulary: int) -> Tensor | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +28,8 @@ from hasten.train.trainer import differences
 Tap = tuple[Site, int]
 ROWS_OF_PASS = 2048
 """Dialogues share passes of so many rows."""
+WITHIN = "within"
+"""Said beside a file that is not there: which one has its states among others."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,22 @@ class States:
         tokens: int64 [rows].
         answers: bool [rows], whether a token is the model's own: part of an answer.
         bounds: [dialogues + 1], where each dialogue begins, and where the last one ends.
-        states: bfloat16 [rows, taps, hidden], mapped from the file.
+        held: bfloat16 [rows, all taps, hidden], mapped from the file.
+        columns: which of its taps are wanted, in their order.
     """
 
     tokens: Tensor
     answers: Tensor
     bounds: list[int]
-    states: Tensor
+    held: Tensor
+    columns: list[int]
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """bfloat16 [rows, taps, hidden] of some rows, read from the file."""
+        return self.held[rows][:, self.columns]
 
 
 def read_states(
@@ -59,11 +68,14 @@ def read_states(
 ) -> States:
     """Read as many of the dialogues as fit, or the rest of those that an interrupted run left unread.
 
+    Where another file in the folder has these states among more of the same rows, nothing is read: it serves in the
+    place of one of their own, as what stands beside it then says (`within`).
+
     Args:
         llm: the target.
         taps: hidden states to keep of every row.
         file: of bfloat16 numbers; beside it stands what it was made of, with `.json` behind its name.
-        most: bytes that it may have.
+        most: bytes that it may have, or would have.
         report: told how many dialogues were read, those of an earlier run included.
 
     Raises:
@@ -75,16 +87,23 @@ def read_states(
     if len(ends) < 2:
         raise UserError(f"{megabytes(most)} are too few for the hidden states of two dialogues")
     kept, bounds = dialogues[: len(ends)], [0, *ends]
-    _claim(file, kept, lambda some: _origin(llm, some, taps))
+    _check(llm, kept, taps, file)
+    own = _origin(llm, kept, taps)
     present = file.stat().st_size // size if file.exists() else 0
     done = sum(end <= present for end in ends)
+    if done < len(kept) and (within := _serving(llm, dialogues, taps, ends[-1], file)):
+        file.unlink(missing_ok=True)
+        write_text(_told(file), dumps({**own, WITHIN: within}, indent=2) + "\n")
+        report(len(kept))
+        return open_states(file, kept)
+    write_text(_told(file), dumps(own, indent=2) + "\n")
     report(done)
     with writing(file), file.open("r+b" if file.exists() else "wb") as stream:
         # What a kill left of a pass is read again.
         stream.truncate(bounds[done] * size)
         stream.seek(bounds[done] * size)
         while done < len(kept):
-            some = _of_one_pass(kept[done:])
+            some = of_one_pass(kept[done:], ROWS_OF_PASS)
             stream.write(_pass(llm, some, taps).view(torch.int16).numpy().tobytes())
             done += len(some)
             report(len(some))
@@ -100,13 +119,15 @@ def open_states(file: Path, dialogues: Sequence[Dialogue]) -> States:
     Raises:
         UserError: there is no such file, or it is cut off.
     """
-    told = read_json(file.with_name(f"{file.name}.json"))
+    told = read_json(_told(file))
+    within = told.get(WITHIN, {"file": file.name, "taps": told["taps"]})
+    file, held = file.with_name(within["file"]), within["taps"]
     kept = dialogues[: told["count"]]
     bounds = [0, *accumulate(len(dialogue.ids) for dialogue in kept)]
-    shape = bounds[-1], len(told["taps"]), told["hidden"]
     try:
         # Written to by nobody, but PyTorch takes no memory that is read-only.
-        mapped = np.memmap(file, np.int16, "c", shape=shape)
+        mapped = np.memmap(file, np.int16, "c", shape=(bounds[-1], len(held), told["hidden"]))
+        columns = [held.index(tap) for tap in told["taps"]]
     except (OSError, ValueError) as error:
         raise UserError(f"the hidden states in {file} cannot be read") from error
     own = [[False] * len(each.prompt) + [True] * len(each.answer) for each in kept]
@@ -115,14 +136,17 @@ def open_states(file: Path, dialogues: Sequence[Dialogue]) -> States:
         torch.tensor([flag for flags in own for flag in flags]),
         bounds,
         torch.from_numpy(mapped).view(torch.bfloat16),
+        columns,
     )
+
+
+def _told(file: Path) -> Path:
+    """Where it stands what a file was made of."""
+    return file.with_name(f"{file.name}.json")
 
 
 def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dict[str, Any]:
     """What states depend on."""
-    digest = hashlib.sha256()
-    for dialogue in dialogues:
-        digest.update(np.array([*dialogue.prompt, -1, *dialogue.answer, -2], dtype=np.int64).tobytes())
     return {
         "model": llm.folder.name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
@@ -130,36 +154,61 @@ def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dic
         "taps": [list(tap) for tap in taps],
         "hidden": llm.model.config.hidden_size,
         "count": len(dialogues),
-        "dialogues": digest.hexdigest(),
+        "dialogues": digest(dialogues),
     }
 
 
-def _claim(file: Path, dialogues: Sequence[Dialogue], origin: Callable[[Sequence[Dialogue]], dict[str, Any]]) -> None:
-    """Say what a file is made of, before anything is written. What was read of the first dialogues is gone on with.
+def digest(dialogues: Sequence[Dialogue]) -> str:
+    """SHA-256 of what all of them say."""
+    told = hashlib.sha256()
+    for dialogue in dialogues:
+        told.update(np.array([*dialogue.prompt, -1, *dialogue.answer, -2], dtype=np.int64).tobytes())
+    return told.hexdigest()
+
+
+def _check(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap], file: Path) -> None:
+    """Remove a file of which nothing says what it was made of. What was read of the first dialogues is gone on with.
 
     Raises:
         UserError: one that is there was made of something else.
     """
-    told = file.with_name(f"{file.name}.json")
-    if file.exists() and told.exists():
-        before = read_json(told)
-        count = before.get("count")
-        if changed := differences(before, origin(dialogues[:count] if isinstance(count, int) else dialogues)):
-            raise UserError(f"the hidden states in {file} are of another {changed}: remove it to read them again")
-    else:
+    if not (file.exists() and _told(file).exists()):
         file.unlink(missing_ok=True)
-    write_text(told, dumps(origin(dialogues), indent=2) + "\n")
+        return
+    before = read_json(_told(file))
+    count = before.get("count")
+    if changed := differences(before, _origin(llm, dialogues[: count if isinstance(count, int) else None], taps)):
+        raise UserError(f"the hidden states in {file} are of another {changed}: remove it to read them again")
 
 
-def _of_one_pass(dialogues: Sequence[Dialogue]) -> Sequence[Dialogue]:
-    """As many of the first as share a pass."""
-    ends = accumulate(len(dialogue.ids) for dialogue in dialogues)
-    return dialogues[: max(1, sum(1 for end in ends if end <= ROWS_OF_PASS))]
+def _serving(
+    llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap], rows: int, file: Path
+) -> dict[str, Any] | None:
+    """Another file in the folder that has these taps, among others, of all of the first rows: `file` and its `taps`."""
+    for told in sorted(file.parent.glob("*.json")):
+        other = told.with_suffix("")
+        if other == file or not other.exists():
+            continue
+        before = read_json(told)
+        held, count = before.get("taps"), before.get("count")
+        if not isinstance(held, list) or not isinstance(count, int) or any(list(tap) not in held for tap in taps):
+            continue
+        origin = _origin(llm, dialogues[:count], taps)
+        whole = other.stat().st_size >= 2 * rows * len(held) * origin["hidden"]
+        if whole and not differences(before, {**origin, "taps": held}):
+            return {"file": other.name, "taps": held}
+    return None
 
 
-@torch.inference_mode()
-def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tensor:
-    """bfloat16 [rows, taps, hidden] of some dialogues."""
+def of_one_pass(dialogues: Sequence[Dialogue], rows: int) -> Sequence[Dialogue]:
+    """As many of the first as share a pass of so many rows, at least one."""
+    ends = accumulate(len(dialogue.ids) for dialogue in dialogues[:rows])
+    return dialogues[: max(1, sum(1 for end in ends if end <= rows))]
+
+
+@contextmanager
+def reading(llm: LLM, dialogues: Sequence[Dialogue]) -> Iterator[Rows]:
+    """The rows of a pass over some dialogues; what it leaves in the cache goes with the context."""
     sequences = [llm.engine.cache.sequence() for _ in dialogues]
     bounds = [0, *accumulate(len(dialogue.ids) for dialogue in dialogues)]
     rows = Rows(
@@ -167,10 +216,17 @@ def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tenso
         torch.cat([torch.arange(len(dialogue.ids), device=llm.model.device) for dialogue in dialogues]),
         [Span(*each) for each in zip(sequences, bounds, bounds[1:], strict=False)],
     )
-    states = Taps(taps)
     try:
-        llm.model.forward(rows, [], states)
+        yield rows
     finally:
         for sequence in sequences:
             sequence.release()
+
+
+@torch.inference_mode()
+def _pass(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> Tensor:
+    """bfloat16 [rows, taps, hidden] of some dialogues."""
+    states = Taps(taps)
+    with reading(llm, dialogues) as rows:
+        llm.model.forward(rows, [], states)
     return torch.stack([states[tap] for tap in taps], 1).bfloat16().cpu().contiguous()
