@@ -14,7 +14,8 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import BatchesPerStep, Data, batches_of_step
+from hasten.cli.train_data import Data
+from hasten.cli.train_heads import BatchesPerStep, batches_of_step
 from hasten.documents import dumps
 from hasten.errors import UserError
 from hasten.files import write_text

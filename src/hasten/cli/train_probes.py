@@ -10,7 +10,8 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import BatchesPerStep, Output, Talk, batches_of_step, conclude
+from hasten.cli.train_data import Talk
+from hasten.cli.train_heads import BatchesPerStep, Output, batches_of_step, conclude
 
 if TYPE_CHECKING:
     from hasten.train.heads.inserted import InsertedRecipe

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, asdict, fields
 from itertools import chain
@@ -26,6 +23,7 @@ from hasten.errors import Interrupted, UserError
 from hasten.files import replacing, write_text, writing
 from hasten.model.checkpoint import read_json
 from hasten.train import processes
+from hasten.train.interruptions import between_steps
 from hasten.train.recipe import TIMES, AnyRecipe, Trained
 
 CHECKPOINT, SUMMARY = "training.pt", "training.json"
@@ -280,7 +278,7 @@ def _loop(trainer: Trainer, save_every: float) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("training", total=trainer.recipe.tokens, completed=trainer.tokens)
         saved = logged = time.monotonic()
-        with _interrupt_between_steps() as interrupted:
+        with between_steps() as interrupted:
             for batches in trainer.batches():
                 # Of all processes: none may wait for one that has gone.
                 number = max(processes.told(interrupted()))
@@ -303,28 +301,3 @@ def _loop(trainer: Trainer, save_every: float) -> None:
             if number:
                 sentence = f"interrupted: {trainer.folder / CHECKPOINT} is saved, and the same command goes on from it"
                 raise Interrupted(sentence, number)
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step: half an update must not be saved. Yields which came, or 0.
-
-    A second Ctrl-C does not wait. A second SIGTERM does: `timeout`, for one, sends two.
-    """
-    asked = 0
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = asked or number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
