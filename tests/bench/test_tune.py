@@ -193,6 +193,15 @@ def test_default_candidates_come_from_the_registry():
     assert all(len(list(group)) <= 3 for _, group in itertools.groupby(chosen, lambda name: name.partition(":")[0]))
 
 
+def test_what_computes_beside_the_model_is_a_candidate_where_there_is_a_core(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "spare_cores", lambda: 0)
+    chosen, skipped = default_candidates(config_of(None))
+    assert "leave it one with --threads" in skipped["mirror-sd"]
+    assert not any(name.startswith("mirror-sd") for name in chosen)
+    monkeypatch.setattr(tuning, "spare_cores", lambda: 1)
+    assert {"mirror-sd", "mirror-sd:length=3", "mirror-sd:length=14"} <= set(default_candidates(config_of(None))[0])
+
+
 def test_heads_that_the_model_has_are_candidates(llm: LLM):
     assert "name it under --candidates" in default_candidates(llm.model.config)[1]["medusa"]
     chosen, skipped = default_candidates(llm.model.config, own_heads(llm.engine.target))

@@ -38,6 +38,30 @@ def test_distillation(hasten, lists: None, tmp_path: Path):
     assert refused.status == 2 and "exists" in refused.err
 
 
+def test_skipdecode(hasten, lists: None, tmp_path: Path):
+    """The card has the parent's answers and the new model's, by all layers and by each share."""
+    command = (
+        "train",
+        "skipdecode",
+        "-o",
+        str(tmp_path),
+        "--tokens",
+        "600",
+        "--batch-tokens",
+        "512",
+        "--per-task",
+        "1",
+    )
+    document = hasten(*command, "--shares", "0.8,0.6", "--json").json()
+    assert json.loads((tmp_path / "config.json").read_text())["skipdecode"]["share"] == 0.8
+    decoded = json.loads((tmp_path / "card.json").read_text())["decoded"]
+    methods = ["plain", *(f"skipdecode:share={share},warm=1,length=64" for share in (0.8, 0.6))]
+    assert list(decoded) == [f"{name}, {method}" for name in ("tiny", tmp_path.name) for method in methods]
+    assert all(f"| `{method}` |" in Path(document["card"]).read_text() for method in decoded)
+    refused = hasten(*command, "--shares", "half")
+    assert refused.status == 2 and "shares must be numbers" in refused.err and refused.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

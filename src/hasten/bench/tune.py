@@ -7,6 +7,7 @@ prompts. What wins is tried on prompts that had no part in the choice: their spe
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import random
 import statistics
@@ -27,6 +28,7 @@ from hasten.errors import UserError
 from hasten.llm import LLM
 from hasten.methods.heads.own import own_heads
 from hasten.model import ModelConfig
+from hasten.model.threads import spare_cores
 
 SIZES = ("length", "nodes", "depth", "width", "drafts")
 """Names of the parameter that says how much is drafted: the first one that a method has is halved and doubled."""
@@ -117,6 +119,8 @@ def default_candidates(config: ModelConfig, heads: Collection[str] = ()) -> tupl
             skipped[slug] = "lossy: it would change the text"
         elif method.needs_training and slug not in heads and slug != default_method(config):
             skipped[slug] = "needs weights trained for the model: name it under --candidates with them"
+        elif method.beside > spare_cores():
+            skipped[slug] = "computes beside the model, whose threads have all cores: leave it one with --threads"
         else:
             chosen += settings(method)
     return chosen, skipped
@@ -175,6 +179,8 @@ def tune(
         search.check(ids[1::2])
     except KeyboardInterrupt as interruption:
         search.interrupted = interruption
+    finally:
+        search.close()
     return search.result()
 
 
@@ -224,8 +230,17 @@ class _Search:
             deadline = now + (self.choosing_end - now) / (rungs - rung + 1)
             done += self._rung(field, prompts[done:reach], rung, deadline)
             field = _best_first(field)[: max(1, len(field) // 2)]
-            for name in set(self.engines) - {"plain", *(candidate.method for candidate in field)}:
-                del self.engines[name]
+            self._keep({"plain", *(candidate.method for candidate in field)})
+
+    def close(self) -> None:
+        """Give back what all engines hold."""
+        self._keep(())
+
+    def _keep(self, names: Collection[str]) -> None:
+        """Give back what other engines hold: memory, and the processes of some drafters."""
+        self.engines = {name: engine for name, engine in self.engines.items() if name in names}
+        # An engine and what it is made of know each other.
+        gc.collect()
 
     def check(self, prompts: Sequence[list[int]]) -> None:
         """The winner on prompts that had no part in its choice."""

@@ -19,6 +19,7 @@ from hasten.cli import (
     train_learn2pd,
     train_lud,
     train_probes,
+    train_skipdecode,
 )
 from hasten.cli.groups import grouped
 from hasten.cli.training import Run
@@ -32,6 +33,7 @@ app.add_typer(train_heads.app)
 app.add_typer(train_chimera.app)
 app.add_typer(train_probes.app)
 app.add_typer(train_drafters.app)
+app.add_typer(train_skipdecode.app)
 app.add_typer(train_lud.app)
 
 

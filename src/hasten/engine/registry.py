@@ -115,6 +115,7 @@ class Method:
         knob: what trades its accuracy for speed, if anything does.
         defaults: values of parameters that a target has of its own, where the dataclass's are not meant for it; what a
             specification names goes before them.
+        beside: cores that it computes on beside those of the model's own threads.
     """
 
     slug: str
@@ -130,6 +131,7 @@ class Method:
     create: Callable[[Target, Any], Drafter | ContextPolicy] | None
     knob: Knob | None = None
     defaults: Callable[[Target], dict[str, Any]] = no_defaults
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def register(
     command: str = "",
     knob: Knob | None = None,
     defaults: Callable[[Target], dict[str, Any]] = no_defaults,
+    beside: int = 0,
 ) -> Callable[[D], D]:
     """Decorator of a class, or of a function, that makes a drafter or context policy from (target, parameters).
 
@@ -169,7 +172,7 @@ def register(
     def decorate(create: D) -> D:
         method = Method(
             slug, role, aliases, family, exactness, paper, title, needs_training,
-            command or f"hasten bench{model} --methods {slug}", parameters, create, knob, defaults,
+            command or f"hasten bench{model} --methods {slug}", parameters, create, knob, defaults, beside,
         )  # fmt: skip
         if knob is not None:
             _try_out(method, knob)

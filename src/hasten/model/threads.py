@@ -25,6 +25,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def spare_cores() -> int:
+    """Processors that this process may use beside those that a model computes on in this thread."""
+    return max(0, cores() - torch.get_num_threads())
+
+
 def settle() -> None:
     """To be called before a model is loaded: its threads will be this process's, and no more than it has cores.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 
 class _Normalise(torch.autograd.Function):
@@ -64,34 +64,54 @@ def layer_outputs(
         positions: [rows or 1, length]; None counts from 0.
         dtype: of weights and activations in the products.
     """
-    config = model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    size = model.model.layers[0].self_attn.head_dim
-    assert kv_heads is not None
-    rows, length = ids.shape
-    if positions is None:
-        positions = torch.arange(length)[None]
-    cos, sin = (angle.to(dtype).unsqueeze(2) for angle in model.model.rotary_emb(model.model.norm.weight, positions))
-    x = F.embedding(ids, model.model.embed_tokens.weight).to(dtype)
+    x, angles = embedded(model, ids, positions, dtype)
     for layer in model.model.layers:
-        own = layer.self_attn
-        qkv = _project(x, layer.input_layernorm, dtype, own.q_proj, own.k_proj, own.v_proj)
-        qk, v = torch.split(qkv.view(rows, length, -1, size), [heads + kv_heads, kv_heads], 2)
-        one, other = qk.chunk(2, -1)
-        qk = qk * cos + torch.cat([-other, one], -1) * sin
-        q, k = torch.split(qk.transpose(1, 2), [heads, kv_heads], 1)
-        q = (q * size**-0.5).reshape(rows, kv_heads, -1, size)
-        scores = (q @ k.transpose(2, 3)).view(rows, kv_heads, -1, length, length)
-        if mask is not None:
-            scores = scores + mask[:, None, None]
-        weights = torch.softmax(scores, -1).view(rows, kv_heads, -1, length)
-        mixed = (weights @ v.transpose(1, 2)).view(rows, heads, length, size).transpose(1, 2)
-        x = x + F.linear(mixed.reshape(rows, length, -1), own.o_proj.weight.to(dtype))
-        gate, up = _project(x, layer.post_attention_layernorm, dtype, layer.mlp.gate_proj, layer.mlp.up_proj).chunk(
-            2, -1
-        )
-        x = x + F.linear(F.silu(gate) * up, layer.mlp.down_proj.weight.to(dtype))
+        x = layer_output(model, layer, x, mask, angles)
         yield x
+
+
+def embedded(
+    model: LlamaForCausalLM, ids: Tensor, positions: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What the first layer reads [rows, length, width], and (cos, sin) of its positions; as of `layer_outputs`."""
+    if positions is None:
+        positions = torch.arange(ids.shape[1])[None]
+    cos, sin = model.model.rotary_emb(model.model.norm.weight, positions)
+    x = F.embedding(ids, model.model.embed_tokens.weight).to(dtype)
+    return x, (cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2))
+
+
+def layer_output(
+    model: LlamaForCausalLM,
+    layer: LlamaDecoderLayer,
+    x: Tensor,
+    mask: Tensor | None,
+    angles: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What one layer makes of x [rows, length, width]; mask and dtype as of `layer_outputs`.
+
+    Args:
+        angles: (cos, sin) of the positions, each [rows or 1, length, 1, head size].
+    """
+    config, own, dtype = model.config, layer.self_attn, x.dtype
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, own.head_dim
+    assert kv_heads is not None
+    rows, length = x.shape[:2]
+    cos, sin = angles
+    qkv = _project(x, layer.input_layernorm, dtype, own.q_proj, own.k_proj, own.v_proj)
+    qk, v = torch.split(qkv.view(rows, length, -1, size), [heads + kv_heads, kv_heads], 2)
+    one, other = qk.chunk(2, -1)
+    qk = qk * cos + torch.cat([-other, one], -1) * sin
+    q, k = torch.split(qk.transpose(1, 2), [heads, kv_heads], 1)
+    q = (q * size**-0.5).reshape(rows, kv_heads, -1, size)
+    scores = (q @ k.transpose(2, 3)).view(rows, kv_heads, -1, length, length)
+    if mask is not None:
+        scores = scores + mask[:, None, None]
+    weights = torch.softmax(scores, -1).view(rows, kv_heads, -1, length)
+    mixed = (weights @ v.transpose(1, 2)).view(rows, heads, length, size).transpose(1, 2)
+    x = x + F.linear(mixed.reshape(rows, length, -1), own.o_proj.weight.to(dtype))
+    gate, up = _project(x, layer.post_attention_layernorm, dtype, layer.mlp.gate_proj, layer.mlp.up_proj).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * up, layer.mlp.down_proj.weight.to(dtype))
 
 
 def _project(x: Tensor, norm: LlamaRMSNorm, dtype: torch.dtype, *linears: torch.nn.Linear) -> Tensor:

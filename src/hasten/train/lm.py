@@ -70,8 +70,17 @@ class Pretraining(Recipe):
     def loss(self, model: LlamaForCausalLM, batch: Batch, progress: float, generator: torch.Generator) -> Tensor:
         """Mean cross-entropy over labelled tokens; the head runs on their rows only."""
         length = batch.ids.shape[1]
-        causal = torch.ones(1, length, length, dtype=torch.bool).tril()
-        states = hidden_states(model, batch.ids, additive(causal, self.dtype), None, self.dtype)[:, :-1]
-        labels = batch.labels[:, 1:]
-        wanted = labels != IGNORE
-        return F.cross_entropy(logits(model, states[wanted]), labels[wanted])
+        mask = additive(torch.ones(1, length, length, dtype=torch.bool).tril(), self.dtype)
+        return next_token_loss(model, hidden_states(model, batch.ids, mask, None, self.dtype), batch.labels)
+
+
+def next_token_loss(model: LlamaForCausalLM, states: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over labelled tokens; the head runs on the rows before them only.
+
+    Args:
+        states: normalised [rows, length, width].
+        labels: [rows, length], as of `Batch`.
+    """
+    labels = labels[:, 1:]
+    wanted = labels != IGNORE
+    return F.cross_entropy(logits(model, states[:, :-1][wanted]), labels[wanted])

@@ -14,13 +14,14 @@ import torch
 from hasten import LLM, SamplingParams, UserError
 from hasten.engine import Engine, Target
 from hasten.methods.skipping import cold_regions
-from hasten.methods.skipping.cold_regions import OPENING, Regions, calibrate, regions
+from hasten.methods.skipping.cold_regions import ANSWER, OPENING, Page, Regions, calibrate, regions
 from hasten.methods.skipping.ffn_skipllm import FfnSkipLlm, FfnSkipLlmParameters
 from hasten.model import OracleModel
 from helpers import VOCABULARY, make_model
 
 LAYERS = 8
-PAGES = [[(number * step) % (VOCABULARY - 2) + 2 for number in range(OPENING + 40)] for step in (7, 11, 29)]
+TEXTS = [[(number * step) % (VOCABULARY - 2) + 2 for number in range(OPENING + 40)] for step in (7, 11, 29)]
+PAGES = [Page(text, OPENING) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +126,25 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     assert regions(target_of(llm), llm.model, 0.2, 2, 0).first == 2
 
 
+def test_answers_pass_by_as_many_layers_as_was_calibrated(llm: LLM):
+    """To the same prompts, where what is skipped changes what is said."""
+    engine, target = Engine(llm.model, llm.tokenizer, folder=str(llm.folder)), target_of(llm)
+    drafter = FfnSkipLlm(target, FfnSkipLlmParameters(ratio=0.2, warmup=0))
+    pages = cold_regions._pages(target, llm.model)
+    assert len(pages) > 10 and all(0 < len(page.tokens) - page.prompt <= ANSWER for page in pages)
+    for page in pages:
+        engine.add(page.tokens[: page.prompt], SamplingParams(max_tokens=ANSWER, ignore_eos=True), drafter)
+    list(engine.run())
+    assert drafter.passed / (drafter.rows * LAYERS) == pytest.approx(0.2, abs=0.03)
+
+
 def test_figures_add_up(llm: LLM):
     """Warm-up and cold regions go through all layers; what else is passed by is about what was asked for."""
     engine = Engine(llm.model, llm.tokenizer, folder=str(llm.folder))
     drafter = FfnSkipLlm(target_of(llm), FfnSkipLlmParameters(ratio=0.25, warmup=6))
     asked = SamplingParams(max_tokens=46, temperature=1.0, seed=1, ignore_eos=True)
-    for page in PAGES:
-        engine.add(page[:9], asked, drafter)
+    for text in TEXTS:
+        engine.add(text[:9], asked, drafter)
     for step in range(60):
         if step == 6:
             assert drafter.passed == 0

@@ -12,13 +12,16 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from hasten import LLM, SamplingParams, UserError
 from hasten.cache import Cache
 from hasten.engine import Engine
-from hasten.methods.systems.easyspec import LayerSeconds, critical_path, fuzzy, groups
-from hasten.model import Rows
+from hasten.methods.systems.easyspec import critical_path, fuzzy, groups
+from hasten.model import Rows, Span
+from hasten.model.native.grouped import Spent, grouped, runs_grouped
 from hasten.model.native.library import LIBRARY
+from hasten.model.threads import cores
 from helpers import make_model, make_tokenizer, same
 
 TEXT = [number * 13 % 140 + 2 for number in range(1, 30)]
 PROMPTS = [TEXT, TEXT[3:9], TEXT[::-1]]
+native = pytest.mark.skipif(not LIBRARY.exists(), reason="the native step was not built")
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +141,63 @@ def test_calibration_leaves_exact_keys_and_values(deep_llm):
 
 
 def test_critical_path():
-    """Two exact layers and two groups of eight layers: four attentions, two gathers, eight MLPs, the head."""
-    seconds = LayerSeconds(attention=3.0, mlp=2.0, head=5.0, gather=0.5)
-    assert critical_path(seconds, 8, 4) == 4 * 3 + 2 * 0.5 + 8 * 2 + 5
-    assert critical_path(seconds, 8, 1) == 8 * 3 + 8 * 2 + 5
+    """Two exact layers, a group of three and one of two: the longest attention of each, the MLPs, the head."""
+    spent = Spent(attention=[9.0, 1.0, 3.0, 2.0, 4.0, 5.0, 9.0], feed_forward=[0.0, *[2.0] * 5, 0.0], head=7.0)
+    assert critical_path(spent, [1, 3, 2, 1], 3) == (9 + 3 + 5 + 9) + 10 + 7
+    assert critical_path(spent, [1, 3, 2, 1], 2) == (9 + max(1 + 2, 3) + 5 + 9) + 10 + 7
+    for devices, sizes in ((1, [1, 3, 2, 1]), (3, [1] * 7)):
+        assert critical_path(spent, sizes, devices) == 33 + 10 + 7
+
+
+@native
+@pytest.mark.parametrize("weights", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("parallel", [1, 2, 3, 5])
+def test_workers_compute_what_the_pieces_do(deep, parallel, weights):
+    """A tree of several rows behind slots of two sequences, on one thread and on more, to the same bits."""
+    model = LLM(deep, dtype="float32", backend="native", weights=weights).model
+    sizes, outputs = [len(group) for group in groups(7, parallel)], []
+    for threads in (None, 1, 2, 3):
+        sequences = [Cache(model.config.layers, model.cache_dtype, model.device).sequence() for _ in range(2)]
+        for sequence, text in zip(sequences, PROMPTS, strict=False):
+            model.forward(Rows.of(sequence, text, 0), ())
+            sequence.commit(len(text))
+        mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+        spans = [Span(sequences[0], 0, 3, mask), Span(sequences[1], 3, 5)]
+        starts = [len(text) for text in PROMPTS[:2]]
+        places = torch.tensor([starts[0], starts[0] + 1, starts[0] + 1, starts[1], starts[1] + 1])
+        rows = Rows(torch.tensor([5, 6, 7, 8, 9]), places, spans)
+        assert runs_grouped(model, rows)
+        if threads is None:
+            outputs.append(fuzzy(model, rows, [1, 4], parallel))
+            continue
+        logits, spent = grouped(model, rows, [1, 4], sizes, threads)
+        outputs.append(logits)
+        assert min(spent.attention) > 0 and spent.head > 0
+        assert [each > 0 for each in spent.feed_forward] == [size > 1 for size in sizes for _ in range(size)]
+    reference, *computed = outputs
+    torch.testing.assert_close(computed[0], reference, atol=1e-4 if weights == "dense" else 2e-2, rtol=1e-3)
+    assert all(torch.equal(each, computed[0]) for each in computed)
+
+
+@native
+def test_one_layer_at_a_time_is_the_native_pass_to_the_bit(deep):
+    model = LLM(deep, dtype="float32", backend="native").model
+    sequences = [Cache(model.config.layers, model.cache_dtype, model.device).sequence() for _ in range(2)]
+    expected = model.forward(Rows.of(sequences[0], TEXT, 0))
+    assert torch.equal(grouped(model, Rows.of(sequences[1], TEXT, 0), None, [1] * 7)[0], expected)
+
+
+@native
+def test_drafts_are_the_same_on_any_number_of_workers(deep):
+    llm, drafts = LLM(deep, dtype="float32", backend="native"), []
+    for workers in (1, cores()):
+        *_, proposed = recorded(llm, f"easyspec:parallel=3,confidence=0,length=5,workers={workers}")
+        drafts.append(proposed)
+    assert drafts[0] == drafts[1] and any(tokens for _, tokens in drafts[0])
 
 
 def test_what_it_refuses(deep_llm):
     with pytest.raises(UserError, match="easyspec: parallel must be between 1 and 16"):
         deep_llm.engine.drafter("easyspec:parallel=0")
+    with pytest.raises(UserError, match="easyspec: workers must be between 1 and"):
+        deep_llm.engine.drafter(f"easyspec:workers={cores() + 1}")

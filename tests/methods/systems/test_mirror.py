@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams, UserError
+from hasten.bench import tune as tuning
+from hasten.bench.prompts import BenchPrompt
 from hasten.engine import Draft, Engine, Target
-from hasten.methods.systems import executors
+from hasten.methods.systems import executors, mirror
 from hasten.methods.systems.mirror import Mirror, MirrorParameters
 from hasten.model import OracleModel
 from helpers import VOCABULARY, make_model, make_tokenizer, same
@@ -70,6 +72,26 @@ def test_misses_where_it_does_not(llm):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["greedy", "sampled"])
+def test_one_trace_tells_the_hits_of_every_width(llm, kind):
+    """A narrower drafter's candidates are the first of a wider one's, and its windows are the same: a hit's is what
+    the drafter says anew."""
+    engine, asked = fresh(llm), SamplingParams(max_tokens=24, ignore_eos=True, **kind)
+    clocks = {}
+    for width in (1, 2, 4, 8):
+        spec = f"{INLINE},width={width}"
+        for prompt in PROMPTS:
+            engine.add(prompt, asked, spec)
+            list(engine.run())
+        clocks[width] = engine.drafter(spec)[1].clock
+    widest = clocks[8]
+    for width, clock in clocks.items():
+        assert clock.windows == widest.windows > 10
+        assert clock.hits == sum(clock.places.values()) == round(widest.hit_rate(width) * widest.windows)
+    rates = [widest.hit_rate(width) for width in range(9)]
+    assert rates == sorted(rates) and rates[0] == 0 < rates[8]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["greedy", "sampled"])
 def test_candidates_leave_out_what_stands_there(llm, kind):
     """Behind a row that the window goes on from, its next token can be no end of it; behind the last one all can."""
     request = fresh(llm).add(PROMPTS[1], SamplingParams(**kind))[0]
@@ -77,7 +99,7 @@ def test_candidates_leave_out_what_stands_there(llm, kind):
     at, sampler = len(PROMPTS[1]), request.sampler
     likely = sampler.choose(logits, range(at, at + 3), [[], [0], [0, 0]])
     draft = Draft.chain([likely[0], (likely[1] + 1) % VOCABULARY])
-    rows = Mirror._candidates(request, draft, logits, 4)
+    rows = Mirror.candidates(request, draft, logits, 4)
     assert likely[0] not in rows[0] and rows[1][0] == likely[1] and rows[2][0] == likely[2]
     for number, (row, drafted) in enumerate(zip(rows, [*draft.tokens, None], strict=True)):
         scores = logits[number].clone()
@@ -129,6 +151,36 @@ def test_its_process_ends_with_it(llm):
     del drafter, engine
     gc.collect()
     assert _ends(worker)
+
+
+@processes
+def test_a_search_for_a_method_leaves_no_process(llm, monkeypatch):
+    """Nor do candidates that it has given up: all processes but one end before the last prompts."""
+    started, alive = [], []
+    start, check = executors.Process.start, tuning._Search.check
+
+    def note(self):
+        start(self)
+        started.append(self.pid)
+
+    def look(self, prompts):
+        alive.append(sum(map(_alive, set(started))))
+        check(self, prompts)
+
+    monkeypatch.setattr(executors.Process, "start", note)
+    monkeypatch.setattr(tuning._Search, "check", look)
+    prompts = [BenchPrompt("words", "words", f"the cat and the moon {number}", None) for number in range(8)]
+    specs = [f"{PROCESS},length={length}" for length in (2, 4)]
+    result = tuning.tune(llm, prompts, SamplingParams(max_tokens=6, ignore_eos=True), 100.0, specs)
+    assert len(set(started)) == 2 and alive == [1]
+    assert {candidate.method for candidate in result.candidates} == set(specs)
+    assert all(map(_ends, set(started)))
+
+
+def test_where_no_core_is_spare_nothing_is_started(llm, monkeypatch):
+    for spare, kind in ((0, executors.Inline), (1, executors.Process if mirror.CAN_START else executors.Inline)):
+        monkeypatch.setattr(mirror, "spare_cores", lambda spare=spare: spare)
+        assert type(fresh(llm).drafter("mirror-sd")[1].executor) is kind
 
 
 @processes

@@ -1,9 +1,10 @@
 """Where a model's feed-forward layers hardly turn the residual stream, and how alike is alike enough: measured, kept.
 
-The model reads a few pages, of the standard library and of hasten's tasks. A layer is *warm* where its result, added to
-the stream, has on the average nearly the direction that the stream had; the longest run of warm layers lies between two
+The model goes on with pages of the standard library and answers hasten's tasks. What it says is looked at, not what it
+reads: how many layers a row passes by depends on the kind of text. A layer is *warm* where its result, added to the
+stream, has on the average nearly the direction that the stream had; the longest run of warm layers lies between two
 cold regions, which always run. The threshold is the one at which as many layers are passed by as was asked for, found
-by halving: each trial reads the pages with the gate in place, since rows that pass by layers change what follows.
+by halving: each trial reads the texts with the gate in place, since rows that pass by layers change what follows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from hasten.cache import Cache
 from hasten.documents import dumps
-from hasten.engine import Target
+from hasten.engine import Engine, SamplingParams, Target
 from hasten.errors import UserError
 from hasten.files import cache_folder, write_text, writing
 from hasten.methods.skipping.layers import gated
@@ -31,8 +32,10 @@ from hasten.model import Decoder, Rows, Taps
 from hasten.model.fingerprint import fingerprint
 from hasten.model.gate import Gate, cosine
 
-PAGES, PAGE, OPENING = 8, 128, 32
-"""Texts that are read, tokens of each, and how many of these go through all layers, as a prompt does."""
+PAGES, OPENING, ANSWER = 8, 32, 64
+"""Pages of prose that the model goes on with, tokens of each that it is given, and tokens that it adds at most."""
+DIFFICULTY, QUESTION = 0.3, 256
+"""Of the tasks, one of each kind; and tokens of a question at most."""
 WARM = 0.9
 """Mean cosine of a layer that hardly turns the stream."""
 LEAST = 2
@@ -66,6 +69,14 @@ class Regions:
         return Gate(self.first, self.last, run, self.threshold, channels)
 
 
+@dataclass(frozen=True)
+class Page:
+    """A text, of which the tokens before `prompt` are a prompt: they go through all layers."""
+
+    tokens: list[int]
+    prompt: int
+
+
 def regions(target: Target, model: Decoder, share: float, run: int, outliers: int) -> Regions:
     """A model's, from disk if they were measured before, else measured now.
 
@@ -83,7 +94,7 @@ def regions(target: Target, model: Decoder, share: float, run: int, outliers: in
         "read": model.weight_bytes(),
         "dtype": str(model.dtype),
         "asked": [share, run, outliers],
-        "pages": [PAGES, PAGE, OPENING],
+        "pages": [PAGES, OPENING, ANSWER, DIFFICULTY, QUESTION],
     }
     name = sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder("ffn-skipllm") / f"{name}.json"
@@ -96,11 +107,11 @@ def regions(target: Target, model: Decoder, share: float, run: int, outliers: in
     return known
 
 
-def calibrate(model: Decoder, pages: Sequence[Sequence[int]], share: float, run: int, outliers: int) -> Regions:
+def calibrate(model: Decoder, pages: Sequence[Page], share: float, run: int, outliers: int) -> Regions:
     """See `regions`.
 
     Args:
-        pages: token ids, each with more than `OPENING`.
+        pages: at least one, each with tokens behind its prompt.
     """
     before, after = zip(*(_streams(model, page) for page in pages), strict=True)
     one, other = torch.cat(before, 1), torch.cat(after, 1)
@@ -146,50 +157,56 @@ def _warm(cosines: Sequence[float]) -> tuple[int, int]:
     return longest[0], longest[-1]
 
 
-def _pages(target: Target, model: Decoder) -> list[list[int]]:
-    """What is read, as token ids.
+def _pages(target: Target, model: Decoder) -> list[Page]:
+    """Prompts, and what the model says behind them, greedily.
 
     Raises:
-        UserError: the model has no tokenizer.
+        UserError: the model has no tokenizer, or says nothing.
     """
     if target.tokenizer is None:
         raise UserError("ffn-skipllm: needs a tokenizer, since it is calibrated on text")
-    length = min(PAGE, model.config.max_positions)
-    pages = [list(target.tokenizer.encode(text))[:length] for text in _texts()]
-    return [page for page in pages if len(page) > OPENING]
+    engine = Engine(model, target.tokenizer, target.end_ids, folder=target.folder)
+    longest = min(QUESTION, model.config.max_positions - ANSWER)
+    prompts = [ids for ids in _prompts(target.tokenizer) if 0 < len(ids) <= longest]
+    requests = [engine.add(ids, SamplingParams(max_tokens=ANSWER), "plain")[0] for ids in prompts]
+    for _ in engine.run():
+        pass
+    pages = [Page(request.tokens, request.prompt_length) for request in requests if request.output]
+    if not pages:
+        raise UserError("ffn-skipllm: is calibrated on what the model says, and it says nothing")
+    return pages
 
 
-def _texts() -> Iterator[str]:
-    """Half of them prose, half of them tasks with their answers, one of several kinds behind the other."""
+def _prompts(tokenizer: Any) -> Iterator[list[int]]:
+    """Openings of prose, and a question of each kind, as token ids."""
     # Decoding starts without them.
     from hasten.tasks import TASKS, examples, prose_chunks
 
-    half = PAGES // 2
-    yield from islice(prose_chunks("train", 4 * PAGE), half)
-    for number in range(half):
-        asked = (next(examples(task, "train", 1, 0)) for task in list(TASKS)[number::half])
-        yield "\n\n".join(each.prompt + each.answer for each in asked)
+    for text in islice(prose_chunks("train", 8 * OPENING), PAGES):
+        yield list(tokenizer.encode(text))[:OPENING]
+    for task in TASKS:
+        yield list(tokenizer.encode(next(examples(task, "train", 1, 0, DIFFICULTY)).prompt))
 
 
-def _streams(model: Decoder, page: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The stream before and behind each feed-forward layer, without the opening: float32 [layers, rows, hidden]."""
+def _streams(model: Decoder, page: Page) -> tuple[Tensor, Tensor]:
+    """The stream before and behind each feed-forward layer, behind the prompt: float32 [layers, rows, hidden]."""
     layers = range(len(model.layers))
     taps = Taps((site, layer) for layer in layers for site in ("input", "attention_output", "output"))
     for sequence in _sequence(model):
-        model.forward(Rows.of(sequence, page, 0, model.device), [len(page) - 1], taps)
+        model.forward(Rows.of(sequence, page.tokens, 0, model.device), [len(page.tokens) - 1], taps)
     before = [taps["input", layer].float() + taps["attention_output", layer].float() for layer in layers]
     after = [taps["output", layer].float() for layer in layers]
-    return torch.stack(before)[:, OPENING:].cpu(), torch.stack(after)[:, OPENING:].cpu()
+    return torch.stack(before)[:, page.prompt :].cpu(), torch.stack(after)[:, page.prompt :].cpu()
 
 
-def _passed(model: Decoder, pages: Sequence[Sequence[int]], gate: Gate) -> float:
-    """The share of all feed-forward layers that the pages' rows pass by, their openings left out."""
+def _passed(model: Decoder, pages: Sequence[Page], gate: Gate) -> float:
+    """The share of all feed-forward layers that the pages' rows behind their prompts pass by."""
     passed = rows = 0
     for page in pages:
-        may = torch.arange(len(page)) >= OPENING
+        may = torch.arange(len(page.tokens)) >= page.prompt
         for sequence in _sequence(model):
-            read = Rows.of(sequence, page, 0, model.device)
-            passed += int(gated(model, read, [len(page) - 1], gate, may)[1].sum())
+            read = Rows.of(sequence, page.tokens, 0, model.device)
+            passed += int(gated(model, read, [len(page.tokens) - 1], gate, may)[1].sum())
         rows += int(may.sum())
     return passed / (rows * len(model.layers))
 

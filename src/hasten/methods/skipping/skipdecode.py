@@ -7,8 +7,9 @@ falls: linearly, from `most` for the first to `least` for the last. The lowest `
 row jumps to as many of the upper ones as its number allows. So a layer that a row runs was run for all rows before it:
 its keys have no gaps, and where it is skipped its slots stay unwritten and unread. Prompts go through all layers.
 
-Exactness: lossy. Nothing is verified. The model should have been trained with its schedule: others lose their way where
-the jump is long, so by default (`share=1`) nothing is skipped. `docs/skipping.md` has figures.
+Exactness: lossy. Nothing is verified. The model should have been trained with its schedule (`hasten train skipdecode`),
+which its configuration then names: others lose their way where the jump is long, so by default nothing is skipped there
+(`share=1`). `docs/skipping.md` has figures.
 
 Decisions where the paper leaves room:
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,9 @@ from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError, require
 from hasten.methods.skipping.layers import require_layers
 from hasten.model import Decoder, Rows, Span
+
+TRAINED = {"share": float, "warm": int, "length": int}
+"""Parameters that a model is trained with, which its configuration names."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,19 @@ class SkipDecodeParameters:
         return Schedule(layers, self.warm, most, least)
 
 
+def own_schedule(target: Target) -> dict[str, Any]:
+    """What a model was trained with: `skipdecode` in its configuration.
+
+    Raises:
+        UserError: that is damaged.
+    """
+    own = target.model.config.source.get("skipdecode", {})
+    try:
+        return {name: kind(own[name]) for name, kind in TRAINED.items() if name in own}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"skipdecode: the model's configuration says {own!r}, which is no schedule") from error
+
+
 @register(
     "skipdecode",
     family="skipping",
@@ -118,6 +136,7 @@ class SkipDecodeParameters:
     title="SkipDecode: the later a token, the fewer layers",
     parameters=SkipDecodeParameters,
     knob=Knob("share", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)),
+    defaults=own_schedule,
     command="hasten sweep --model tiny --methods skipdecode --suite tasks --per-task 4 --temperature 0",
 )
 class SkipDecode(Approximation):

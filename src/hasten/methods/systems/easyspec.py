@@ -13,11 +13,11 @@ reads the tokens that came (*bonus calibration*), which gives the first drafted 
 Exactness: lossless. Where a draft is sampled, the distributions that it was sampled from are fuzzy, and are what is
 handed over.
 
-Here all of a group is computed on one device, which takes as long as the exact model does: the drafts are those of the
-paper's method, their cost is not. `critical_path` says what they would take on `parallel` devices. It assumes that
-attention layers of a group take the time of one on its own device, that one gather per group brings their outputs
-together, and that everything else stays on one device, in order. `python benchmarks/systems.py easyspec` measures its
-terms, and acceptance by `parallel`.
+A device here is a core. Where the draft model runs natively, `workers` threads compute a group, an attention layer
+each, and MLPs and head together (`model/native/grouped.py`); with one worker, the layers of a group have their turns,
+to the same bits. Elsewhere the model's pieces are composed (`fuzzy`). `critical_path` says what a drafted token should
+take, from what its parts take; `python benchmarks/systems.py easyspec` has both beside each other, and acceptance by
+`parallel`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from hasten.methods.drafters.draft_model import DraftModel, DraftModelParameters
 from hasten.methods.drafters.small_model import Growth
 from hasten.model import Decoder, Rows
 from hasten.model.layers import Layer
+from hasten.model.native.grouped import Spent, grouped, runs_grouped
+from hasten.model.threads import cores
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class EasySpecParameters(DraftModelParameters):
 
     Attributes:
         parallel: attention layers that read one input; 1 is the exact draft model.
+        workers: threads that compute a group's attention; 0: as many as the process computes with.
         calibration: whether what fuzzy passes left is dropped before each draft. Without it acceptance falls as the
             text grows: the paper's ablation.
 
@@ -53,12 +56,15 @@ class EasySpecParameters(DraftModelParameters):
     slug: ClassVar[str] = "easyspec"
 
     parallel: int = 4
+    workers: int = 0
     calibration: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.parallel <= 16:
             raise UserError("easyspec: parallel must be between 1 and 16")
+        if not 0 <= self.workers <= cores():
+            raise UserError(f"easyspec: workers must be between 1 and {cores()}, the cores that there are, or 0")
 
 
 def groups(layers: int, parallel: int) -> list[range]:
@@ -80,21 +86,21 @@ def fuzzy(model: Decoder, rows: Rows, wanted: Sequence[int] | None, parallel: in
     return model.logits(x, wanted)
 
 
-@dataclass(frozen=True)
-class LayerSeconds:
-    """What parts of the draft model take: attention and MLP of a layer, the head, a gather between devices."""
+def critical_path(spent: Spent, sizes: Sequence[int], devices: int) -> float:
+    """Seconds of a fuzzy pass: of each group the longest that a device takes for its attention layers, then all MLPs in
+    order, the head.
 
-    attention: float
-    mlp: float
-    head: float
-    gather: float = 0.0
-
-
-def critical_path(seconds: LayerSeconds, layers: int, parallel: int) -> float:
-    """Seconds per drafted token on `parallel` devices: one attention and perhaps a gather per group, all MLPs."""
-    grouped = groups(layers, parallel)
-    gathers = sum(len(group) > 1 for group in grouped)
-    return len(grouped) * seconds.attention + gathers * seconds.gather + layers * seconds.mlp + seconds.head
+    Args:
+        spent: what the parts take, each by itself.
+        sizes: of the groups, as of `grouped`.
+        devices: that share a group's layers out between them, one after the other.
+    """
+    seconds, first = sum(spent.feed_forward) + spent.head, 0
+    for size in sizes:
+        group = spent.attention[first : first + size]
+        seconds += max(sum(group[device::devices]) for device in range(devices))
+        first += size
+    return seconds
 
 
 @register(
@@ -117,7 +123,8 @@ class EasySpec(DraftModel):
 
     def __init__(self, target: Target, parameters: EasySpecParameters) -> None:
         super().__init__(target, parameters)
-        self._parallel, self._calibrated = parameters.parallel, parameters.calibration
+        self._parallel, self._workers = parameters.parallel, parameters.workers
+        self._calibrated = parameters.calibration
         self._latest: dict[int, Growth] = {}
         if not isinstance(self.model, Decoder) or any(type(layer) is not Layer for layer in self.model.layers):
             raise UserError(
@@ -126,7 +133,10 @@ class EasySpec(DraftModel):
 
     def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
         assert isinstance(self.model, Decoder)
-        return fuzzy(self.model, rows, wanted, self._parallel)
+        if not runs_grouped(self.model, rows):
+            return fuzzy(self.model, rows, wanted, self._parallel)
+        sizes = [len(group) for group in groups(len(self.model.layers), self._parallel)]
+        return grouped(self.model, rows, wanted, sizes, self._workers)[0]
 
     def start(self, request: Request, budget: int) -> Levels:
         growth = super().start(request, budget)

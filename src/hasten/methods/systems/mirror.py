@@ -38,10 +38,11 @@ from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import likeliest, processed
 from hasten.methods.drafters.small_model import find_small_model
+from hasten.methods.systems.clock import Clock
 from hasten.methods.systems.executors import Executor, Inline, Process, Setup
 from hasten.methods.systems.rollouts import Opening, Spent, Window
 from hasten.model import Decoder
-from hasten.model.threads import cores
+from hasten.model.threads import cores, spare_cores
 
 CANDIDATE_ROWS = 64
 """Candidates per row, times requests, at most: the paper has 8 for up to 8 requests, then fewer."""
@@ -64,7 +65,7 @@ class MirrorParameters:
         layer: what enters this layer of the target tells the candidates; 0 is the middle.
         confidence: a chain ends when the drafter gives all of it together less probability than this.
         executor: `process`, `inline` (no second process: the same tokens, nothing overlaps), or `auto`: a process
-            where this one has cores to share.
+            where there are cores beside those that the model computes on.
         cores: of the drafter's process, the last of those that this process may use.
         pin: whether it is kept there.
         dtype: of the drafter's weights.
@@ -95,37 +96,6 @@ class MirrorParameters:
         require(checks, "mirror-sd")
 
 
-@dataclass
-class Clock:
-    """Seconds of verifications, summed, and how the windows behind them came.
-
-    Attributes:
-        steps, windows, hits: verifications, of how many requests, and how often a candidate was right.
-        below, looking, above: of the target: the layers below the middle; the candidates; the rest of the step.
-        rolling, fallback: of the drafter: chains behind candidates; windows begun anew.
-        overlapped: the larger of `above` and `rolling`, step by step.
-        waiting: until the next window was there.
-        step: from one window to the next.
-    """
-
-    steps: int = 0
-    windows: int = 0
-    hits: int = 0
-    below: float = 0.0
-    looking: float = 0.0
-    above: float = 0.0
-    rolling: float = 0.0
-    fallback: float = 0.0
-    overlapped: float = 0.0
-    waiting: float = 0.0
-    step: float = 0.0
-
-    @property
-    def law(self) -> float:
-        """What the steps take by the paper's law, without the rendezvous: to be compared with `step`."""
-        return self.below + self.looking + self.overlapped + self.fallback
-
-
 @register(
     "mirror-sd",
     family="systems",
@@ -133,6 +103,7 @@ class Clock:
     paper="2510.13161",
     title="Mirror-SD: a process drafts while the target verifies",
     parameters=MirrorParameters,
+    beside=1,
 )
 class Mirror(Drafter):
     """Drafts for the whole batch together.
@@ -158,6 +129,7 @@ class Mirror(Drafter):
         self.clock = Clock()
         self._known: dict[int, tuple[int, int]] = {}
         self._times: list[float] = []
+        self._candidates: dict[int, list[list[int]]] = {}
 
     def _executor(self, target: Target, parameters: MirrorParameters) -> Executor:
         checkpoint = find_small_model("mirror-sd", target, parameters.model, parameters.dtype)
@@ -168,7 +140,7 @@ class Mirror(Drafter):
         length, confidence, width = parameters.length, parameters.confidence, parameters.width
         spelled = checkpoint.folder if target.folder is None else Path(target.folder)
         setup = Setup(checkpoint, spelled, target.end_ids, length, confidence, width, own, parameters.pin)
-        shares = len(mine) > parameters.cores and CAN_START
+        shares = spare_cores() >= parameters.cores and CAN_START
         if parameters.executor == "process" or (parameters.executor == "auto" and shares):
             return Process(setup)
         return Inline(setup.rollouts())
@@ -208,12 +180,13 @@ class Mirror(Drafter):
     def propose_all(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Draft]:
         asked_at = time.perf_counter()
         came = [self._came(each) for each in requests]
+        places = [self._place(*each) for each in came]
         # Where this fails, nobody knows what the drafter has made of it: it will be told all again.
         self._known.update({request.id: NOTHING for request in requests})
         answer: tuple[list[Window], Spent] = self.executor.ask("windows", came)
         windows, spent = answer
         self._known.update({request.id: self._now(request) for request in requests})
-        self._tick(asked_at, spent, windows)
+        self._tick(asked_at, spent, windows, places)
         return [
             Draft.chain(window.tokens[:budget], window.estimates[:budget])
             for window, budget in zip(windows, budgets, strict=True)
@@ -226,6 +199,12 @@ class Mirror(Drafter):
             self.executor.tell("open", Opening.of(request))
             told = request.prompt_length
         return request.id, request.tokens[told:]
+
+    def _place(self, request: int, came: Sequence[int]) -> int | None:
+        """Where the token that ended a request's window stood among the candidates behind what was accepted."""
+        rows = self._candidates.pop(request, [])
+        behind = rows[len(came) - 1] if 0 < len(came) <= len(rows) else []
+        return behind.index(came[-1]) if came and came[-1] in behind else None
 
     def _now(self, request: Request) -> tuple[int, int]:
         """What the drafter knows of a request behind being asked: which drafter, how many tokens."""
@@ -247,13 +226,14 @@ class Mirror(Drafter):
         messages, start = [], 0
         for request, draft, rows in asked:
             stop = start + len(rows)
-            messages.append((request.id, self._candidates(request, draft, logits[start:stop], width)))
+            messages.append((request.id, self.candidates(request, draft, logits[start:stop], width)))
             start = stop
+        self._candidates.update(messages)
         self.executor.tell("branch", messages)
         self._times = [*self._times[:1], came_at, time.perf_counter()]
 
     @staticmethod
-    def _candidates(request: Request, draft: Draft, logits: Tensor, width: int) -> list[list[int]]:
+    def candidates(request: Request, draft: Draft, logits: Tensor, width: int) -> list[list[int]]:
         """Behind each row the likeliest tokens, without the one that stands there: that would be no end of the window.
 
         Args:
@@ -276,13 +256,14 @@ class Mirror(Drafter):
 
     def end(self, request: Request) -> None:
         self._times = []
+        self._candidates.pop(request.id, None)
         if self._known.pop(request.id, None) is not None and self.executor.generation:
             self.executor.tell("close", request.id)
 
     def observe(self, request: Request, seen: Observation) -> None:
         """Nothing: what came is read off the request when it is asked for."""
 
-    def _tick(self, asked_at: float, spent: Spent, windows: Sequence[Window]) -> None:
+    def _tick(self, asked_at: float, spent: Spent, windows: Sequence[Window], places: Sequence[int | None]) -> None:
         """The step between the last window and this one, if there was one, is over."""
         now, clock = time.perf_counter(), self.clock
         if len(self._times) == 3:
@@ -290,6 +271,7 @@ class Mirror(Drafter):
             clock.steps += 1
             clock.windows += len(windows)
             clock.hits += sum(window.source == "hit" for window in windows)
+            clock.places.update(place for place in places if place is not None)
             clock.below += looked - began
             clock.looking += told - looked
             clock.above += asked_at - told

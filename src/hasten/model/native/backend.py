@@ -183,19 +183,7 @@ class NativeBackend:
         assert loaded is not None
         if rows.beside is None and any(type(layer) is PairedLayer for layer in model.layers):
             raise ValueError(LONELY)
-        masks: list[Tensor] = []
-        spans = (SpanStruct * len(rows.spans))()
-        opaque = []
-        for index, span in enumerate(rows.spans):
-            span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
-            mask = span.dense_mask(span.sequence.pending)
-            if mask is not None:
-                masks.append(mask.contiguous())
-            spans[index], plain = self.span(
-                described, span, span.sequence.pending, masks[-1].data_ptr() if mask is not None else None
-            )
-            if not plain:
-                opaque.append(span)
+        spans, opaque, _masks = self.spans(described, rows)
         elsewhere = _Elsewhere(model, count, opaque) if opaque else None
         tokens, positions = rows.tokens.contiguous(), rows.positions.contiguous()
         embedded = None if rows.embeddings is None else rows.embeddings.float().contiguous()
@@ -252,6 +240,22 @@ class NativeBackend:
             for (site, layer), state in states.items():
                 taps.put(site, layer, state.to(model.dtype))
         return logits
+
+    def spans(self, model: ModelStruct, rows: Rows) -> tuple[ctypes.Array[SpanStruct], list[Span], list[Tensor]]:
+        """Spans that a pass begins with; those whose slots are not plain memory; masks, which must stay alive."""
+        masks: list[Tensor] = []
+        spans = (SpanStruct * len(rows.spans))()
+        opaque = []
+        for index, span in enumerate(rows.spans):
+            span.sequence.begin(rows.positions[span.start : span.stop], span.extend)
+            mask = span.dense_mask(span.sequence.pending)
+            if mask is not None:
+                masks.append(mask.contiguous())
+            address = masks[-1].data_ptr() if mask is not None else None
+            spans[index], plain = self.span(model, span, span.sequence.pending, address)
+            if not plain:
+                opaque.append(span)
+        return spans, opaque, masks
 
     def span(self, model: ModelStruct, span: Span, pending: int, mask: int | None) -> tuple[SpanStruct, bool]:
         """A sequence's rows and slots, and whether all of these are plain memory; `mask` is an address."""

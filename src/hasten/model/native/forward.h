@@ -55,6 +55,23 @@ inline bool parallel(const Gate &gate, const float *before, const float *after, 
     return weighed(before, after, weight, count) >= gate.threshold * __builtin_sqrtf(squares);
 }
 
+// Codes need the scale of a whole group, which several threads may have written. With a barrier before and behind.
+inline void finish(Inputs &inputs, Team &team, int number) {
+    team.barrier();
+    if (inputs.direct()) return;
+    const int64_t rows = inputs.rows(), threads = team.count();
+    for (int64_t row = rows * number / threads; row < rows * (number + 1) / threads; ++row) inputs.quantise(row);
+    team.barrier();
+}
+
+// This thread's share of a feed-forward layer: what it makes of normed rows, plus a residual.
+inline void feed(const Layer &layer, Team &team, int number, const Inputs &normed, Inputs &inner, float *out,
+                 const float *residual) {
+    gated(layer.gate_up, team, number, normed, inner);
+    finish(inner, team, number);
+    linear(layer.down, team, number, inner, out, residual);
+}
+
 // Buffers that passes share; they only grow.
 struct Buffers {
     std::vector<float> x, next, qkv, cosine, sine, fed, kept;
@@ -150,13 +167,6 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
                 }
             }
         };
-        // Codes need the scale of a whole group, which several threads may have written.
-        auto finish = [&](Inputs &inputs) {
-            team.barrier();
-            if (inputs.direct()) return;
-            share(inputs.rows(), [&](int64_t row) { inputs.quantise(row); });
-            team.barrier();
-        };
         // Rows that enter here.
         auto join = [&](int64_t l) {
             bool any = false;
@@ -240,7 +250,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             else
                 mix(l);
             if (l == until) return;
-            finish(mixed);
+            finish(mixed, team, number);
             linear(layer.out, team, number, mixed, then, now);
             if (number == 0) choose(l);
             if (number == 0) normed.shape(layer.gate_up, of.fed_rows.size());
@@ -260,9 +270,8 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             });
             team.barrier();
             if (fed) {
-                gated(layer.gate_up, team, number, normed, inner);
-                finish(inner);
-                linear(layer.down, team, number, inner, fed < rows ? of.fed.data() : now, fed < rows ? of.kept.data() : then);
+                const bool all = fed == rows;
+                feed(layer, team, number, normed, inner, all ? now : of.fed.data(), all ? then : of.kept.data());
             }
             if (fed && fed < rows) {
                 team.barrier();

@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "attention.h"
 #include "forward.h"
+#include "grouped.h"
 #include "draft.h"
 #undef NAME
 #undef LEVEL

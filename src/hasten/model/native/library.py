@@ -53,6 +53,8 @@ def _load() -> ctypes.CDLL | None:
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
         *(c_float, c_void_p, c_void_p),
     ]
+    loaded.hasten_grouped.restype = c_int64
+    loaded.hasten_grouped.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
     loaded.hasten_rank.restype = None
     loaded.hasten_rank.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
     loaded.hasten_grow.restype = None
@@ -114,14 +116,21 @@ class Team:
             self.loaded.hasten_disband(self.handle)
 
 
-_own = threading.local()
+class _Own(threading.local):
+    """The calling thread's teams, by how many threads they have."""
+
+    def __init__(self) -> None:
+        self.teams: dict[int, Team] = {}
 
 
-def team() -> int:
-    """The handle of the calling thread's team, as large as PyTorch's is in this thread."""
-    loaded, count = library(), torch.get_num_threads()
+_own = _Own()
+
+
+def team(count: int = 0) -> int:
+    """The handle of the calling thread's team of so many threads; 0: as many as PyTorch's has in this thread."""
+    loaded, count = library(), count or torch.get_num_threads()
     assert loaded is not None
-    mine: Team | None = getattr(_own, "team", None)
-    if mine is None or mine.count != count or mine.loaded is not loaded:
-        mine = _own.team = Team(loaded, count)
+    mine = _own.teams.get(count)
+    if mine is None or mine.loaded is not loaded:
+        mine = _own.teams[count] = Team(loaded, count)
     return mine.handle

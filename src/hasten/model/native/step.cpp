@@ -2,8 +2,8 @@
 //
 // Every sum runs in an order that depends on the row alone, never on the rows beside it: a row's result is the same bits
 // in every batch. One pass over the weights serves up to 32 rows. The structures here are mirrored in structs.py; the
-// work is in lanes.h (over vectors.h, or neon.h on arm64), amx.h, blocks.h, linear.h, attention.h, forward.h and draft.h,
-// compiled once per instruction set.
+// work is in lanes.h (over vectors.h, or neon.h on arm64), amx.h, blocks.h, linear.h, attention.h, forward.h, draft.h and
+// grouped.h, compiled once per instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -435,6 +435,7 @@ namespace {
 struct Kernels {
     const char *name;
     int64_t (*forward)(const Model &, Team &, const Batch &, int64_t);
+    void (*grouped)(const Model &, Team &, const Batch &, int64_t, const int64_t *, int64_t *);
     void (*apply)(const Linear &, Team &, int64_t, const float *, const float *, float *);
     int64_t (*likeliest)(const float *, int64_t, float *);
     float (*rank)(const float *, int64_t, int64_t, float *, int64_t *);
@@ -453,7 +454,8 @@ bool tiles_granted() {
 }
 #endif
 
-#define KERNELS(set) Kernels{#set, set::forward, set::apply, set::likeliest, set::rank, set::grow}
+#define KERNELS(set) \
+    Kernels{#set, set::forward, set::grouped, set::apply, set::likeliest, set::rank, set::grow}
 
 // The best that the processor has, or the one that is asked for, if it has it.
 Kernels choose() {
@@ -532,6 +534,18 @@ int64_t hasten_forward(const Model *model, void *team, const Batch *batch, int64
     }
     if (batch->rows == 0) return model->layers;
     return kernels().forward(*model, *static_cast<Team *>(team), *batch, from);
+}
+
+// A pass of token ids through all layers, where the attention of `sizes` of them at a time reads what enters the first one:
+// those of a group on threads of their own, the rest by the whole team. Slots are known; nothing is tapped, joined, gated or
+// paused. `spent` gets nanoseconds: [layers] of attention, of a layer that stands alone all of it; [layers] of the other
+// feed-forward layers; the head's. Returns -1 for a token that the embedding does not have, else 0.
+int64_t hasten_grouped(const Model *model, void *team, const Batch *batch, int64_t groups, const int64_t *sizes,
+                       int64_t *spent) {
+    for (int64_t row = 0; row < batch->rows; ++row)
+        if (batch->tokens[row] < 0 || batch->tokens[row] >= model->vocabulary) return -1;
+    kernels().grouped(*model, *static_cast<Team *>(team), *batch, groups, sizes, spent);
+    return 0;
 }
 
 // Continues one sequence greedily: `token` at `position`, then what is likeliest among the first `vocabulary` tokens, up to
