@@ -358,6 +358,11 @@ def save_hidden_transfer(folder: Path, hidden: int) -> None:
     Transfer(torch.stack([near(torch.eye(hidden)) for _ in range(3)]), 1, ACCURACY).save(folder, {})
 
 
+def apart(got: Tensor, expected: Tensor) -> float:
+    """The size of the difference over that of what is expected: float32's rounding leaves some millionths."""
+    return float((got - expected).norm() / expected.norm())
+
+
 class Scripted(Drafter):
     """Proposes what a function of the request says, and keeps what it is shown."""
 
