@@ -85,10 +85,10 @@ def stopped_at(number: int, stop: Callable[[], None], error: type[BaseException]
     """Before a training's step of this number `stop` is called; what stands inside ends with the error."""
     step, numbers = Trainer.step, count(1)
 
-    def counted(self: Trainer, batch: Batch) -> None:
+    def counted(self: Trainer, batches: Sequence[Batch]) -> None:
         if next(numbers) == number:
             stop()
-        step(self, batch)
+        step(self, batches)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
         patch.setattr(Trainer, "step", counted)
@@ -356,6 +356,11 @@ def save_hidden_transfer(folder: Path, hidden: int) -> None:
     """Maps that leave a state nearly as it is."""
     near = Near()
     Transfer(torch.stack([near(torch.eye(hidden)) for _ in range(3)]), 1, ACCURACY).save(folder, {})
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    """The size of the difference over that of what is expected: float32's rounding leaves some millionths."""
+    return float((got - expected).norm() / expected.norm())
 
 
 class Scripted(Drafter):

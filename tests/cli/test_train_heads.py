@@ -20,6 +20,8 @@ FEW = ("train", "medusa", "--model", "tiny", "--dialogues", "40", "--answer", "1
         (("--lr", "-1"), "lr must be positive"),
         (("--states-bytes", "3x"), "states-bytes"),
         (("--dialogues", "1"), "at least 2"),
+        (("--batches-per-step", "-1"), "batches-per-step must be positive"),
+        (("--joint", "--opening", "1"), "opening must be"),
         (("--data", "none.jsonl"), "cannot read prompts"),
     ],
 )
@@ -47,6 +49,26 @@ def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.Mo
     ran = hasten(
         "verify", "--model", "tiny", "--method", f"medusa:head={heads}", "--per-task", "1", "--max-tokens", "8"
     )
+    assert ran.status == 0 and "identical" in ran.out
+
+
+def test_a_model_that_learns_with_its_heads_says_how_far_it_is_from_what_it_was(
+    hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    nowhere = hasten(*FEW, "--joint")
+    assert nowhere.status == 2 and "--output must say where" in nowhere.err
+    model, options = tmp_path / "model", ("--joint", "--epochs", "0.5", "--words", "300", "--per-task", "1", "--json")
+    made = hasten(*FEW, "--output", str(model), *options).json()
+    assert made["output"] == str(model / "heads" / "medusa") and made["command"].startswith("hasten")
+    card = json.loads((model / "card.json").read_text())
+    assert card["parent"] == "tiny" and card["distance"]["rows"] > 50
+    assert 0 <= card["distance"]["kl"] < 0.1 and card["distance"]["top1"] > 0.9
+    assert card["tasks"].keys() == card["parent_tasks"].keys()
+    assert "another model than `tiny`" in (model / "README.md").read_text()
+    told = json.loads((model / "heads" / "medusa" / "config.json").read_text())
+    assert len(told["fingerprint"]) == 16 and told["target"] == "model"
+    ran = hasten("verify", "--model", str(model), "--method", "medusa", "--per-task", "1", "--max-tokens", "8")
     assert ran.status == 0 and "identical" in ran.out
 
 

@@ -163,6 +163,38 @@ def test_a_costly_drafter_that_is_right_is_asked_on(llm, monkeypatch, answers, s
     assert request.statistics.tokens_per_step > 4
 
 
+def test_a_drafter_that_must_read_the_prompt_first_is_tried_again_more_and_more_rarely(
+    llm, monkeypatch, answers, steps_clock
+):
+    """A draft takes over half a step, the first one of a request three: in the long run all of it is a hundredth.
+
+    One that is right by now gets its chances back.
+    """
+    seen = set()
+
+    def work() -> None:
+        (request,) = running
+        steps_clock.now += 0.6 if request in seen else 3.0
+        seen.add(request)
+
+    head, running = Guesser(answers, False, 0.5, length=2, work=work), [0]
+    drafter = make(llm, monkeypatch, VerifyCost((1, 2, 64), (64,), ((1.0, 1.05, 4.0),), 0.0), head)
+    steps_clock.seconds = lambda rows: 1 + 0.05 * (rows - 1)
+    lost = []
+    for number in range(60):
+        running[0] = number
+        before, prompt = steps_clock.now, PROMPTS[number % 3]
+        run(llm, drafter, [prompt])
+        lost.append(steps_clock.now - before - PARAMS.max_tokens - 0.05 * (len(prompt) - 1))
+    assert sum(lost[30:]) <= 0.01 * 30 * PARAMS.max_tokens
+    asked, head.right = head.asked, True
+    for number in range(60, 76):
+        running[0] = number
+        run(llm, drafter, PROMPTS[:1])
+    (lessons,) = drafter.candidates[0].lessons.values()
+    assert head.asked > asked and lessons.patience == auto_candidate.RETRIAL
+
+
 def test_a_session_without_gain_loses_little(llm, monkeypatch, answers, steps_clock):
     """Drafting takes a twentieth of a step and is never right: all of it is a fiftieth of the time, at most."""
     liar = Guesser(answers, False, 0.3, work=working(steps_clock, 0.05))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def family(context: typer.Context) -> None:
     """Train models (resumable, with a card)."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        # By torchrun.
+        from hasten.train.processes import joined
+
+        context.with_resource(joined())
 
 
 @app.command()

@@ -9,7 +9,8 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import Data, Fitting, Output, Store
+from hasten.cli.train_data import Data
+from hasten.cli.train_heads import Fitting, Output, Store
 
 app = typer.Typer()
 

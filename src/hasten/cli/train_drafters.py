@@ -14,7 +14,8 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import Data
+from hasten.cli.train_data import Data
+from hasten.cli.train_heads import BatchesPerStep, batches_of_step
 from hasten.documents import dumps
 from hasten.errors import UserError
 from hasten.files import write_text
@@ -48,6 +49,7 @@ class Distilling:
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0
+    batches_per_step: BatchesPerStep = 0
     precision: Annotated[str, typer.Option(help="bf16 (products and activations) or fp32.")] = "bf16"
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     backend: options.Backend = "auto"
@@ -70,7 +72,7 @@ class Distilling:
         return {
             "tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed,
             "parent": str(llm.folder), "words": self.words, "base": base or "", "opening": opening,
-            "precision": self.precision,
+            "precision": self.precision, "batches_per_step": batches_of_step(self.batches_per_step),
         }  # fmt: skip
 
     def train(self, llm: LLM, settings: AlignRecipe, data: Data, output: Path | None, suffix: str) -> None:
@@ -82,6 +84,7 @@ class Distilling:
         from hasten.methods.drafters.small_model import own_name
         from hasten.methods.heads.head import FINAL
         from hasten.model.checkpoint import read_json
+        from hasten.train import processes
         from hasten.train.trainer import train
 
         destination = output or Path(own_name(llm.folder, suffix))
@@ -91,6 +94,8 @@ class Distilling:
         if budget is not None:
             recipe = budget.cut(recipe)
         summary = train(recipe, destination, self.resume)
+        if not processes.first():
+            return
         told = read_json(destination / "config.json")["alignment"]
         document = {"command": shlex.join(["hasten", *sys.argv[1:]]), **summary, **told}
         write_text(destination / CARD, dumps(document, indent=2) + "\n")

@@ -2,115 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
+from hasten.cli.train_data import Data
+from hasten.cli.train_joint import Joint
 from hasten.errors import UserError
-from hasten.files import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hasten.llm import LLM
-    from hasten.train.heads.budget import Budget
-    from hasten.train.heads.dialogues import Dialogue, Writing
     from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
 
 app = typer.Typer()
+SomeRecipe = TypeVar("SomeRecipe", bound="HeadRecipe[Any]")
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of the heads (default: beside the model, found there).")
 ]
 
+BatchesPerStep = Annotated[
+    int, typer.Option(help="Batches of a step, which processes share (`torchrun`); 0: one for each process.")
+]
 Store = Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")]
 
 
-@dataclass(frozen=True)
-class Talk:
-    """The dialogues that are trained on: as a command's default, an option each (`hasten.cli.groups`)."""
+def batches_of_step(asked: int) -> int:
+    """As many as asked for; of 0 as many as there are processes."""
+    from hasten.train import processes
 
-    dialogues: Annotated[int, typer.Option(help="How many the model makes, or answers.")] = 4000
-    prompts: Annotated[
-        Path | None, typer.Option("--data", help="A file of prompts to answer, in place of invented ones.")
-    ] = None
-    answer: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 256
-    folder: Annotated[
-        Path | None, typer.Option("--dialogues-folder", help="Where they are kept (default: the user's cache).")
-    ] = None
-
-    budget: Annotated[
-        float,
-        typer.Option(help="Minutes for all of it: fewer dialogues and epochs where there would be too many; 0: any."),
-    ] = 0.0
-
-    def clock(self, folder: Path) -> Budget | None:
-        """The budget of a run in a folder, from now on; None without one.
-
-        Raises:
-            UserError: no number of minutes.
-        """
-        from hasten.train.heads.budget import Budget
-
-        return Budget(self.budget, folder) if self.budget else None
-
-    def write(self, llm: LLM, quiet: bool, budget: Budget | None) -> tuple[Path, list[Dialogue]]:
-        """Make dialogues, or take those that are there.
-
-        Returns:
-            Their folder, and they.
-
-        Raises:
-            UserError: unreadable prompts, or what is there was made in another way.
-        """
-        from hasten.train.heads.dialogues import Writing, read_prompts, write_dialogues
-        from hasten.train.heads.recipe import DIALOGUES
-
-        how = Writing(self.dialogues, answer=self.answer)
-        prompts = None if self.prompts is None else read_prompts(self.prompts)
-        folder = self.folder or cache_folder("dialogues") / f"{llm.folder.name}-{_digest(how, prompts)}"
-        with options.progress("asking", how.count, quiet=quiet) as advance:
-            enough = (lambda: False) if budget is None else (lambda: budget.talked)
-            return folder, write_dialogues(llm, folder / DIALOGUES, how, prompts, advance, enough)
-
-
-@dataclass(frozen=True)
-class Data(Talk):
-    """What heads are trained on: dialogues, and the hidden states of the target along them."""
-
-    states_bytes: Annotated[str, typer.Option(help="Most that hidden states may take on disk.")] = "8GiB"
-
-    def make(self, llm: LLM, taps: Sequence[Tap], states: str, quiet: bool, budget: Budget | None) -> tuple[Path, int]:
-        """Make dialogues and read hidden states, or take those that are there.
-
-        Returns:
-            Their folder, and the rows of all dialogues.
-
-        Raises:
-            UserError: unreadable prompts, or what is there was made in another way.
-        """
-        from hasten.engine.memory import parse_bytes
-        from hasten.train.heads.states import read_states
-
-        most = parse_bytes(self.states_bytes, "states-bytes")
-        folder, dialogues = self.write(llm, quiet, budget)
-        with options.progress("reading", len(dialogues), quiet=quiet) as advance:
-            read = read_states(llm, dialogues, taps, folder / states, most, advance)
-        return folder, len(read.tokens)
-
-
-def _digest(how: Writing, prompts: Sequence[str] | None) -> str:
-    """Eight digits that tell apart how dialogues are made."""
-    return hashlib.sha256(repr((how, prompts)).encode()).hexdigest()[:8]
+    return asked or processes.count()
 
 
 @dataclass(frozen=True)
@@ -137,6 +68,7 @@ class Fitting:
     batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0
+    batches_per_step: BatchesPerStep = 0
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     json: options.Json = False
 
@@ -147,7 +79,10 @@ class Fitting:
     @property
     def schedule(self) -> dict[str, Any]:
         """What a recipe takes of it; how many tokens it is follows from the data."""
-        return {"tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed}
+        return {
+            "tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed,
+            "batches_per_step": batches_of_step(self.batches_per_step),
+        }  # fmt: skip
 
     def train(
         self, recipe: HeadRecipe[Any], llm: LLM, slug: str, data: Data, taps: Sequence[Tap], output: Path | None
@@ -160,23 +95,40 @@ class Fitting:
             output: their folder; None for that beside the model.
         """
         from hasten.methods.heads.head import beside
-        from hasten.train.trainer import train
 
         destination = output or beside(llm.folder, slug)
+        _, summary = self.run(recipe, llm, data, taps, destination)
+        conclude(destination, llm, summary, data.dialogues, self.json)
+
+    def run(
+        self, recipe: SomeRecipe, llm: LLM, data: Data, taps: Sequence[Tap], destination: Path
+    ) -> tuple[SomeRecipe, dict[str, Any]]:
+        """Make what is missing of the data, and train on it.
+
+        Args:
+            recipe: without its data and tokens.
+
+        Returns:
+            The recipe with both, and the run's summary.
+        """
+        from hasten.train.trainer import train
+
         budget = data.clock(destination)
         folder, rows = data.make(llm, taps, recipe.states, self.json, budget)
         run = replace(recipe, tokens=max(1, int(self.epochs * rows)), data=str(folder))
         if budget is not None:
             run = budget.cut(run)
-        summary = train(run, destination, self.resume)
-        conclude(destination, llm, summary, data.dialogues, self.json)
+        return run, train(run, destination, self.resume)
 
 
 def conclude(folder: Path, llm: LLM, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
-    """Write what a run was into its card, and say where its heads are."""
+    """Write what a run was into its card, and say where its heads are: the first of several processes does."""
     from hasten.model.fingerprint import fingerprint
+    from hasten.train import processes
     from hasten.train.heads.recipe import write_card
 
+    if not processes.first():
+        return
     command = shlex.join(["hasten", *sys.argv[1:]])
     write_card(folder, fingerprint(llm.model), summary, dialogues, command)
     if json:
@@ -191,23 +143,33 @@ def medusa(
     model: options.Model = "smollm2",
     output: Output = None,
     speaking: Speaking = Speaking(),
+    joint: Joint = Joint(),
     fitting: Fitting = Fitting(),
     data: Data = Data(),
     backend: options.Backend = "auto",
     threads: options.Threads = 0,
 ) -> None:
-    """Train Medusa's heads for a model, on what it says itself (2401.10774).
+    """Train Medusa's heads for a model, on what it says itself (2401.10774); perhaps the model with them (Medusa-2).
 
     Everything is kept: after Ctrl-C the same command goes on.
     """
     llm = options.Loading(backend=backend, threads=threads).load(model)
 
-    from hasten.methods.heads.head import FINAL
+    from hasten.methods.heads.head import FINAL, beside
+    from hasten.train import processes
     from hasten.train.heads.medusa import MedusaRecipe
 
     # Refuses what cannot be before anything is made.
-    recipe = MedusaRecipe(parent=str(llm.folder), **asdict(speaking), **fitting.schedule)
-    fitting.train(recipe, llm, "medusa", data, (FINAL,), output)
+    settings = {"parent": str(llm.folder), **asdict(speaking), **fitting.schedule}
+    if not joint.joint:
+        fitting.train(MedusaRecipe(**settings), llm, "medusa", data, (FINAL,), output)
+        return
+    recipe, folder = joint.recipe(output, **settings)
+    recipe, summary = fitting.run(recipe, llm, data, (FINAL,), folder)
+    if not processes.first():
+        return
+    made = joint.conclude(llm, folder, recipe, summary, fitting.json)
+    conclude(beside(folder, "medusa"), made, summary, data.dialogues, fitting.json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import Talk
+from hasten.cli.train_data import Talk
 from hasten.cli.training import Run
 from hasten.errors import UserError
 

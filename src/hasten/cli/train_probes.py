@@ -10,7 +10,8 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.groups import grouped
-from hasten.cli.train_heads import Output, Talk, conclude
+from hasten.cli.train_data import Talk
+from hasten.cli.train_heads import BatchesPerStep, Output, batches_of_step, conclude
 
 if TYPE_CHECKING:
     from hasten.train.heads.inserted import InsertedRecipe
@@ -30,6 +31,7 @@ class Asking:
     places: Annotated[int, typer.Option(help="Places of each dialogue where is asked, at most.")] = 32
     precision: Annotated[str, typer.Option(help="bf16 or fp32, of the target as it is read.")] = "bf16"
     seed: Annotated[int, typer.Option(help="Of the order, and of the places.")] = 0
+    batches_per_step: BatchesPerStep = 0
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     backend: options.Backend = "auto"
     threads: options.Threads = 0
@@ -38,7 +40,8 @@ class Asking:
     @property
     def settings(self) -> dict[str, Any]:
         """Of a recipe."""
-        return {name: getattr(self, name) for name in ("tokens", "batch_tokens", "places", "precision", "seed")}
+        own = {name: getattr(self, name) for name in ("tokens", "batch_tokens", "places", "precision", "seed")}
+        return own | {"batches_per_step": batches_of_step(self.batches_per_step)}
 
     def train(self, recipe: InsertedRecipe[Any], slug: str, model: str, output: Path | None, talk: Talk) -> None:
         """Make dialogues, train on them, write what came of it into the card, and say where it is.

@@ -97,9 +97,18 @@ def write_card(
         "tasks": task_scores(llm, per_task, report),
         "prose_perplexity": round(perplexity(llm), 3),
     }
+    return save_card(folder, document, render(folder.name, document))
+
+
+def save_card(folder: Path, document: dict[str, Any], text: str) -> Path:
+    """Write a card: `card.json`, and for readers `README.md`, whose path it returns.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     write_text(folder / "card.json", dumps(document, indent=2) + "\n")
     card = folder / "README.md"
-    write_text(card, render(folder.name, document))
+    write_text(card, text)
     return card
 
 

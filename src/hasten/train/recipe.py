@@ -19,6 +19,8 @@ from hasten.train.tokenizer import load_tokenizer
 
 LEAST_CONTEXT = 64
 """Below, the shortest examples of the tasks would not fit."""
+TIMES = "times"
+"""Of an optimiser's group that learns at another rate than the run's: so many times as fast."""
 SHORT = 0.1
 """Difficulty in the opening."""
 
@@ -39,7 +41,8 @@ Given = TypeVar("Given", bound=Trained)
 class Schedule(ABC, Generic[Network, Pools, Given]):
     """Everything that defines a run; a resumed run must have the same.
 
-    `tokens` counts padding and prompts. `warmup` and `final_lr` are shares of the run and of `lr`.
+    `tokens` counts padding and prompts. `warmup` and `final_lr` are shares of the run and of `lr`. A step is made of
+    `batches_per_step`, which several processes share: however many there are, it is the same run.
     """
 
     tokens: int = 1_000_000
@@ -49,13 +52,14 @@ class Schedule(ABC, Generic[Network, Pools, Given]):
     warmup: float = 0.02
     final_lr: float = 0.02
     seed: int = 0
+    batches_per_step: int = 1
 
     def __post_init__(self) -> None:
         require_finite(self)
         if self.lr <= 0:
             raise UserError(f"lr must be positive, not {self.lr}")
-        if min(self.tokens, self.batch_tokens) < 1:
-            raise UserError("tokens and batch-tokens must be positive")
+        if min(self.tokens, self.batch_tokens, self.batches_per_step) < 1:
+            raise UserError("tokens, batch-tokens and batches-per-step must be positive")
 
     @abstractmethod
     def prepare(self, folder: Path) -> None:
@@ -75,7 +79,7 @@ class Schedule(ABC, Generic[Network, Pools, Given]):
 
     @abstractmethod
     def loss(self, model: Network, batch: Given, progress: float, generator: torch.Generator) -> Tensor:
-        """The loss of one batch (nats); `progress` runs from 0 to 1, `generator` is the step's own."""
+        """The loss of one batch (nats); `progress` runs from 0 to 1, `generator` is the batch's own."""
 
     @abstractmethod
     def export(self, model: Network, folder: Path) -> None:

@@ -23,13 +23,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hasten.documents import dumps
 from hasten.errors import UserError
-from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.methods.skipping.skipdecode import TRAINED, Schedule, SkipDecodeParameters
 from hasten.model.checkpoint import resolve
-from hasten.train.card import SOURCE, opening, percent, task_scores
+from hasten.train.card import SOURCE, opening, percent, save_card, task_scores
 from hasten.train.data import IGNORE, Batch
 from hasten.train.diffusion.layout import load
 from hasten.train.forward import additive, embedded, layer_output, normalised
@@ -182,10 +180,7 @@ def write_card(
         for method in ("plain", *recipe.specifications):
             decoded[f"{label}, {method}"] = task_scores(llm, per_task, report, method)
     document = {"command": command, "parent": parent.name, **summary, "decoded": decoded}
-    write_text(folder / "card.json", dumps(document, indent=2) + "\n")
-    card = folder / "README.md"
-    write_text(card, render(folder.name, document))
-    return card
+    return save_card(folder, document, render(folder.name, document))
 
 
 def render(name: str, document: dict[str, Any]) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,13 @@ from hasten.documents import dumps
 from hasten.errors import Interrupted, UserError
 from hasten.files import replacing, write_text, writing
 from hasten.model.checkpoint import read_json
-from hasten.train.recipe import AnyRecipe, Trained
+from hasten.train import processes
+from hasten.train.interruptions import between_steps
+from hasten.train.recipe import TIMES, AnyRecipe, Trained
 
 CHECKPOINT, SUMMARY = "training.pt", "training.json"
 LOG_SECONDS = 20
+TOKEN_BYTES = torch.int64.itemsize
 
 
 class Trainer:
@@ -35,7 +36,12 @@ class Trainer:
 
     def __init__(self, recipe: AnyRecipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
+        if recipe.batches_per_step < processes.count():
+            few, many = recipe.batches_per_step, processes.count()
+            raise UserError(f"a step of this run has batches for {few}, and there are {many} processes")
         self.model, self.stream = recipe.begin(folder)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        processes.as_first(self.parameters)
         self.optimizers = recipe.optimizers(self.model)
         self.tokens = self.pool = self.index = 0
         self.pool_progress = 0.0
@@ -44,45 +50,61 @@ class Trainer:
         self.history: list[tuple[int, float]] = []
         self.data_hash = ""
 
-    def batches(self) -> Iterator[Trained]:
-        """The rest of the stream, from the batch that `pool` and `index` point at; `step` moves them on."""
+    def batches(self) -> Iterator[Sequence[Trained]]:
+        """The rest of the stream, a step's batches at a time, from the batch that `pool` and `index` point at.
+
+        `step` moves these on.
+        """
         while True:
             # A pool's difficulty is fixed when it is opened, so that a resumed run rebuilds it exactly.
             if self.index == 0:
                 self.pool_progress = self.tokens / self.recipe.tokens
             pool = self.recipe.pool(self.stream, self.pool, self.pool_progress)
             while self.index < len(pool):
-                yield pool[self.index]
+                yield pool[self.index : self.index + self.recipe.batches_per_step]
             self.pool, self.index = self.pool + 1, 0
 
-    def step(self, batch: Trained) -> None:
-        """One optimiser step, after which all counters are those of the batch to come."""
+    def step(self, batches: Sequence[Trained]) -> None:
+        """One optimiser step by the mean of some batches' losses; then all counters are those of the batch to come.
+
+        Each process computes some of the batches, and reads no others.
+        """
         started = time.perf_counter()
         progress = self.tokens / self.recipe.tokens
         rate = self.recipe.learning_rate(progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
-        # A function of what was trained on so far, so that a resumed run draws the same noise.
-        generator = torch.Generator().manual_seed((self.recipe.seed << 40) + self.tokens)
-        loss = self.recipe.loss(self.model, batch, progress, generator)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                group["lr"] = rate * group.get(TIMES, 1.0)
+        own = []
+        for place in range(processes.number(), len(batches), processes.count()):
+            batch = batches[place]
+            # A function of what was trained on so far, so that a resumed run draws the same noise.
+            generator = torch.Generator().manual_seed((self.recipe.seed << 40) + self.tokens + place)
+            loss = self.recipe.loss(self.model, batch, progress, generator) / len(batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+            own.append((place, loss.item(), batch.ids.numpy().tobytes()))
+        processes.add_gradients(self.parameters)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.index += 1
-        self.tokens += batch.ids.numel()
-        self.loss = loss.item() if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss.item()
-        self.data_hash = hashlib.sha256(self.data_hash.encode() + batch.ids.numpy().tobytes()).hexdigest()
+        done = sorted(chain.from_iterable(processes.told(own)))
+        self.index += len(batches)
+        for _, _, ids in done:
+            self.tokens += len(ids) // TOKEN_BYTES
+            self.data_hash = hashlib.sha256(self.data_hash.encode() + ids).hexdigest()
+        mean = math.fsum(loss for _, loss, _ in done)
+        self.loss = mean if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * mean
         self.seconds += time.perf_counter() - started
 
     def save(self) -> None:
-        """Replace the checkpoint; one that was there stays if that fails.
+        """Replace the checkpoint, if this is the first process; one that was there stays if that fails.
 
         Raises:
             UserError: it cannot be written.
         """
+        if not processes.first():
+            return
         state = {
             "config": asdict(self.recipe),
             "model": self.model.state_dict(),
@@ -107,7 +129,7 @@ class Trainer:
             state = torch.load(file, weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError("it is no dictionary")
-            changed = differences(state["config"], asdict(self.recipe))
+            changed = differences(_complete(self.recipe, state["config"]), asdict(self.recipe))
             if not changed:
                 self._restore(state)
         except Exception as error:
@@ -163,7 +185,7 @@ def train(
     """Run (or resume) training, export the model and return a summary, which `training.json` keeps.
 
     However often a run is killed and resumed, at whatever moment, it ends in the same model. A run that is complete is
-    not made again.
+    not made again. Processes that `torchrun` started share the batches of each step; the first of them writes files.
 
     Args:
         recipe: the run.
@@ -178,21 +200,21 @@ def train(
     """
     make_folder(folder)
     checkpoint, summary_file = folder / CHECKPOINT, folder / SUMMARY
-    for file in (checkpoint, summary_file):
-        if file.exists() and not resume:
-            raise UserError(f"{file} exists: resume it, or remove it to start again")
-    if checkpoint.exists():
-        trainer = Trainer(recipe, folder)
-        trainer.resume()
-    elif summary_file.exists():
-        return _finished(recipe, summary_file)
-    else:
+    with processes.first_alone():
+        for file in (checkpoint, summary_file):
+            if file.exists() and not resume:
+                raise UserError(f"{file} exists: resume it, or remove it to start again")
+        begun, finished = checkpoint.exists(), summary_file.exists()
         # Only here: a checkpoint that is there needs what it was made with, which no kill may tear.
-        with writing(folder):
-            recipe.prepare(folder)
-        trainer = Trainer(recipe, folder)
+        if not begun and not finished and processes.first():
+            with writing(folder):
+                recipe.prepare(folder)
+    if finished and not begun:
+        return _finished(recipe, summary_file)
+    trainer = Trainer(recipe, folder)
+    if begun:
+        trainer.resume()
     _loop(trainer, save_every)
-    trainer.export()
     summary = {
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "tokens": trainer.tokens,
@@ -201,9 +223,12 @@ def train(
         "data_sha256": trainer.data_hash,
         "config": asdict(recipe),
     }
-    # What says that the run is complete comes after all else.
-    write_text(summary_file, dumps(summary, indent=2) + "\n")
-    checkpoint.unlink(missing_ok=True)
+    with processes.first_alone():
+        if processes.first():
+            trainer.export()
+            # What says that the run is complete comes after all else.
+            write_text(summary_file, dumps(summary, indent=2) + "\n")
+            checkpoint.unlink(missing_ok=True)
     return summary
 
 
@@ -216,10 +241,16 @@ def _finished(recipe: AnyRecipe, file: Path) -> dict[str, Any]:
     summary = read_json(file)
     if not summary.keys() >= _TOLD or not isinstance(summary["config"], dict):
         raise UserError(f"{file} is damaged, or no summary of a training")
-    if changed := differences(summary["config"], asdict(recipe)):
+    if changed := differences(_complete(recipe, summary["config"]), asdict(recipe)):
         raise UserError(f"the model in {file.parent} was made with another {changed}")
-    print(f"{file.parent} has the model already: it is not trained again", file=sys.stderr)
+    if processes.first():
+        print(f"{file.parent} has the model already: it is not trained again", file=sys.stderr)
     return summary
+
+
+def _complete(recipe: AnyRecipe, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings; those that there were none of when it was made are what they are by default."""
+    return {each.name: each.default for each in fields(recipe) if each.default is not MISSING} | dict(config)
 
 
 def make_folder(folder: Path) -> None:
@@ -243,15 +274,17 @@ def _loop(trainer: Trainer, save_every: float) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not processes.first())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("training", total=trainer.recipe.tokens, completed=trainer.tokens)
         saved = logged = time.monotonic()
-        with _interrupt_between_steps() as interrupted:
-            for batch in trainer.batches():
-                if trainer.tokens >= trainer.recipe.tokens or interrupted():
+        with between_steps() as interrupted:
+            for batches in trainer.batches():
+                # Of all processes: none may wait for one that has gone.
+                number = max(processes.told(interrupted()))
+                if trainer.tokens >= trainer.recipe.tokens or number:
                     break
-                trainer.step(batch)
+                trainer.step(batches)
                 rate = trainer.tokens / max(trainer.seconds, 1e-9)
                 status = f"loss {trainer.loss:.3f}  {rate:,.0f} tokens/s"
                 progress.update(bar, completed=trainer.tokens, description=status)
@@ -265,31 +298,6 @@ def _loop(trainer: Trainer, save_every: float) -> None:
                     trainer.save()
                     saved = now
             trainer.save()
-            if number := interrupted():
+            if number:
                 sentence = f"interrupted: {trainer.folder / CHECKPOINT} is saved, and the same command goes on from it"
                 raise Interrupted(sentence, number)
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of the step: half an update must not be saved. Yields which came, or 0.
-
-    A second Ctrl-C does not wait. A second SIGTERM does: `timeout`, for one, sends two.
-    """
-    asked = 0
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = asked or number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

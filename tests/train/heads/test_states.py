@@ -47,7 +47,7 @@ def test_they_are_the_targets(llm: LLM, tmp_path: Path) -> None:
         rows = slice(read.bounds[number], read.bounds[number + 1])
         assert read.tokens[rows].tolist() == dialogue.ids
         assert read.answers[rows].tolist() == [False] * len(dialogue.prompt) + [True] * len(dialogue.answer)
-        torch.testing.assert_close(read[rows].float(), alone(llm, dialogue), atol=0.05, rtol=0.01)
+        torch.testing.assert_close(read[rows].float(), alone(llm, dialogue), atol=1e-4, rtol=2**-8)
 
 
 @pytest.mark.parametrize("kept", [0, 700, 2000])

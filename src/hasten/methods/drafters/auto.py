@@ -24,7 +24,7 @@ from hasten.engine.drafting.cost import VerifyCost, verify_cost
 from hasten.engine.drafting.planner import SUREST, Planner
 from hasten.engine.registry import split
 from hasten.errors import UserError
-from hasten.methods.drafters.auto_candidate import RETRIAL, Asked, Candidate, Record, Typical
+from hasten.methods.drafters.auto_candidate import Asked, Candidate, Record, Typical
 from hasten.methods.drafters.auto_experience import Experience
 from hasten.methods.drafters.small_model import beside, is_whole
 from hasten.methods.heads.own import best_head
@@ -203,18 +203,20 @@ class Auto(Several):
         if record.rest > 0:
             record.rest -= 1
             return False
-        record.idle += 1
+        lessons = candidate.learned(request.params.tenant)
+        lessons.idle += 1
+        record.retried = False
         costly = candidate.spent >= CHEAP * self._plans.seconds(batch, context, batch)
-        if costly and candidate.known and record.idle <= RETRIAL:
-            size = candidate.learned(request.params.tenant).size
-            tokens, rows, seconds = batch + record.gain, batch + size, candidate.spent
+        if costly and candidate.known:
+            tokens, rows, seconds = batch + record.gain, batch + lessons.size, candidate.spent
             if not record.asks:
                 # Reading the prompt is paid for by all drafts that will be made.
                 seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
             rate = self._plans.rate(tokens, rows, context, batch, best.spent + seconds + candidate.extra.value)
-            if rate <= self._rate(best, context, batch):
+            record.retried = rate <= self._rate(best, context, batch)
+            if record.retried and lessons.idle <= lessons.patience:
                 return False
-        record.idle = 0
+        lessons.idle = 0
         return True
 
     def _compare(

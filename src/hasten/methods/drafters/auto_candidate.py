@@ -29,8 +29,10 @@ LONGEST_REST = 16
 """Steps for which a drafter that does not pay is left alone, at most."""
 TRIALS = 8
 """How often a drafter is asked before its times and its record count."""
-RETRIAL = 64
-"""Steps after which a drafter gets another chance, whatever its record: texts change, and so does the machine."""
+RETRIAL, RAREST = 64, 512
+"""Steps after which a drafter gets another chance, whatever its record: texts change, and so does the machine. Each
+chance that was in vain doubles them, up to the second: where there is a prompt to read first, one takes several steps.
+"""
 LATEST = 15
 """Measured times that a median is taken of."""
 TENANTS = 64
@@ -53,7 +55,7 @@ class Record:
         balance: the same, with the credit that it began with.
         losses: drafts in a row that left the balance below zero.
         rest: steps until it may be asked again.
-        idle: steps since it was asked.
+        retried: whether it was asked last against its record.
     """
 
     usual: Outcome
@@ -67,7 +69,7 @@ class Record:
     balance: float = field(init=False)
     losses: int = 0
     rest: int = 0
-    idle: int = 0
+    retried: bool = False
 
     def __post_init__(self) -> None:
         self.balance = min(max(CREDIT + HOPE * self.usual.profit, LEAST_CREDIT), MOST_CREDIT)
@@ -129,14 +131,25 @@ class Lessons:
     Attributes:
         calibration: how far its estimates hold.
         size: nodes that paid, the mean.
+        idle: steps since it was asked, of all requests.
+        patience: so many of them may be before it is tried again.
     """
 
     calibration: Calibration = field(default_factory=Calibration)
     size: float = 4.0
+    idle: int = 0
+    patience: int = RETRIAL
 
     def verified(self, nodes: int) -> None:
         """So many nodes of a draft paid."""
         self.size = FADE * self.size + (1 - FADE) * nodes
+
+    def tried(self, profit: float, again: bool) -> None:
+        """A draft saved so many plain steps; `again`: it was one more chance."""
+        if profit > 0:
+            self.patience = RETRIAL
+        elif again:
+            self.patience = min(2 * self.patience, RAREST)
 
 
 class Asked(NamedTuple):
@@ -241,5 +254,8 @@ class Candidate:
         record.accepted = FADE * record.accepted + right
         # Where all that is known was right, more was to come.
         record.note(max(float(right), asked.expected) if right and None in verdicts else float(right))
-        self.learned(request.params.tenant).calibration.observe(draft, verdicts)
-        record.settle(sum(verdicts[node] is True for node in asked.nodes) - cost - OVERHEAD)
+        lessons = self.learned(request.params.tenant)
+        profit = sum(verdicts[node] is True for node in asked.nodes) - cost - OVERHEAD
+        lessons.calibration.observe(draft, verdicts)
+        lessons.tried(profit, record.retried)
+        record.settle(profit)

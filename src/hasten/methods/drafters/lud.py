@@ -130,7 +130,7 @@ def own_placeholder(target: Target) -> dict[str, Any]:
     needs_training=True,
     knob=Knob("beta", (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)),
     defaults=own_placeholder,
-    command="hasten sweep --model tiny-lud --methods lud --suite tasks --per-task 4 --temperature 0",
+    command="hasten train lud --output my-lud",
 )
 class Lud(Drafter):
     """Keeps, per request, the span that the next pass reads.

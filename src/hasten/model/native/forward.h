@@ -156,7 +156,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
         // By one thread: which rows go through a feed-forward layer.
         auto choose = [&](int64_t l) {
             of.fed_rows.clear();
-            for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t row = 0; row < present(l); ++row) {
                 if (gated_in(l) && gate->left[row] > 0) {
                     of.place[row] = -1;
                     --gate->left[row];

@@ -4,47 +4,35 @@
 namespace {
 namespace NAME {
 
-// What one layer's attention adds to rows x, computed by the calling thread alone.
-inline void attend_alone(const Model &model, const Batch &batch, int64_t layer, const float *x, float *added) {
-    static thread_local Team alone(1);
+// One layer over rows x [rows][hidden], of which `site` goes out; without its MLP where all rows are to pass by it.
+inline void one_layer(const Model &model, Team &team, const Batch &batch, int64_t layer, const float *x, Site site, float *out,
+                      const Gate *gate) {
     static thread_local std::vector<Span> spans;
-    static thread_local std::vector<int64_t> left;
-    static thread_local std::vector<uint8_t> skipped;
     Model one = model;
     one.layers = 1;
     one.layer = model.layer + layer;
     spans.assign(batch.span, batch.span + batch.spans);
     for (Span &span : spans) span.group_of += layer, span.index_of += layer;
-    // All rows pass by its feed-forward layer.
+    const Tap tap{site, 0, out};
+    Batch own = batch;
+    own.embedded = x;
+    own.span = spans.data();
+    own.wanted = 0;
+    own.taps = 1;
+    own.tap = &tap;
+    own.gate = gate;
+    forward(one, team, own, -1);
+}
+
+// What one layer's attention adds to rows x, computed by the calling thread alone.
+inline void attend_alone(const Model &model, const Batch &batch, int64_t layer, const float *x, float *added) {
+    static thread_local Team alone(1);
+    static thread_local std::vector<int64_t> left;
+    static thread_local std::vector<uint8_t> skipped;
     left.assign(batch.rows, 1);
     skipped.assign(batch.rows, 0);
     const Gate gate{0, 0, 0, 0.0f, nullptr, left.data(), skipped.data()};
-    const Tap tap{ATTENTION_OUTPUT, 0, added};
-    Batch own = batch;
-    own.embedded = x;
-    own.span = spans.data();
-    own.wanted = 0;
-    own.taps = 1;
-    own.tap = &tap;
-    own.gate = &gate;
-    forward(one, alone, own, -1);
-}
-
-// A whole layer, by the team: out [rows][hidden].
-inline void whole_layer(const Model &model, Team &team, const Batch &batch, int64_t layer, const float *x, float *out) {
-    Model one = model;
-    one.layers = 1;
-    one.layer = model.layer + layer;
-    std::vector<Span> spans(batch.span, batch.span + batch.spans);
-    for (Span &span : spans) span.group_of += layer, span.index_of += layer;
-    const Tap tap{OUTPUT, 0, out};
-    Batch own = batch;
-    own.embedded = x;
-    own.span = spans.data();
-    own.wanted = 0;
-    own.taps = 1;
-    own.tap = &tap;
-    forward(one, team, own, -1);
+    one_layer(model, alone, batch, layer, x, ATTENTION_OUTPUT, added, &gate);
 }
 
 // See `hasten_grouped`.
@@ -69,7 +57,7 @@ void grouped(const Model &model, Team &team, const Batch &batch, int64_t groups,
         const int64_t size = sizes[group];
         if (size == 1) {
             const int64_t began = now();
-            whole_layer(model, team, inner_batch, first, x, next);
+            one_layer(model, team, inner_batch, first, x, OUTPUT, next, nullptr);
             std::swap(x, next);
             attention[first] = now() - began;
             continue;

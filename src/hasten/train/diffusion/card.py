@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hasten.documents import dumps
-from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED, LENGTHS, by_category, opening, percent, task_scores
+from hasten.train.card import EVALUATION_SEED, LENGTHS, by_category, opening, percent, save_card, task_scores
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -101,10 +99,7 @@ def write_card(
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
     }  # fmt: skip
-    write_text(folder / "card.json", dumps(document, indent=2) + "\n")
-    card = folder / "README.md"
-    write_text(card, render(folder.name, document, recipe))
-    return card
+    return save_card(folder, document, render(folder.name, document, recipe))
 
 
 def render(name: str, document: dict[str, Any], recipe: Adaptation) -> str:

@@ -14,6 +14,7 @@ from hasten.documents import dumps
 from hasten.errors import UserError
 from hasten.files import write_text
 from hasten.model.checkpoint import read_json
+from hasten.train import processes
 from hasten.train.recipe import AnyRecipe
 from hasten.train.trainer import Trainer, make_folder
 
@@ -53,10 +54,13 @@ class Budget:
         """A recipe with as many tokens as there is time for, its own at most."""
         make_folder(self.folder)
         file = self.folder / FILE
-        if not file.exists():
+        # All processes are asked before one writes it: each takes part in the trial, or none.
+        if not all(processes.told(file.exists())):
             left = max(self.seconds - (time.monotonic() - self._began), TRAINING * self.seconds)
             tokens = min(recipe.tokens, max(recipe.batch_tokens, int(left * tokens_per_second(recipe))))
-            write_text(file, dumps({"tokens": tokens}) + "\n")
+            with processes.first_alone():
+                if processes.first():
+                    write_text(file, dumps({"tokens": tokens}) + "\n")
         return replace(recipe, tokens=read_json(file)["tokens"])
 
 
@@ -65,10 +69,12 @@ def tokens_per_second(recipe: AnyRecipe) -> float:
     with TemporaryDirectory() as scratch:
         recipe.prepare(Path(scratch))
         trainer = Trainer(recipe, Path(scratch))
+        # Midway: some begin with steps that cost less.
+        trainer.tokens = recipe.tokens // 2
         batches = trainer.batches()
         # The first one warms up.
         trainer.step(next(batches))
         tokens, began = trainer.tokens, time.perf_counter()
-        for batch in islice(batches, TRIAL):
-            trainer.step(batch)
+        for step in islice(batches, TRIAL):
+            trainer.step(step)
         return (trainer.tokens - tokens) / (time.perf_counter() - began)

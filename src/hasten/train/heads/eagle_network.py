@@ -24,7 +24,11 @@ SMALL = 0.02
 
 
 class EagleLayer(nn.Module):
-    """The trained part. It begins as the target's last layer, on the last of a row's states.
+    """The trained part.
+
+    That of EAGLE-3 begins as the target's last layer, on the last of a row's states. That of EAGLE-1, which reads final
+    states and has no norm in front of them, begins at random, as a layer that adds nothing: the target's weights make
+    of such states what takes long to be forgotten.
 
     Args:
         target: the network.
@@ -45,9 +49,14 @@ class EagleLayer(nn.Module):
         query, key, value = torch.split(qkv, [len(qkv) - 2 * kept, kept, kept])
         begin = {"query": query, "key": key, "value": value, "attention_out": mixer.out.dequant()}
         begin |= {"gate": gate, "up": up, "down": mlp.down.dequant(), "mlp_norm": last.mlp_norm.weight}
-        others = torch.randn(self.hidden, self.hidden * (1 if version == 1 else taps - 1))
-        begin |= {"fusion": torch.cat([SMALL * others, torch.eye(self.hidden)], 1)}
-        if version == 3:
+        if version == 1:
+            begin |= {"fusion": torch.empty(self.hidden, 2 * self.hidden), "mlp_norm": torch.ones(self.hidden)}
+            silent = {name: torch.zeros_like(begin[name]) for name in ("attention_out", "down")}
+            matrices = {name: each for name, each in begin.items() if each.ndim == 2}
+            begin |= {name: torch.randn(each.shape) / each.shape[1] ** 0.5 for name, each in matrices.items()} | silent
+        else:
+            others = torch.randn(self.hidden, self.hidden * (taps - 1))
+            begin |= {"fusion": torch.cat([SMALL * others, torch.eye(self.hidden)], 1)}
             for name in ("query", "key", "value"):
                 begin[name] = torch.cat([SMALL * torch.randn(begin[name].shape), begin[name]], 1)
             begin |= {"token_norm": torch.ones(self.hidden), "mixer_norm": last.mixer_norm.weight}

@@ -49,7 +49,7 @@ class Frozen:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self.model, self.layers = model, [_plain(layer) for layer in model.layers]
+        self.model, self.layers = model, [plain(layer) for layer in model.layers]
         self.head = DenseLinear(model.head.dequant())
 
     @classmethod
@@ -77,21 +77,21 @@ class Frozen:
             if number == inserted.layer:
                 y = inserted.enter(x).to(x.dtype)
             with torch.no_grad():
-                q, k, v = _projected(layer, attention, x, positions)
+                q, k, v = projected(layer, attention, x, positions)
                 window = attention.config.window
-                own = [_attend(q[text], k[text], v[text], _causal(text, window)) for text in texts]
-                x = _fed(layer, attention, mlp, x, torch.cat(own))
+                own = [attend(q[text], k[text], v[text], causal(text, window)) for text in texts]
+                x = fed(layer, attention, mlp, x, torch.cat(own))
             if number < inserted.layer:
                 continue
             # `q`, `k` and `v` are those of the layer's input, before `x` moved on.
-            mine = _projected(layer, attention, y, inserted.positions)
+            mine = projected(layer, attention, y, inserted.positions)
             mixed = []
             for text, rows, sees in zip(texts, beside, inserted.sees, strict=True):
                 where = torch.cat([positions[text], inserted.positions[rows]])
                 sees = _inside(sees, inserted.positions[rows], where, window)
                 keys, values = (torch.cat([of[text], own[rows]]) for of, own in zip((k, v), mine[1:], strict=True))
-                mixed.append(_attend(mine[0][rows], keys, values, sees))
-            y = _fed(layer, attention, mlp, y, torch.cat(mixed))
+                mixed.append(attend(mine[0][rows], keys, values, sees))
+            y = fed(layer, attention, mlp, y, torch.cat(mixed))
         with torch.no_grad():
             x = self.model.norm.forward(x)
         return x, self.model.norm.forward(y)
@@ -101,7 +101,7 @@ class Frozen:
         return self.head.forward(states).float()
 
 
-def _plain(layer: Layer) -> tuple[Layer, Attention, GatedMLP]:
+def plain(layer: Layer) -> tuple[Layer, Attention, GatedMLP]:
     """A layer with its mixer and its MLP, whose products know gradients.
 
     Raises:
@@ -119,19 +119,19 @@ def _dense(linear: Linear) -> DenseLinear:
     return DenseLinear(linear.dequant(), getattr(linear, "bias", None))
 
 
-def _projected(layer: Layer, attention: Attention, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def projected(layer: Layer, attention: Attention, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [rows, heads or kv_heads, width]."""
     return attention.project(layer.mixer_norm.forward(x), attention.rotary.angles(positions, x.dtype))
 
 
-def _fed(layer: Layer, attention: Attention, mlp: GatedMLP, x: Tensor, mixed: Tensor) -> Tensor:
+def fed(layer: Layer, attention: Attention, mlp: GatedMLP, x: Tensor, mixed: Tensor) -> Tensor:
     """The residual stream behind a layer, from what its attention gave."""
     x = attention.out.forward_add(mixed, x)
     gate, up = mlp.gate_up.forward(layer.mlp_norm.forward(x)).chunk(2, -1)
     return mlp.down.forward_add(F.silu(gate) * up, x)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     """[rows, heads * width] of queries [rows, heads, width] over keys and values [slots, kv_heads, width]."""
     if not len(q):
         # PyTorch's kernel divides by the count.
@@ -141,7 +141,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     return mixed[0].transpose(0, 1).flatten(1)
 
 
-def _causal(text: slice, window: int | None) -> Tensor:
+def causal(text: slice, window: int | None) -> Tensor:
+    """Boolean [rows, rows]: each row of a text sees those before it, as far as its window goes."""
     at = torch.arange(text.stop - text.start)
     return _inside(at[:, None] >= at, at, at, window)
 

@@ -34,6 +34,11 @@ class MedusaNetwork(Speakers):
             x = x + F.silu(block(x))
         return x
 
+    def weights(self, store: str, accuracy: tuple[tuple[float, ...], ...]) -> MedusaWeights:
+        """As they are stored."""
+        blocks = [[rounded(block.weight, store, block.bias) for block in layers] for layers in self.blocks]
+        return MedusaWeights(blocks, self.exported(store), self.words, accuracy)
+
 
 @dataclass(frozen=True)
 class MedusaRecipe(SpeakerRecipe[MedusaNetwork]):
@@ -44,6 +49,4 @@ class MedusaRecipe(SpeakerRecipe[MedusaNetwork]):
         return MedusaNetwork(target, words, self.heads, self.layers, self.shared_head)
 
     def export(self, model: MedusaNetwork, folder: Path) -> None:
-        blocks = [[rounded(block.weight, self.store, block.bias) for block in layers] for layers in model.blocks]
-        weights = MedusaWeights(blocks, model.exported(self.store), model.words, self.measured(model))
-        weights.save(folder, self.told(model))
+        model.weights(self.store, self.measured(model)).save(folder, self.told(model))

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hasten.documents import dumps
-from hasten.files import write_text
 from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
-from hasten.train.card import by_category, opening, task_scores
+from hasten.train.card import by_category, opening, save_card, task_scores
 from hasten.train.lud.recipe import LexicalUnits
 
 BETAS = (0.99, 0.95, 0.9, 0.8, 0.6)
@@ -45,10 +43,7 @@ def write_card(
     models = {True: LLM(parent, dtype="float32"), False: LLM(folder, dtype="float32")}
     scores = {name: task_scores(models[old], per_task, report, method) for name, old, method in decodings(recipe)}
     document = {"command": command, "parent": parent.name, **summary, "decoded": scores}
-    write_text(folder / "card.json", dumps(document, indent=2) + "\n")
-    card = folder / "README.md"
-    write_text(card, render(folder.name, document))
-    return card
+    return save_card(folder, document, render(folder.name, document))
 
 
 def render(name: str, document: dict[str, Any]) -> str:
