@@ -40,7 +40,8 @@ def test_distillation(hasten, lists: None, tmp_path: Path):
 
 def test_skipdecode(hasten, lists: None, tmp_path: Path):
     """The card has the parent's answers and the new model's, by all layers and by each share."""
-    command = ("train", "skipdecode", "-o", str(tmp_path), *"--tokens 600 --batch-tokens 512 --per-task 1".split())
+    short = ("--tokens", "600", "--batch-tokens", "512", "--per-task", "1")
+    command = ("train", "skipdecode", "-o", str(tmp_path), *short)
     document = hasten(*command, "--shares", "0.8,0.6", "--json").json()
     assert json.loads((tmp_path / "config.json").read_text())["skipdecode"]["share"] == 0.8
     decoded = json.loads((tmp_path / "card.json").read_text())["decoded"]
