@@ -13,6 +13,7 @@ from hasten.train import card
 from hasten.train.answers import FILE
 from hasten.train.data import Batch
 from hasten.train.lm import Pretraining
+from hasten.train.skipdecode import ScheduledTuning
 from hasten.train.trainer import CHECKPOINT, SUMMARY, Trainer
 
 
@@ -38,8 +39,9 @@ def test_distillation(hasten, lists: None, tmp_path: Path):
     assert refused.status == 2 and "exists" in refused.err
 
 
-def test_skipdecode(hasten, lists: None, tmp_path: Path):
+def test_skipdecode(hasten, lists: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The card has the parent's answers and the new model's, by all layers and by each share."""
+    monkeypatch.setattr(ScheduledTuning, "weights", {"copy": 1.0})
     short = ("--tokens", "600", "--batch-tokens", "512", "--per-task", "1")
     command = ("train", "skipdecode", "-o", str(tmp_path), *short)
     document = hasten(*command, "--shares", "0.8,0.6", "--json").json()
