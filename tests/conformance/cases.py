@@ -46,7 +46,7 @@ VARIANTS = {
     "eagle": [
         "eagle:nodes=12,depth=4,least=0,sized=false",
         "eagle:tree=chain,depth=6,least=0,sized=false",
-        "eagle:head=heads/eagle-3,nodes=12,depth=4,least=0,sized=false",
+        "eagle:head=heads/eagle-3,nodes=40,depth=3,least=0,sized=false",
     ],
     # With a prefix layer they are Hydra++'s.
     "hydra": [
