@@ -15,7 +15,7 @@ FEW = ("--model", "tiny", "--dialogues", "40", "--answer", "16", "--precision", 
     ("options", "told"),
     [
         (("--prompts", "0"), "prompts must be between"),
-        (("--tokens", "0"), "tokens and batch-tokens must be positive"),
+        (("--tokens", "0"), "tokens, batch-tokens and batches-per-step must be positive"),
         (("--lr", "-1"), "lr must be positive"),
         (("--dialogues", "1"), "at least 2"),
     ],

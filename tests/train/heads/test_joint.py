@@ -173,7 +173,7 @@ def test_the_model_stays_close_and_its_heads_save_passes(folder: Path, tmp_path:
     before, now = LLM("tiny", dtype="float32"), LLM(tmp_path / "joint", dtype="float32")
     held_out = [each for each in read_dialogues(folder / DIALOGUES) if is_held_out(each)]
     found = divergence(now, before, [each.ids for each in held_out])
-    assert found.nats is not None and 0 < found.nats / found.rows < 0.1 and found.agreeing > 0.95 * found.rows
+    assert found.nats is not None and 0 < found.nats / found.rows < 0.1 and found.agreeing > 0.9 * found.rows
     prompts, asked = [each.prompt for each in held_out], SamplingParams(max_tokens=40)
     # Found by itself.
     ours, plain = now.generate(prompts, asked, "medusa:sized=false"), now.generate(prompts, asked, "plain")

@@ -125,7 +125,7 @@ def own_placeholder(target: Target) -> dict[str, Any]:
     family="drafters",
     exactness="lossy",
     paper="2405.15208",
-    title="LUD: spans that are all but determined, from placeholders",
+    title="LUD: spans of sure tokens, from placeholders",
     parameters=LudParameters,
     needs_training=True,
     knob=Knob("beta", (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)),
