@@ -147,6 +147,11 @@ def test_rows_count_what_happened(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     assert fast["tokens_per_step"] == pytest.approx(24 / (steps + 2), abs=1e-4)
     assert sum(histogram) == steps
     assert sum(count * times for count, times in enumerate(histogram)) == accepted
+    kept = [steps]
+    for share in fast["acceptance_by_depth"]:
+        kept.append(kept[-1] * share)
+    assert kept == pytest.approx([sum(histogram[depth:]) for depth in range(len(histogram))], rel=1e-3)
+    assert plain["acceptance_by_depth"] == []
     assert fast["accepted_per_step"] == pytest.approx(accepted / steps, abs=1e-4)
     assert fast["mean_accepted_tokens"] == pytest.approx((24 - 2) / steps, abs=1e-4)
     assert plain["mean_accepted_tokens"] == 1 and fast["questions"] == 2

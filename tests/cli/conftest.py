@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,3 +47,15 @@ def hasten(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A file as Spec-Bench has it: a conversation of two turns, and a question of another category."""
+    lines = [
+        {"category": "writing", "turns": ["Copy the list: red cat", "Copy the list: moon salt"]},
+        {"category": "qa", "turns": ["Sort the list: 4 2 9"]},
+    ]
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file

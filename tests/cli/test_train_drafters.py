@@ -31,15 +31,17 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     assert not (tmp_path / "cache").exists() and not (tmp_path / "draft").exists()
 
 
-def test_drafters_are_made_of_the_same_dialogues(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_drafters_are_made_of_the_same_dialogues(
+    hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: Path
+):
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
     for command, method, more in (("align", "draft-model", ()), ("s2d", "s2d", ("--exits", "1/2"))):
         folder = tmp_path / command
-        made = hasten(
-            "train", command, *FEW, "--output", str(folder), *SMALL, *more, "--epochs", "0.5", "--json"
-        ).json()
+        few = ("train", command, *FEW, "--output", str(folder), *SMALL, *more, "--epochs", "0.5")
+        made = hasten(*few, "--spec-bench", str(questions), "--json").json()
         card = json.loads((folder / "card.json").read_text())
         assert card["acceptance"] == made["acceptance"] and len(card["acceptance"]) == 1 + (command == "s2d")
+        assert [row["category"] for row in card["spec_bench"]] == ["mt_bench", "qa", "overall"]
         assert card["command"].startswith("hasten") and card["dialogues"] >= 40 > card["held_out"] > 0
         ran = hasten(
             "verify", "--model", "tiny", "--method", f"{method}:model={folder}", "--per-task", "1", "--max-tokens", "8"

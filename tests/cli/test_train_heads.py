@@ -23,6 +23,7 @@ FEW = ("train", "medusa", "--model", "tiny", "--dialogues", "40", "--answer", "1
         (("--batches-per-step", "-1"), "batches-per-step must be positive"),
         (("--joint", "--opening", "1"), "opening must be"),
         (("--data", "none.jsonl"), "cannot read prompts"),
+        (("--spec-bench", "none.jsonl"), "cannot read prompts"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(
@@ -34,15 +35,21 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     assert not (tmp_path / "cache").exists() and not (tmp_path / "heads").exists()
 
 
-def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_heads_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: Path):
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
     heads = tmp_path / "heads"
-    made = hasten(*FEW, "--output", str(heads), "--epochs", "0.5", "--words", "300", "--json").json()
+    few = (*FEW, "--output", str(heads), "--epochs", "0.5", "--words", "300")
+    made = hasten(*few, "--spec-bench", str(questions), "--json").json()
     assert made["parameters"] == 4 * (256 * 256 + 256) + 300 * 256 and (heads / "model.safetensors").exists()
     told = json.loads((heads / "config.json").read_text())
     assert len(told["fingerprint"]) == 16 and str(tmp_path) not in json.dumps(told["training"]["config"])
     assert told["training"]["dialogues"] == 40 and told["training"]["command"] == made["command"]
-    assert len(told["accuracy"]) == 4
+    assert len(told["accuracy"]) == 4 and told["spec_bench"] == made["spec_bench"]
+    rows = {row["category"]: row for row in told["spec_bench"]}
+    assert {name: (row["questions"], row["prompts"]) for name, row in rows.items()} == {
+        "mt_bench": (1, 2), "qa": (1, 1), "overall": (2, 3)
+    }  # fmt: skip
+    assert all(row["identical"] == row["prompts"] and row["tokens_per_step"] >= 1 for row in rows.values())
     # The same dialogues serve another run; other ones stand beside them.
     hasten(*FEW, "--output", str(tmp_path / "other"), "--heads", "1", "--epochs", "0.1")
     assert len(list((tmp_path / "cache" / "dialogues").iterdir())) == 1

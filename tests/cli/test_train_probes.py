@@ -30,13 +30,17 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("ppd", 3 * 256), ("hidden-transfer", 3 * 256 * 256)])
-def test_they_are_made_and_found(hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parameters: int):
+def test_they_are_made_and_found(
+    hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: Path, name: str, parameters: int
+):
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
     output = tmp_path / "heads"
-    made = hasten("train", name, *FEW, "--output", str(output), "--tokens", "1000", "--json").json()
+    few = ("train", name, *FEW, "--output", str(output), "--tokens", "1000")
+    made = hasten(*few, "--spec-bench", str(questions), "--json").json()
     assert made["parameters"] == parameters and made["dialogues"] == 40
     card = json.loads((output / "config.json").read_text())
     assert len(card["accuracy"]) == 3 and len(card["fingerprint"]) == 16
+    assert [row["category"] for row in card["spec_bench"]] == ["mt_bench", "qa", "overall"]
     assert {"command", "dialogues", "tokens", "seconds", "loss", "data_sha256"} <= card["training"].keys()
     ran = hasten(
         "verify", "--model", "tiny", "--method", f"{name}:head={output}", "--per-task", "1", "--max-tokens", "8"

@@ -223,6 +223,7 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost | None) -> dict[str, Any]
         "acceptance": round(_sum(accepted) / proposed, 4) if proposed else None,
         "accepted_per_step": round(_sum(accepted) / steps, 4) if steps else None,
         "accepted_histogram": [accepted[count] for count in range(max(accepted, default=-1) + 1)],
+        "acceptance_by_depth": _by_depth(accepted),
         "proposed_per_step": round(proposed / steps, 4) if steps else None,
         "draft_us_per_step": round(draft_step * 1e6, 2),
         "draft_overhead": round(draft_step / plain_step, 4) if plain_step else None,
@@ -233,6 +234,15 @@ def _figures(pairs: Sequence[_Pair], curve: VerifyCost | None) -> dict[str, Any]
         "identical": sum(pair.run.tokens == pair.plain.tokens for pair in pairs),
         "agreement": round(sum(pair.agreeing for pair in pairs) / max(sum(pair.positions for pair in pairs), 1), 4),
     }
+
+
+def _by_depth(accepted: Counter[int]) -> list[float]:
+    """Of the steps that accepted all of a path's first tokens, the share that accepted one more, for each depth."""
+    reached = [
+        sum(times for count, times in accepted.items() if count >= depth)
+        for depth in range(max(accepted, default=0) + 1)
+    ]
+    return [round(more / of, 4) for of, more in itertools.pairwise(reached)]
 
 
 def _speedup_of_rates(pairs: Sequence[_Pair]) -> float:

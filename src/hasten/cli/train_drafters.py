@@ -15,7 +15,7 @@ import typer
 from hasten.cli import options
 from hasten.cli.groups import grouped
 from hasten.cli.train_data import Data
-from hasten.cli.train_heads import BatchesPerStep, batches_of_step
+from hasten.cli.train_heads import BatchesPerStep, SpecBench, batches_of_step, measured, questions
 from hasten.documents import dumps
 from hasten.errors import UserError
 from hasten.files import write_text
@@ -50,6 +50,7 @@ class Distilling:
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0
     batches_per_step: BatchesPerStep = 0
+    spec_bench: SpecBench = None
     precision: Annotated[str, typer.Option(help="bf16 (products and activations) or fp32.")] = "bf16"
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     backend: options.Backend = "auto"
@@ -75,11 +76,12 @@ class Distilling:
             "precision": self.precision, "batches_per_step": batches_of_step(self.batches_per_step),
         }  # fmt: skip
 
-    def train(self, llm: LLM, settings: AlignRecipe, data: Data, output: Path | None, suffix: str) -> None:
+    def train(self, llm: LLM, settings: AlignRecipe, data: Data, output: Path | None, suffix: str, method: str) -> None:
         """Make the data, train, write the card, and say where the drafter is.
 
         Args:
             suffix: of the folder beside the model, unless there is an output.
+            method: that drafts with it, for the card.
         """
         from hasten.methods.drafters.small_model import own_name
         from hasten.methods.heads.head import FINAL
@@ -87,7 +89,7 @@ class Distilling:
         from hasten.train import processes
         from hasten.train.trainer import train
 
-        destination = output or Path(own_name(llm.folder, suffix))
+        destination, asked = output or Path(own_name(llm.folder, suffix)), questions(self.spec_bench)
         budget = data.clock(destination)
         folder, rows = data.make(llm, (FINAL,), settings.states, self.json, budget)
         recipe = replace(settings, tokens=max(1, int(self.epochs * rows)), data=str(folder))
@@ -97,7 +99,8 @@ class Distilling:
         if not processes.first():
             return
         told = read_json(destination / "config.json")["alignment"]
-        document = {"command": shlex.join(["hasten", *sys.argv[1:]]), **summary, **told}
+        drafted = measured(llm, f"{method}:model=[{destination}]", asked, self.json)
+        document = {"command": shlex.join(["hasten", *sys.argv[1:]]), **summary, **told, **drafted}
         write_text(destination / CARD, dumps(document, indent=2) + "\n")
         self._report(destination, document)
 
@@ -137,7 +140,7 @@ def align(
         **distilling.settings(llm, base), distance=loss, hidden=hidden, layers=layers, attention_heads=heads,
         kv_heads=kv_heads, ffn=ffn,
     )  # fmt: skip
-    distilling.train(llm, recipe, data, output, "draft")
+    distilling.train(llm, recipe, data, output, "draft", "draft-model")
 
 
 @app.command()
@@ -168,4 +171,4 @@ def s2d(
         **distilling.settings(llm, base), distance=loss, leaves=exits, hidden=hidden, layers=layers,
         attention_heads=heads, kv_heads=kv_heads, ffn=ffn,
     )  # fmt: skip
-    distilling.train(llm, recipe, data, output, "s2d")
+    distilling.train(llm, recipe, data, output, "s2d", "s2d")

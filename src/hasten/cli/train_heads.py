@@ -20,6 +20,7 @@ from hasten.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hasten.bench.prompts import BenchPrompt
     from hasten.llm import LLM
     from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
@@ -34,6 +35,10 @@ Output = Annotated[
 BatchesPerStep = Annotated[
     int, typer.Option(help="Batches of a step, which processes share (`torchrun`); 0: one for each process.")
 ]
+SpecBench = Annotated[
+    Path | None,
+    typer.Option(help="Spec-Bench's file: how its answers are drafted goes into the card. Never trained on."),
+]
 Store = Annotated[str, typer.Option(help="What matrices are stored as: bf16, q8_0 or q4_1.")]
 
 
@@ -42,6 +47,27 @@ def batches_of_step(asked: int) -> int:
     from hasten.train import processes
 
     return asked or processes.count()
+
+
+def questions(file: Path | None) -> list[BenchPrompt]:
+    """Those that a finished drafter is measured on; none where no file is named.
+
+    Raises:
+        UserError: it cannot be read, or is not Spec-Bench's.
+    """
+    from hasten.bench.acceptance import chosen
+
+    return [] if file is None else chosen(file)
+
+
+def measured(llm: LLM, method: str, asked: Sequence[BenchPrompt], quiet: bool) -> dict[str, Any]:
+    """For a card, `spec_bench`: how a drafter fares with each category of questions; empty where there are none."""
+    from hasten.bench.acceptance import acceptance
+
+    if not asked:
+        return {}
+    with options.progress("drafting", len(asked), quiet=quiet) as advance:
+        return {"spec_bench": acceptance(llm, method, asked, advance)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,7 @@ class Fitting:
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0
     batches_per_step: BatchesPerStep = 0
+    spec_bench: SpecBench = None
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     json: options.Json = False
 
@@ -96,9 +123,9 @@ class Fitting:
         """
         from hasten.methods.heads.head import beside
 
-        destination = output or beside(llm.folder, slug)
+        destination, asked = output or beside(llm.folder, slug), questions(self.spec_bench)
         _, summary = self.run(recipe, llm, data, taps, destination)
-        conclude(destination, llm, summary, data.dialogues, self.json)
+        conclude(destination, llm, slug, summary, data.dialogues, asked, self.json)
 
     def run(
         self, recipe: SomeRecipe, llm: LLM, data: Data, taps: Sequence[Tap], destination: Path
@@ -121,8 +148,21 @@ class Fitting:
         return run, train(run, destination, self.resume)
 
 
-def conclude(folder: Path, llm: LLM, summary: Mapping[str, Any], dialogues: int, json: bool) -> None:
-    """Write what a run was into its card, and say where its heads are: the first of several processes does."""
+def conclude(
+    folder: Path,
+    llm: LLM,
+    slug: str,
+    summary: Mapping[str, Any],
+    dialogues: int,
+    asked: Sequence[BenchPrompt],
+    json: bool,
+) -> None:
+    """Write what a run was into its card, and say where its heads are: the first of several processes does.
+
+    Args:
+        slug: of the method whose heads these are.
+        asked: what they draft for, for the card.
+    """
     from hasten.model.fingerprint import fingerprint
     from hasten.train import processes
     from hasten.train.heads.recipe import write_card
@@ -130,9 +170,11 @@ def conclude(folder: Path, llm: LLM, summary: Mapping[str, Any], dialogues: int,
     if not processes.first():
         return
     command = shlex.join(["hasten", *sys.argv[1:]])
-    write_card(folder, fingerprint(llm.model), summary, dialogues, command)
+    # All that they draft: what pays on this machine is nothing to a card.
+    drafted = measured(llm, f"{slug}:head=[{folder}],sized=false", asked, json)
+    write_card(folder, fingerprint(llm.model), summary, dialogues, command, drafted)
     if json:
-        options.emit({"output": str(folder), **summary, "dialogues": dialogues, "command": command})
+        options.emit({"output": str(folder), **summary, "dialogues": dialogues, "command": command, **drafted})
     else:
         print(f"{folder}: {summary['parameters']:,} parameters, loss {summary['loss']}")
 
@@ -165,11 +207,12 @@ def medusa(
         fitting.train(MedusaRecipe(**settings), llm, "medusa", data, (FINAL,), output)
         return
     recipe, folder = joint.recipe(output, **settings)
+    asked = questions(fitting.spec_bench)
     recipe, summary = fitting.run(recipe, llm, data, (FINAL,), folder)
     if not processes.first():
         return
     made = joint.conclude(llm, folder, recipe, summary, fitting.json)
-    conclude(beside(folder, "medusa"), made, summary, data.dialogues, fitting.json)
+    conclude(beside(folder, "medusa"), made, "medusa", summary, data.dialogues, asked, fitting.json)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import typer
 from hasten.cli import options
 from hasten.cli.groups import grouped
 from hasten.cli.train_data import Talk
-from hasten.cli.train_heads import BatchesPerStep, Output, batches_of_step, conclude
+from hasten.cli.train_heads import BatchesPerStep, Output, SpecBench, batches_of_step, conclude, questions
 
 if TYPE_CHECKING:
     from hasten.train.heads.inserted import InsertedRecipe
@@ -32,6 +32,7 @@ class Asking:
     precision: Annotated[str, typer.Option(help="bf16 or fp32, of the target as it is read.")] = "bf16"
     seed: Annotated[int, typer.Option(help="Of the order, and of the places.")] = 0
     batches_per_step: BatchesPerStep = 0
+    spec_bench: SpecBench = None
     resume: Annotated[bool, typer.Option(help="Continue from a checkpoint in the output folder.")] = True
     backend: options.Backend = "auto"
     threads: options.Threads = 0
@@ -54,14 +55,14 @@ class Asking:
         from hasten.methods.heads.head import beside
         from hasten.train.trainer import train
 
-        destination = output or beside(llm.folder, slug)
+        destination, asked = output or beside(llm.folder, slug), questions(self.spec_bench)
         budget = talk.clock(destination)
         folder, dialogues = talk.write(llm, self.json, budget)
         run = replace(recipe, parent=str(llm.folder), data=str(folder))
         if budget is not None:
             run = budget.cut(run)
         summary = train(run, destination, self.resume)
-        conclude(destination, llm, summary, len(dialogues), self.json)
+        conclude(destination, llm, slug, summary, len(dialogues), asked, self.json)
 
 
 @app.command()

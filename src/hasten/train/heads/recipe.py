@@ -137,13 +137,16 @@ class Epoch(Sequence[HeadBatch]):
         return self.dialogues.batch(self.packed[place])
 
 
-def write_card(folder: Path, target: str, summary: Mapping[str, Any], dialogues: int, command: str) -> None:
+def write_card(
+    folder: Path, target: str, summary: Mapping[str, Any], dialogues: int, command: str, measured: Mapping[str, Any]
+) -> None:
     """Add to a head's configuration whose it is, and how it was made: `fingerprint` and `training`.
 
     Args:
         target: fingerprint of the model that it was trained for.
         summary: of the run.
         dialogues: that it was made on, those held out included.
+        measured: fields that say what it is worth beside `accuracy`.
 
     Raises:
         UserError: it cannot be written.
@@ -154,7 +157,8 @@ def write_card(folder: Path, target: str, summary: Mapping[str, Any], dialogues:
     }
     machine = f"{os.cpu_count()} x {torch.backends.cpu.get_cpu_capability()}"
     made = {**summary, "config": config, "dialogues": dialogues, "command": command, "machine": machine}
-    write_text(folder / CONFIG, dumps({**read_config(folder), FINGERPRINT: target, "training": made}, indent=2) + "\n")
+    card = {**read_config(folder), **measured, FINGERPRINT: target, "training": made}
+    write_text(folder / CONFIG, dumps(card, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
