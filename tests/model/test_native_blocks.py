@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 from hasten.cache import Cache
 from hasten.errors import UserError
 from hasten.model import Rows, load_model
+from hasten.model.decoder import compose
+from hasten.model.linear import StackedLinear
 from hasten.model.native import NativeBackend, blocks
 from hasten.model.native.blocks import KINDS, BlockLinear
 from hasten.model.native.library import LIBRARY
@@ -217,9 +219,12 @@ def test_what_is_no_row_of_blocks_is_refused(format: BlockFormat) -> None:
         BlockLinear(format, torch.zeros(4, kind.bytes, dtype=torch.uint8), 2 * kind.inputs, None, torch.float32)
 
 
-def piece_of(weight: Tensor, *formats: BlockFormat, bias: Tensor | None = None) -> Piece:
-    """A weight as stored, cut into as many matrices as there are formats."""
-    rows = [of_weights(format, part) for format, part in zip(formats, weight.chunk(len(formats)), strict=True)]
+def piece_of(
+    weight: Tensor, *formats: BlockFormat, bias: Tensor | None = None, sizes: Sequence[int] | None = None
+) -> Piece:
+    """A weight as stored, cut into as many matrices as there are formats: of these sizes, or of equal ones."""
+    parts = weight.chunk(len(formats)) if sizes is None else weight.split(list(sizes))
+    rows = [of_weights(format, part) for format, part in zip(formats, parts, strict=True)]
     stored = tuple(Blocks(format, part, weight.shape[1]) for format, part in zip(formats, rows, strict=True))
     wide = torch.cat([expanded(format, part) for format, part in zip(formats, rows, strict=True)])
     return Piece.of(stored, lambda: wide, bias)
@@ -234,6 +239,26 @@ def test_the_backend_keeps_what_is_stored(dtype: torch.dtype) -> None:
         assert isinstance(linear, BlockLinear) and linear.format == "Q4_1"
         assert torch.equal(linear.dequant(), piece.weight.to(dtype))
         assert linear.bias is not None and torch.equal(linear.bias, random(48))
+
+
+def test_the_backend_keeps_values_that_are_stored_otherwise() -> None:
+    backend, x = NativeBackend(torch.bfloat16), random(5, 64, seed=1)
+    for bias in (None, random(80)):
+        piece = piece_of(random(80, 64), "Q4_1", "Q4_1", "Q8_0", bias=bias, sizes=(48, 16, 16))
+        linear = backend.linear(piece, Source("qkv", 0))
+        assert isinstance(linear, StackedLinear)
+        assert [(part.format, part.out_features) for part in linear.parts] == [("Q4_1", 64), ("Q8_0", 16)]
+        assert torch.equal(linear.dequant(), piece.weight.bfloat16())
+        assert linear.nbytes() < 80 * 64 and (linear.out_features, linear.in_features) == (80, 64)
+        above, values = linear.forward(x).split((64, 16), 1)
+        for got, kept, start in ((above, piece.stored[:2], 0), (values, piece.stored[2:], 64)):
+            own = None if bias is None else bias[start : start + got.shape[1]]
+            alone = layer(kept[0].type, torch.cat([each.rows for each in kept]), own)
+            assert torch.equal(got, alone.forward(x))
+        torch.testing.assert_close(linear.forward_add(x, random(5, 80)), linear.forward(x) + random(5, 80))
+    for mixed in (("Q4_1", "Q8_0", "Q8_0"), ("Q4_1", "Q8_0", "Q4_0")):
+        assert isinstance(backend.linear(piece_of(random(48, 64), *mixed), Source("qkv", 0)), PanelLinear)
+    assert isinstance(NativeBackend(torch.bfloat16, "Q4_1").linear(piece, Source("qkv", 0)), BlockLinear)
 
 
 def test_the_backend_expands_what_it_does_not_know_and_what_is_to_be_rounded() -> None:
@@ -269,3 +294,36 @@ def test_the_native_step_runs_on_stored_weights(dtype: str, make_checkpoint: Mak
     got, expected = logits(model, tokens), logits(reference, tokens)
     assert (got - expected).norm() < 0.06 * expected.norm()
     assert torch.equal(logits(model, tokens[:3]), got[:3])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_the_native_step_runs_on_values_that_are_stored_otherwise(
+    name: str, architecture: str, tmp_path: Path, make_checkpoint: Make
+) -> None:
+    checkpoint = make_checkpoint(architecture, hidden_size=64, intermediate_size=96)
+
+    def stored(pieces: Pieces) -> Pieces:
+        if pieces.layer != 1:
+            return pieces
+        config, qkv = pieces.config.layers[1], pieces.weights["qkv"]
+        width, kv = config.heads * config.slots.key_width, config.slots.heads * config.slots.key_width
+        kept = piece_of(qkv.weight.float(), "Q4_0", "Q4_0", "Q8_0", bias=qkv.bias, sizes=(width, kv, kv))
+        return replace(pieces, weights={**pieces.weights, "qkv": kept})
+
+    with chosen(name, LIBRARY, tmp_path) as available:
+        if not available:
+            pytest.skip(f"{name} is not here")
+        model = load_model(checkpoint.folder, "float32", "cpu", "native", transforms=[stored])
+        assert isinstance(model.layers[1].mixer.qkv, StackedLinear)
+        assert isinstance(model.backend, NativeBackend) and model.backend.runs(model)
+
+        def rows(tokens: list[int]) -> Rows:
+            return Rows.of(Cache(model.config.layers, model.cache_dtype, model.device).sequence(), tokens, 0)
+
+        tokens = [3, 5, 9, 4, 17, 8, 2, 30] * 5
+        got = model.forward(rows(tokens), None)
+        # The same pieces one by one, with PyTorch between them.
+        torch.testing.assert_close(got, compose(model, rows(tokens), None, None), rtol=1e-4, atol=1e-4)
+        for count in (1, 2, 7, 33):
+            assert torch.equal(model.forward(rows(tokens[:count]), None), got[:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,6 +47,27 @@ class DenseLinear:
 
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class StackedLinear:
+    """Matrices below one another, each stored in its own way: outputs of the same rows, side by side."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts = tuple(parts)
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.cat([part.forward(rows) for part in self.parts], -1)
+
+    def forward_add(self, rows: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.forward(rows)
+
+    def dequant(self) -> Tensor:
+        return torch.cat([part.dequant() for part in self.parts])
+
+    def nbytes(self) -> int:
+        return sum(part.nbytes() for part in self.parts)
 
 
 class PackedLinear:

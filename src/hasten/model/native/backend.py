@@ -20,25 +20,20 @@ from hasten.model.decoder import Decoder, compose
 from hasten.model.gate import Gate, compose_gated
 from hasten.model.layers import (
     LONELY,
-    Attention,
-    GatedMLP,
-    Layer,
-    NoNorm,
     PairedLayer,
-    RMSNorm,
     additive_mask,
     attend_span,
 )
+from hasten.model.linear import StackedLinear
 from hasten.model.native.blocks import BlockLinear, stored_format
+from hasten.model.native.description import description, format_of
 from hasten.model.native.library import library, team
-from hasten.model.native.linear import FORMATS, LANES, Format, PanelLinear, Panels
+from hasten.model.native.linear import LANES, PanelLinear, Panels
 from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
     GateStruct,
     JoinStruct,
-    LayerStruct,
-    LinearStruct,
     ModelStruct,
     SlotsStruct,
     SpanStruct,
@@ -47,11 +42,10 @@ from hasten.model.native.structs import (
 )
 from hasten.model.rows import Rows, SequenceState, Span
 from hasten.model.taps import Site, Taps
-from hasten.model.weights import HEAD, Piece, Source
+from hasten.model.weights import HEAD, Blocks, Piece, Source
 
 if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
-    from hasten.model.linear import Linear
 
 
 SITES = get_args(Site)
@@ -128,15 +122,25 @@ class NativeBackend:
         self._described: WeakKeyDictionary[Decoder, ModelStruct | None] = WeakKeyDictionary()
         self._slots: WeakKeyDictionary[SequenceState, _Slots] = WeakKeyDictionary()
 
-    def linear(self, piece: Piece, source: Source) -> Panels:
+    def linear(self, piece: Piece, source: Source) -> Panels | StackedLinear:
         """See `hasten.model.decoder.Backend`. Weights stay as they are stored, unless they are to be rounded."""
-        wanted, stored = self.head if source == HEAD else self.layers, stored_format(piece.stored)
-        if stored is not None and wanted in (None, stored):
-            rows = torch.cat([blocks.rows for blocks in piece.stored])
-            return BlockLinear(stored, rows, piece.stored[0].inputs, piece.bias, self.dtype)
-        if wanted is None:
-            return PanelLinear(piece.weight, piece.bias, _format(self.dtype))
-        return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
+        wanted, stored = self.head if source == HEAD else self.layers, piece.stored
+        if (format := stored_format(stored)) is not None and wanted in (None, format):
+            return self._as_stored(stored, piece.bias)
+        if wanted is not None:
+            return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
+        # Files of mixed types spend more on values than on queries and keys.
+        if source.name == "qkv" and len(stored) == 3 and stored_format(stored[:2]) and stored_format(stored[2:]):
+            above = sum(blocks.rows.shape[0] for blocks in stored[:2])
+            bias, rest = (None, None) if piece.bias is None else (piece.bias[:above], piece.bias[above:])
+            return StackedLinear([self._as_stored(stored[:2], bias), self._as_stored(stored[2:], rest)])
+        return PanelLinear(piece.weight, piece.bias, format_of(self.dtype))
+
+    def _as_stored(self, stored: Sequence[Blocks], bias: Tensor | None) -> BlockLinear:
+        """Of blocks of one format."""
+        format = stored_format(stored)
+        assert format is not None
+        return BlockLinear(format, torch.cat([blocks.rows for blocks in stored]), stored[0].inputs, bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:
         described = self.describe(model)
@@ -282,7 +286,7 @@ class NativeBackend:
     def describe(self, model: Decoder) -> ModelStruct | None:
         """The model as `step.cpp` sees it; None where some piece is none of those that it knows."""
         if model not in self._described:
-            self._described[model] = _description(model)
+            self._described[model] = description(model)
         return self._described[model]
 
 
@@ -314,91 +318,3 @@ def _late(count: int, entering: Sequence[JoinStruct]) -> int:
     """How many of the last rows enter at some layer."""
     numbers = {each.row for each in entering}
     return next((late for late in range(count) if count - 1 - late not in numbers), count)
-
-
-def _format(dtype: torch.dtype) -> Format:
-    return "float32" if dtype == torch.float32 else "bfloat16"
-
-
-def _struct(linear: Linear) -> LinearStruct | None:
-    """What `step.cpp` reads of a linear layer, if it knows it. Exactly these: a subclass computes something else."""
-    if type(linear) is PanelLinear or type(linear) is BlockLinear:
-        return linear.struct
-    return None
-
-
-def _description(model: Decoder) -> ModelStruct | None:
-    """See `NativeBackend.describe`; the structure keeps alive what it points to."""
-    config, shape = model.config, model.config.layers[0]
-    kept: list[Any] = []
-
-    def pointer(values: Tensor | None) -> int | None:
-        if values is None:
-            return None
-        kept.append(values.detach().float().contiguous())
-        return int(kept[-1].data_ptr())
-
-    def weight(norm: RMSNorm | None) -> int | None:
-        return None if norm is None or type(norm) is NoNorm else pointer(norm.weight)
-
-    slots = shape.slots
-    hidden, width = config.hidden_size, shape.heads * slots.key_width
-    # Of a layer's matrices. All layers must have those of the first: pruned ones may differ.
-    sizes = [(hidden, width), (2 * shape.ffn, hidden), (hidden, shape.ffn)]
-    head = _struct(model.head)
-    if head is None or type(model.norm) not in (RMSNorm, NoNorm) or shape.ffn % LANES:
-        return None
-    if model.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    layers = (LayerStruct * len(model.layers))()
-    for index, layer in enumerate(model.layers):
-        attention, mlp = layer.mixer, layer.mlp
-        # Exactly these: a subclass computes something else.
-        if type(layer) not in (Layer, PairedLayer) or type(attention) is not Attention or type(mlp) is not GatedMLP:
-            return None
-        read = (width + 2 * slots.heads * slots.key_width, 2 * hidden if isinstance(layer, PairedLayer) else hidden)
-        pieces = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
-        structs = [
-            struct
-            for piece, size in zip(pieces, [read, *sizes], strict=True)
-            if (struct := _struct(piece)) is not None and (piece.out_features, piece.in_features) == size
-        ]
-        token_norm = layer.token_norm if isinstance(layer, PairedLayer) else None
-        norms = layer.mixer_norm, layer.mlp_norm, attention.query_norm, attention.key_norm, token_norm
-        if len(structs) < len(pieces) or any(type(norm) not in (RMSNorm, NoNorm, type(None)) for norm in norms):
-            return None
-        qkv, out, gate_up, down = structs
-        layers[index] = LayerStruct(
-            attention_norm=weight(layer.mixer_norm),
-            query_norm=weight(attention.query_norm),
-            key_norm=weight(attention.key_norm),
-            mlp_norm=weight(layer.mlp_norm),
-            token_norm=weight(token_norm),
-            qkv=qkv,
-            out=out,
-            gate_up=gate_up,
-            down=down,
-            window=config.layers[layer.index].window or 0,
-        )
-    axes = torch.tensor(config.rope_axes) if config.rope_axes else None
-    kept += [layers, axes]
-    described = ModelStruct(
-        layers=len(layers),
-        hidden=hidden,
-        heads=shape.heads,
-        kv_heads=slots.heads,
-        head_dim=slots.key_width,
-        ffn=shape.ffn,
-        vocabulary=model.embedding.shape[0],
-        norm_eps=config.norm_eps,
-        rope_factor=config.rope_factor,
-        inverse_frequencies=pointer(torch.tensor(config.inverse_frequencies)),
-        axis_of=None if axes is None else axes.data_ptr(),
-        embedding=model.embedding.data_ptr(),
-        embedding_format=FORMATS.index(_format(model.dtype)),
-        final_norm=weight(model.norm),
-        head=head,
-        layer=ctypes.addressof(layers),
-    )
-    described.kept, described.numbers = kept, tuple(layer.index for layer in model.layers)
-    return described

@@ -80,7 +80,7 @@ struct Buffers {
     std::vector<int64_t> span_of;
     std::vector<Tile> tiles;
     std::vector<Attend> attend;
-    Inputs normed, mixed, inner, last;
+    Inputs normed, valued, mixed, inner, last;
 };
 
 // See `hasten_forward`.
@@ -92,7 +92,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
     float *now = grown(of.x, rows * hidden), *then = grown(of.next, rows * hidden);
     float *qkv = batch.qkv ? batch.qkv : grown(of.qkv, rows * width);
     float *cosine = grown(of.cosine, rows * half), *sine = grown(of.sine, rows * half);
-    Inputs &normed = of.normed, &mixed = of.mixed, &inner = of.inner, &last = of.last;
+    Inputs &normed = of.normed, &valued = of.valued, &mixed = of.mixed, &inner = of.inner, &last = of.last;
     of.attend.resize(team.most());
     of.span_of.resize(rows);
     of.place.resize(rows);
@@ -185,6 +185,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             const int64_t rows = present(l);
             join(l);
             shape(normed, layer.qkv, rows);
+            if (layer.values.outputs) shape(valued, layer.values, rows);
             shape(mixed, layer.out, rows);
             team.barrier();
             share(rows, [&](int64_t row) {
@@ -198,12 +199,17 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
                 }
                 norm(now + row * hidden, layer.attention_norm, model.norm_eps, hidden, own);
                 normed.put_row(row);
+                if (layer.values.outputs) {
+                    std::memcpy(valued.row(row), normed.row(row), layer.values.inputs * sizeof(float));
+                    valued.put_row(row);
+                }
                 tap(INPUT, l, row, now + row * hidden);
                 tap(ATTENTION_INPUT, l, row, own);
                 if (l) tap(OUTPUT, l - 1, row, now + row * hidden);
             });
             team.barrier();
-            linear(layer.qkv, team, number, normed, qkv);
+            linear(layer.qkv, team, number, normed, qkv, nullptr, width);
+            if (layer.values.outputs) linear(layer.values, team, number, valued, qkv + (heads + kv) * d, nullptr, width);
             team.barrier();
             share(rows * (heads + 2 * kv), [&](int64_t item) {
                 const int64_t row = item / (heads + 2 * kv), head = item % (heads + 2 * kv);

@@ -371,23 +371,22 @@ inline void linear(const Linear &weight, Team &team, int number, const Inputs &x
             }
 }
 
-// out [rows][outputs] = x W^T + bias (+ residual), this thread's share of the outputs.
-inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
-                   const float *residual = nullptr) {
+// out [rows][outputs] = x W^T + bias (+ residual), this thread's share of the outputs; `stride` floats from row to row.
+inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out, const float *residual,
+                   int64_t stride) {
     auto panel_done = [&](int64_t panel, int64_t first, int64_t rows, const Lanes *sums) {
         const int64_t column = panel * WIDTH, some = std::min(WIDTH, weight.outputs - column);
         if (some == WIDTH) {
             const Lanes bias = weight.bias ? load(weight.bias + column) : Lanes{};
-            int64_t at = first * weight.outputs + column;
+            int64_t at = first * stride + column;
             if (residual)
-                for (int64_t r = 0; r < rows; ++r, at += weight.outputs)
-                    store(out + at, sums[r] + bias + load(residual + at));
+                for (int64_t r = 0; r < rows; ++r, at += stride) store(out + at, sums[r] + bias + load(residual + at));
             else
-                for (int64_t r = 0; r < rows; ++r, at += weight.outputs) store(out + at, sums[r] + bias);
+                for (int64_t r = 0; r < rows; ++r, at += stride) store(out + at, sums[r] + bias);
             return;
         }
         for (int64_t r = 0; r < rows; ++r)
-            for (int64_t n = 0, at = (first + r) * weight.outputs + column; n < some; ++n)
+            for (int64_t n = 0, at = (first + r) * stride + column; n < some; ++n)
                 out[at + n] = sums[r][n] + (weight.bias ? weight.bias[column + n] : 0.0f) + (residual ? residual[at + n] : 0.0f);
     };
     const Pairs pairs = pairs_of(weight);
@@ -395,6 +394,10 @@ inline void linear(const Linear &weight, Team &team, int number, const Inputs &x
         panel_done(pairs.panel(pair, 0), first, rows, one);
         panel_done(pairs.panel(pair, 1), first, rows, other);
     });
+}
+inline void linear(const Linear &weight, Team &team, int number, const Inputs &x, float *out,
+                   const float *residual = nullptr) {
+    linear(weight, team, number, x, out, residual, weight.outputs);
 }
 
 // silu(gate) * up of x W^T + bias, this thread's share: both have as many outputs as `to` has inputs, whole vectors.
