@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,7 +82,7 @@ def bench(
     params = [SamplingParams(max_tokens=max_tokens, temperature=each, seed=seed) for each in temperatures]
     with options.progress("decoding", len(asked) * rounds * len(params), quiet=json) as advance:
         measured = measure(llm, names, asked, params, rounds, advance, samples)
-    command = shlex.join(["hasten", *sys.argv[1:]])
+    command = options.command_line()
     document: dict[str, Any] = {
         "model": model,
         "suite": suite,

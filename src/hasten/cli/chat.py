@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,17 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli import options
-from hasten.cli.colours import Coloured
+from hasten.cli.chat_answers import Line, Screen
+from hasten.cli.chat_messages import BLOCK, lines, stopping, typed
 from hasten.cli.groups import grouped
 from hasten.cli.options import ForDecoding
-from hasten.documents import dumps
-from hasten.errors import Interrupted, UserError
+from hasten.errors import UserError
 
 if TYPE_CHECKING:
     from hasten.conversation import Conversation
-
-BLOCK = '"""'
-"""What stands around a message of several lines."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +59,11 @@ def chat(
     params = replace(llm.default_params, **{name: value for name, value in given.items() if value is not None})
     conversation = Conversation(llm, params, method, messages)
     if json or sys.stdin is None or not sys.stdin.isatty():
-        Session(conversation, _Line() if json else _Screen(), False).run(_lines())
+        Session(conversation, Line() if json else Screen(), False).run(lines())
         return
-    screen = _Screen()
+    screen = Screen()
     screen.note(f"{model} with {method}: /help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
-    Session(conversation, screen, True).run(_typed())
+    Session(conversation, screen, True).run(typed())
 
 
 def _opening(system: str | None, load: Path | None) -> list[dict[str, str]]:
@@ -93,7 +87,7 @@ class Session:
         interactive: somebody sits there: what is wrong is told, and the conversation goes on.
     """
 
-    def __init__(self, conversation: Conversation, output: _Screen | _Line, interactive: bool) -> None:
+    def __init__(self, conversation: Conversation, output: Screen | Line, interactive: bool) -> None:
         self.conversation, self.output, self.interactive = conversation, output, interactive
 
     def run(self, messages: Iterator[str]) -> None:
@@ -120,7 +114,7 @@ class Session:
         if dropped:
             turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
             self.output.note(f"{turns} dropped: the context is full")
-        with _stopping(self.interactive) as stopped:
+        with stopping(self.interactive) as stopped:
             self.output.answer(conversation, stopped, dropped)
 
     def _command(self, name: str, argument: str) -> bool:
@@ -154,163 +148,3 @@ HELP = f"""\
 /exit         end, as Ctrl-D does
 A message of several lines: end a line with \\, or put {BLOCK} before and behind. One that begins with / is said by //.
 Ctrl-C stops the answer and keeps what was said. Green tokens came from drafts, yellow ones stand at a draft's end."""
-
-
-class _Screen:
-    """Answers as coloured text on stdout as they come; notes, and a line of figures per answer, on stderr."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._answers, self._notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        self._notes.print(text, style="dim", markup=False, highlight=False)
-
-    def answer(self, conversation: Conversation, stopped: Callable[[], bool], dropped: int) -> None:
-        coloured = Coloured(conversation.llm.tokenizer)
-        waiting: list[tuple[str, str]] = []
-        try:
-            for progress in conversation.answer(stopped):
-                waiting += coloured.push(progress.tokens, progress.kinds)
-                if progress.finish_reason is not None:
-                    waiting += coloured.flush()
-                # Less than that where a stop string may have begun.
-                waiting = self._print(waiting, len(progress.text))
-        finally:
-            self._answers.print()
-        if self._notes.is_terminal:
-            figures = figures_of(conversation, dropped)
-            self.note(
-                f"{figures['tokens']} tokens, {figures['tokens_per_second']:.0f}/s, "
-                f"{figures['tokens_per_step']:.2f} per step, {figures['finish_reason']}; "
-                f"read {figures['prompt_rows']} of {figures['prompt_tokens']} tokens of the conversation"
-            )
-
-    def _print(self, pieces: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-        """Print so many characters, and return the rest."""
-        from rich.text import Text
-
-        shown = Text()
-        while pieces and count > 0:
-            text, colour = pieces[0]
-            shown.append(text[:count], style=colour)
-            pieces = [(text[count:], colour), *pieces[1:]] if len(text) > count else pieces[1:]
-            count -= len(text)
-        self._answers.print(shown, end="")
-        return pieces
-
-
-class _Line:
-    """Answers as lines of JSON on stdout, notes on stderr."""
-
-    def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def answer(self, conversation: Conversation, stopped: Callable[[], bool], dropped: int) -> None:
-        for _ in conversation.answer(stopped):
-            pass
-        print(dumps({"text": conversation.text} | figures_of(conversation, dropped), ensure_ascii=False), flush=True)
-
-
-def figures_of(conversation: Conversation, dropped: int) -> dict[str, Any]:
-    """What the latest answer took; of its prompt, `recalled_rows` were in the cache, and `prompt_rows` were read."""
-    request = conversation.request
-    assert request is not None
-    statistics = request.statistics
-    return {
-        "tokens": len(request.output),
-        "finish_reason": request.finish_reason,
-        "method": request.method,
-        "seconds": round(request.seconds, 6),
-        "tokens_per_second": round(len(request.output) / request.seconds, 2),
-        "tokens_per_step": round(statistics.tokens_per_step, 4),
-        "prompt_tokens": request.prompt_length,
-        "recalled_rows": statistics.recalled_rows,
-        "prompt_rows": statistics.prompt_rows,
-        "dropped_turns": dropped,
-    }
-
-
-@contextmanager
-def _stopping(interactive: bool) -> Iterator[Callable[[], bool]]:
-    """Where somebody sits there, Ctrl-C asks the answer inside to stop after its step, and the second one stops it now.
-
-    Yields:
-        Whether it was asked.
-    """
-    if not interactive or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        signal.signal(signal.SIGINT, before)
-        asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _lines() -> Iterator[str]:
-    """Messages of who does not sit at a terminal."""
-    try:
-        for line in sys.stdin or ():
-            yield line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is no text in UTF-8: {error}") from error
-
-
-def _typed() -> Iterator[str]:
-    """Messages that are typed, with the line editing and the history of the terminal."""
-    import readline  # noqa: F401  # `input` uses it once it is there
-
-    while True:
-        try:
-            with _heard():
-                message = _message()
-            yield message
-        except EOFError:
-            print()
-            return
-        except Interrupted:
-            raise
-        except KeyboardInterrupt:
-            # What was typed is not meant.
-            print()
-
-
-@contextmanager
-def _heard() -> Iterator[None]:
-    """Signals that come between the prompt and the wait for a key are answered within half a second.
-
-    The line editor looks for them before it prints the prompt, and then not until something interrupts its wait.
-    """
-    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _message() -> str:
-    """One message: a line, with those behind a backslash, or a block."""
-    message = input(">>> ")
-    if message.startswith(BLOCK):
-        message = message.removeprefix(BLOCK)
-        while not message.endswith(BLOCK):
-            message += "\n" + input("... ")
-        return message.removesuffix(BLOCK)
-    while message.endswith("\\"):
-        message = message[:-1] + "\n" + input("... ")
-    return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,11 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def command_line() -> str:
+    """The command as it was given, for cards and documents."""
+    return shlex.join(["hasten", *sys.argv[1:]])
 
 
 def emit(document: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +80,7 @@ def sweep(
     document = {
         "model": model,
         "suite": suite,
-        "command": shlex.join(["hasten", *sys.argv[1:]]),
+        "command": options.command_line(),
         "temperature": temperature,
         **measured,
         "ideal": ideal_points(prompts) if single and temperature == 1 else [],

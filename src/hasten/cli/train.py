@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -144,7 +142,7 @@ def scylla(
         )
     write_text(output / "laws.svg", plots.laws(document))
     card = output / "README.md"
-    write_text(card, render(document, shlex.join(["hasten", *sys.argv[1:]])))
+    write_text(card, render(document, options.command_line()))
     if json:
         options.emit({"output": str(output), "card": str(card), **document})
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
@@ -100,7 +98,7 @@ class Distilling:
             return
         told = read_json(destination / "config.json")["alignment"]
         drafted = measured(llm, f"{method}:model=[{destination}]", asked, self.json)
-        document = {"command": shlex.join(["hasten", *sys.argv[1:]]), **summary, **told, **drafted}
+        document = {"command": options.command_line(), **summary, **told, **drafted}
         write_text(destination / CARD, dumps(document, indent=2) + "\n")
         self._report(destination, document)
 

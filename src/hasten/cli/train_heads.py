@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -169,7 +167,7 @@ def conclude(
 
     if not processes.first():
         return
-    command = shlex.join(["hasten", *sys.argv[1:]])
+    command = options.command_line()
     # All that they draft: what pays on this machine is nothing to a card.
     drafted = measured(llm, f"{slug}:head=[{folder}],sized=false", asked, json)
     write_card(folder, fingerprint(llm.model), summary, dialogues, command, drafted)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,7 +67,7 @@ class Joint:
             found = divergence(now, before, held_out, advance)
         with options.progress("scoring", 2 * len(TASKS), quiet=json) as advance:
             scores = [task_scores(each, self.per_task, advance) for each in (before, now)]
-        command = shlex.join(["hasten", *sys.argv[1:]])
+        command = options.command_line()
         document = {**summary, "command": command, "parent": llm.folder.name}
         write_joint_card(folder, document, found.document(), *scores)
         return now

@@ -50,7 +50,7 @@ def lud(
     if not 0 < epochs < inf:
         raise UserError(f"epochs must be positive and finite, not {epochs}")
 
-    from hasten.train.lud.card import decodings, write_card
+    from hasten.train.lud.card import scored_models, write_card
     from hasten.train.lud.recipe import LexicalUnits
     from hasten.train.lud.units import FILE, read_confidences
 
@@ -65,4 +65,5 @@ def lud(
     recipe = replace(recipe, data=str(folder), tokens=max(1, int(epochs * rows)))
     if budget is not None:
         recipe = budget.cut(recipe)
-    run.train(recipe, output, partial(write_card, recipe), len(decodings(recipe)), {"dialogues": len(dialogues)})
+    decodings = sum(len(methods) for _, _, methods in scored_models(recipe, output))
+    run.train(recipe, output, partial(write_card, recipe), decodings, {"dialogues": len(dialogues)})

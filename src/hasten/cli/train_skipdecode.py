@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hasten.cli.groups import grouped
+from hasten.cli.train_diffusion import Output, Schedule
 from hasten.cli.training import Run
 from hasten.errors import UserError
 
@@ -18,19 +18,13 @@ app = typer.Typer()
 @app.command()
 @grouped
 def skipdecode(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new model.")],
+    output: Output,
     model: Annotated[str, typer.Option("--model", "-m", help="Fine-tune this Llama: a folder or a name.")] = "tiny",
     shares: Annotated[str, typer.Option(help="Of layers, trained together; the first is the model's own.")] = "0.8",
     warm: Annotated[int, typer.Option(help="Lowest layers, which are always run.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of an answer at which the schedule ends.")] = 64,
     ramp: Annotated[float, typer.Option(help="Share of the run in which layers fall away.")] = 0.33,
-    tokens: Annotated[int, typer.Option(help="Training tokens, padding included.")] = 2_000_000,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
-    context: Annotated[int, typer.Option(help="Longest text in tokens.")] = 512,
-    answers: Annotated[int, typer.Option(help="Longest answer in tokens; 0 for any.")] = 0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of data and of the shares that are drawn.")] = 0,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32, of the products.")] = "bf16",
+    schedule: Schedule = Schedule(tokens=2_000_000, answers=0),
     run: Run = Run(),
 ) -> None:
     """Fine-tune a model under SkipDecode's schedules (2307.02628). Ctrl-C saves a checkpoint.
@@ -43,9 +37,5 @@ def skipdecode(
         trained = [float(share) for share in shares.split(",")]
     except ValueError as error:
         raise UserError(f"shares must be numbers with commas between, not {shares!r}") from error
-    recipe = ScheduledTuning(
-        parent=model, shares=trained, warm=warm, length=length, ramp=ramp, tokens=tokens, batch_tokens=batch_tokens,
-        context=context, answers=answers, lr=lr, seed=seed, precision=precision,
-    )  # fmt: skip
-
+    recipe = ScheduledTuning(parent=model, shares=trained, warm=warm, length=length, ramp=ramp, **vars(schedule))
     run.train(recipe, output, partial(write_card, recipe), 2 * (1 + len(trained)))

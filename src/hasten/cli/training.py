@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +47,7 @@ class Run:
 
         options.set_threads(self.threads)
         summary = {**train(recipe, output, self.resume), **data}
-        command = shlex.join(["hasten", *sys.argv[1:]])
+        command = options.command_line()
         with options.progress("scoring", decodings * len(TASKS), quiet=self.json) as advance:
             card = write_card(output, summary, command, self.per_task, advance)
         if self.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,25 @@ def task_scores(
     return scores
 
 
+def decoded_scores(
+    models: Iterable[tuple[str, Path, Sequence[str]]], per_task: int, report: Callable[[int], None] = lambda done: None
+) -> dict[str, dict[str, Any]]:
+    """Task scores of several models, each by several methods; each model is loaded once.
+
+    Args:
+        models: of each what stands before its methods' names, its folder, and the methods. One without methods is none.
+
+    Returns:
+        By label and method, as `task_scores` has them.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    for label, folder, methods in models:
+        if methods:
+            llm = LLM(folder, dtype="float32")
+            scores |= {label + method: task_scores(llm, per_task, report, method) for method in methods}
+    return scores
+
+
 def budget(llm: LLM, example: Example) -> int:
     """New tokens for an answer: what it needs and 16 more, rounded up to a power of two.
 
@@ -100,7 +119,7 @@ def write_card(
     return save_card(folder, document, render(folder.name, document))
 
 
-def save_card(folder: Path, document: dict[str, Any], text: str) -> Path:
+def save_card(folder: Path, document: Mapping[str, Any], text: str) -> Path:
     """Write a card: `card.json`, and for readers `README.md`, whose path it returns.
 
     Raises:
@@ -112,7 +131,7 @@ def save_card(folder: Path, document: dict[str, Any], text: str) -> Path:
     return card
 
 
-def opening(name: str, document: dict[str, Any], what: str) -> list[str]:
+def opening(name: str, document: Mapping[str, Any], what: str) -> list[str]:
     """A card's first half: what the model is, and how it was made."""
     return [
         f"# {name}",

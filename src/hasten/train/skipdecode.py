@@ -24,10 +24,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hasten.errors import UserError
-from hasten.llm import LLM
 from hasten.methods.skipping.skipdecode import TRAINED, Schedule, SkipDecodeParameters
 from hasten.model.checkpoint import resolve
-from hasten.train.card import SOURCE, opening, percent, save_card, task_scores
+from hasten.train.card import SOURCE, decoded_scores, opening, percent, save_card
 from hasten.train.data import IGNORE, Batch
 from hasten.train.diffusion.layout import load
 from hasten.train.forward import additive, embedded, layer_output, normalised
@@ -174,11 +173,8 @@ def write_card(
         report: told after each task that was decoded.
     """
     parent = resolve(recipe.parent)
-    decoded: dict[str, dict[str, Any]] = {}
-    for label, scored in ((parent.name, parent), (folder.name, folder)):
-        llm = LLM(scored, dtype="float32")
-        for method in ("plain", *recipe.specifications):
-            decoded[f"{label}, {method}"] = task_scores(llm, per_task, report, method)
+    methods = ("plain", *recipe.specifications)
+    decoded = decoded_scores([(f"{each.name}, ", each, methods) for each in (parent, folder)], per_task, report)
     document = {"command": command, "parent": parent.name, **summary, "decoded": decoded}
     return save_card(folder, document, render(folder.name, document))
 

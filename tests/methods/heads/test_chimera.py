@@ -18,7 +18,8 @@ from hasten import LLM, SamplingParams
 from hasten.engine import Draft, Observation, Target
 from hasten.engine.creation import create
 from hasten.errors import UserError
-from hasten.methods.heads.chimera import Chimera, trigram
+from hasten.methods.heads.chimera import Chimera
+from hasten.methods.heads.chimera_model import trigram
 from hasten.methods.heads.chimera_weights import AUTHORS, ChimeraWeights
 from hasten.methods.heads.pieces import rounded
 from hasten.model.weights import Piece

@@ -71,6 +71,18 @@ def test_more_dialogues_are_read_behind_those_that_were(llm: LLM, tmp_path: Path
         assert (tmp_path / f"s.bin{suffix}").read_bytes() == whole.with_name(f"s.bin{suffix}").read_bytes()
 
 
+def test_what_is_there_stays_where_less_is_asked_for(llm: LLM, tmp_path: Path) -> None:
+    file, row = tmp_path / "s.bin", 2 * 2 * llm.model.config.hidden_size
+    read_states(llm, DIALOGUES, TAPS, file, 10**9)
+    whole = file.read_bytes(), file.with_name("s.bin.json").read_bytes()
+    assert read_states(llm, DIALOGUES, TAPS, file, 20 * row).bounds == [0, 8, 19, 21, 53]
+    assert (file.read_bytes(), file.with_name("s.bin.json").read_bytes()) == whole
+    # An interrupted one goes on no further than is asked for now.
+    file.write_bytes(whole[0][: 9 * row])
+    assert read_states(llm, DIALOGUES, TAPS, file, 20 * row).bounds == [0, 8, 19]
+    assert file.read_bytes() == whole[0][: 19 * row]
+
+
 def test_a_bound_of_bytes(llm: LLM, tmp_path: Path) -> None:
     row = 2 * 2 * llm.model.config.hidden_size
     read = read_states(llm, DIALOGUES, TAPS, tmp_path / "s.bin", 20 * row)

@@ -19,7 +19,8 @@ from hasten.engine import Draft, Request, Target, register
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import Growth, SmallModelDrafter, load_small_model
 from hasten.model import Decoder, Model
-from hasten.model.native.drafting import chain, runs
+from hasten.model.native.backend import runs
+from hasten.model.native.drafting import chain
 
 
 @dataclass(frozen=True)

@@ -32,18 +32,13 @@ from hasten.methods.drafters.drawing import Child
 from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.context import ContextDrafter
 from hasten.methods.heads.eagle_format import EagleWeights
+from hasten.methods.heads.eagle_network import EagleNetwork
 from hasten.methods.heads.guesses import Guesses, Place
-from hasten.methods.heads.head import FINAL, backend_of, layer_of, linear_of, own_head, require_decoder
-from hasten.methods.heads.pieces import stacked
+from hasten.methods.heads.head import FINAL, own_head, require_decoder
 from hasten.methods.heads.sizing import Sizing
-from hasten.model import Decoder, Span
-from hasten.model.assembly import assemble
-from hasten.model.layers import NoNorm, RMSNorm
-from hasten.model.linear import Linear
-from hasten.model.native.drafting import Growth, Root, grow, runs
-from hasten.model.native.linear import Panels
+from hasten.model import Span
+from hasten.model.native.drafting import Growth, Root, grow
 from hasten.model.taps import Site
-from hasten.model.weights import Piece, Pieces
 
 
 @dataclass(frozen=True)
@@ -89,72 +84,6 @@ class EagleParameters:
         return self.beam if self.tree == "dynamic" else 1
 
 
-class EagleNetwork:
-    """A trained head in the target's own storage.
-
-    Attributes:
-        decoder: its layer, its norm and its head, over the target's embedding.
-        own_bytes: of weights that are not the target's.
-    """
-
-    def __init__(self, target: Decoder, weights: EagleWeights) -> None:
-        self.weights, on = weights, (target.dtype, target.device)
-        layer = {name: piece for name, piece in weights.layer.items() if name not in ("query", "key", "value")}
-        layer |= {"qkv": stacked([weights.layer[name] for name in ("query", "key", "value")])}
-        layer |= {"gate_up": stacked([layer.pop("gate"), layer.pop("up")])}
-        # Where the residual stream begins with the normed state, rows enter so, and are not normed again.
-        self._entrance: RMSNorm = NoNorm(weights.config.hidden_size)
-        bare = {"mixer_norm"} if weights.version == 1 else set()
-        if weights.normed_residual and weights.version == 3:
-            norm = layer.pop("mixer_norm").to(*on).weight
-            self._entrance, bare = RMSNorm(norm, weights.config.norm_eps), {"mixer_norm"}
-        outside = {"embedding": Piece(target.embedding) if weights.embedding is None else weights.embedding.to(*on)}
-        if weights.norm is not None:
-            outside["norm"] = weights.norm.to(*on)
-        pieces = (
-            Pieces(weights.config, None, outside, {"head": self._head(target)}, frozenset({"norm"} - {*outside})),
-            layer_of(target, weights.config, layer, frozenset(bare)),
-        )
-        self.decoder = assemble(weights.config, pieces, backend_of(target), target.cache_dtype)
-        self.fusion = linear_of(target, weights.fusion)
-        self.words = None if weights.words is None else weights.words.to(target.device)
-        own = 0 if self.decoder.head is target.head else self.decoder.head.nbytes()
-        own += 0 if weights.embedding is None else self.decoder.embedding.nbytes
-        self.own_bytes = own + self.decoder.layers[0].nbytes() + self.fusion.nbytes()
-
-    def _head(self, target: Decoder) -> Linear:
-        """Its own, or the target's, or some rows of that."""
-        weights = self.weights
-        if weights.head is None and weights.words is None:
-            return target.head
-        return linear_of(target, Piece(target.head.dequant()[weights.words]) if weights.head is None else weights.head)
-
-    def enter(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """What rows of the target's states, and the tokens behind them, enter the layer as: [rows, hidden]."""
-        return (
-            self.fuse(states, tokens)
-            if self.weights.version == 1
-            else self._entrance.forward(self.fusion.forward(states))
-        )
-
-    def enter_again(self, outputs: Tensor, tokens: Tensor) -> Tensor:
-        """The same of its own outputs, [rows, hidden]."""
-        return self.fuse(outputs, tokens) if self.weights.version == 1 else self._entrance.forward(outputs)
-
-    def fuse(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """EAGLE-1: a token's embedding and a final state, in one."""
-        return self.fusion.forward(torch.cat([self.decoder.embedding[tokens], states], -1))
-
-    def growth(self, parameters: EagleParameters) -> Growth | None:
-        """How trees grow in one native call; None where the network is composed in PyTorch."""
-        if not runs(self.decoder):
-            return None
-        assert isinstance(self.fusion, Panels)
-        fusion = self.fusion if self.weights.version == 1 else None
-        entrance = None if type(self._entrance) is NoNorm else self._entrance.weight.float()
-        return Growth(fusion, entrance, self.words, parameters.width, parameters.width, parameters.least)
-
-
 class Growing:
     """The tree of one request.
 
@@ -182,7 +111,8 @@ class Growing:
 
     def places(self) -> list[Place]:
         """Where the frontier's nodes have their children."""
-        return [Place.behind(self.request, self.all, node) for node in self.frontier]
+        depths = [0 if node == ROOT else self._depths[node] for node in self.frontier]
+        return [Place(self.request, node, depth) for node, depth in zip(self.frontier, depths, strict=True)]
 
     def grow(self, outputs: Tensor, children: Sequence[Sequence[Child]]) -> None:
         """Give the frontier's nodes children, and choose the next frontier.
@@ -254,7 +184,7 @@ class Eagle(ContextDrafter):
         site: Site = "input" if parameters.site == "input" else "output"
         self.taps = (FINAL,) if weights.version == 1 else tuple((site, layer) for layer in weights.taps)
         self.eagle, self._end_ids = EagleNetwork(model, weights), target.end_ids
-        self._growth = self.eagle.growth(parameters)
+        self._growth = self.eagle.growth(parameters.width, parameters.least)
         sizing = Sizing(target) if parameters.sized else None
         super().__init__(model, self.eagle.decoder, self.eagle.own_bytes, Guesses(self.eagle.words), sizing)
 

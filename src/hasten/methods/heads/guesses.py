@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby, islice
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +41,6 @@ class Place(NamedTuple):
     request: Request
     node: int
     depth: int
-
-    @classmethod
-    def behind(cls, request: Request, draft: Draft, node: int) -> Self:
-        """Behind a node of a draft, or `ROOT`."""
-        return cls(request, node, len(draft.path(node)))
 
 
 class Guesses:

@@ -142,7 +142,7 @@ class HydraTrees:
         sums, width, least = self.heads.begin(states), self.parameters.width, self.parameters.least
         for level in range(self.heads.count):
             sums = self.heads.extend(level, sums, tokens)
-            places = [Place.behind(of[tree], tree.all, node) for tree, node in rows]
+            places = [Place(of[tree], node, level) for tree, node in rows]
             children = self.guesses.behind(places, self.heads.logits(level, sums[:, 0]), self.parameters.ranks)
             for (tree, node), found in zip(rows, children, strict=True):
                 tree.add(node, at_rates(found, self.rates[level]) if self.parameters.tree == "static" else found)

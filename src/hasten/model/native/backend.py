@@ -314,6 +314,20 @@ class _Elsewhere:
                 self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
 
 
+def runs(model: Decoder) -> bool:
+    """Whether calls of native code beside the backend's own know all pieces of a model, too."""
+    return isinstance(model.backend, NativeBackend) and model.backend.runs(model)
+
+
+def parts(model: Decoder) -> tuple[ctypes.CDLL, NativeBackend, ModelStruct]:
+    """What such calls are made with: the library, the backend and the description of a model that `runs`."""
+    loaded, backend = library(), model.backend
+    assert loaded is not None and isinstance(backend, NativeBackend)
+    described = backend.describe(model)
+    assert described is not None
+    return loaded, backend, described
+
+
 def _late(count: int, entering: Sequence[JoinStruct]) -> int:
     """How many of the last rows enter at some layer."""
     numbers = {each.row for each in entering}

@@ -14,27 +14,13 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.decoder import NOT_FINITE, Decoder
-from hasten.model.native.backend import NativeBackend
-from hasten.model.native.library import library, team
-from hasten.model.native.structs import GrowthStruct, ModelStruct, SpanStruct, TreeStruct
+from hasten.model.native.backend import parts
+from hasten.model.native.library import team
+from hasten.model.native.structs import GrowthStruct, SpanStruct, TreeStruct
 from hasten.model.rows import SequenceState, Span
 
 if TYPE_CHECKING:
     from hasten.model.native.linear import Panels
-
-
-def runs(model: Decoder) -> bool:
-    """Whether drafts of a network can be made here: the native step knows all its pieces."""
-    return isinstance(model.backend, NativeBackend) and model.backend.runs(model)
-
-
-def _known(model: Decoder) -> tuple[ctypes.CDLL, NativeBackend, ModelStruct]:
-    """What calls are made with, for a model that `runs`."""
-    loaded, backend = library(), model.backend
-    assert loaded is not None and isinstance(backend, NativeBackend)
-    described = backend.describe(model)
-    assert described is not None
-    return loaded, backend, described
 
 
 @torch.inference_mode()
@@ -63,7 +49,7 @@ def chain(
         IndexError: the embedding does not have `token`.
         UserError: logits that are not finite.
     """
-    loaded, backend, described = _known(model)
+    loaded, backend, described = parts(model)
     sequence.begin(torch.arange(position, position + most))
     span, plain = backend.span(described, Span(sequence, 0, 1), 1, None)
     assert plain
@@ -138,7 +124,7 @@ class Grown:
 @torch.inference_mode()
 def grow(model: Decoder, growth: Growth, roots: Sequence[Root]) -> list[Grown]:
     """The trees of some requests; of models that `runs` says yes of, whose layers have no windows."""
-    loaded, backend, described = _known(model)
+    loaded, backend, described = parts(model)
     spans, trees = (SpanStruct * len(roots))(), (TreeStruct * len(roots))()
     states = torch.stack([root.state for root in roots]).float()
     kept = []

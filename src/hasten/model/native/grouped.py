@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hasten.model.decoder import Decoder
-from hasten.model.native.backend import NativeBackend
-from hasten.model.native.library import library, team
+from hasten.model.native.backend import parts, runs
+from hasten.model.native.library import team
 from hasten.model.native.structs import BatchStruct
 from hasten.model.rows import Rows
 
@@ -37,7 +37,7 @@ class Spent(NamedTuple):
 
 def runs_grouped(model: Decoder, rows: Rows) -> bool:
     """Whether `grouped` knows all pieces of a model, what its rows are, and where their sequences keep slots."""
-    if not isinstance(model.backend, NativeBackend) or not model.backend.runs(model):
+    if not runs(model):
         return False
     sequences = [span.sequence for span in rows.spans]
     plain = all(each.memory(group) is not None for each in sequences for group in range(len(each.layout.groups)))
@@ -60,10 +60,8 @@ def grouped(
     Raises:
         IndexError: a token that the embedding does not have.
     """
-    loaded, backend = library(), model.backend
-    assert loaded is not None and isinstance(backend, NativeBackend)
-    described = backend.describe(model)
-    assert described is not None and sum(sizes) == len(model.layers)
+    loaded, backend, described = parts(model)
+    assert sum(sizes) == len(model.layers)
     count, layers = rows.tokens.shape[0], len(model.layers)
     numbers = range(count) if wanted is None else [range(count)[number] for number in wanted]
     row_wanted, groups = (c_int64 * len(numbers))(*numbers), (c_int64 * len(sizes))(*sizes)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
 from hasten.tasks import TASKS, examples
-from hasten.train.card import EVALUATION_SEED, LENGTHS, by_category, opening, percent, save_card, task_scores
+from hasten.train.card import EVALUATION_SEED, LENGTHS, by_category, decoded_scores, opening, percent, save_card
 from hasten.train.data import IGNORE, Document, group, pad
 from hasten.train.diffusion.adapt import Adaptation, Text, ceil_to
 from hasten.train.diffusion.corruption import exactly
@@ -89,13 +88,7 @@ def write_card(
     """
     model, tokenizer = load(folder), load_tokenizer(folder)
     tasks = {name: masked_accuracy(recipe, model, tokenizer, name, per_task) for name in TASKS}
-    decoded = {}
-    for label, scored, decoders in scored_models(recipe, folder):
-        if not decoders:
-            continue
-        llm = LLM(scored, dtype="float32")
-        for method in decoders:
-            decoded[label + method] = task_scores(llm, per_task, report, method)
+    decoded = decoded_scores(scored_models(recipe, folder), per_task, report)
     document = {
         "command": command, "parent": resolve(recipe.parent).name, **summary, "tasks": tasks, "decoded": decoded
     }  # fmt: skip

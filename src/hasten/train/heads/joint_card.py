@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.documents import dumps
-from hasten.files import write_text
-from hasten.train.card import by_category, opening, percent
+from hasten.train.card import by_category, opening, percent, save_card
 
 Scores = dict[str, dict[str, Any]]
 
@@ -28,10 +26,7 @@ def write_joint_card(
         UserError: they cannot be written.
     """
     whole = {**document, "distance": dict(distance), "parent_tasks": before, "tasks": now}
-    write_text(folder / "card.json", dumps(whole, indent=2) + "\n")
-    card = folder / "README.md"
-    write_text(card, render(folder.name, whole))
-    return card
+    return save_card(folder, whole, render(folder.name, whole))
 
 
 def total(scores: Scores) -> tuple[int, int]:
@@ -45,7 +40,7 @@ def render(name: str, document: Mapping[str, Any]) -> str:
     what = f"`{parent}`, which learnt together with the Medusa heads in `heads/medusa` (Medusa-2, 2401.10774)."
     sums = [percent(*total(document[scores])) for scores in ("parent_tasks", "tasks")]
     lines = [
-        *opening(name, dict(document), what),
+        *opening(name, document, what),
         "",
         "## How far it is from what it was",
         "",

@@ -75,23 +75,23 @@ def read_states(
         llm: the target.
         taps: hidden states to keep of every row.
         file: of bfloat16 numbers; beside it stands what it was made of, with `.json` behind its name.
-        most: bytes that it may have, or would have.
+        most: bytes that it may have, or would have; what is there already stays, though there be more of it.
         report: told how many dialogues were read, those of an earlier run included.
 
     Raises:
         UserError: not even two dialogues fit; the file was made of something else, or cannot be written.
     """
-    hidden = llm.model.config.hidden_size
-    size = 2 * len(taps) * hidden
-    ends = [end for end in accumulate(len(dialogue.ids) for dialogue in dialogues) if end * size <= most]
-    if len(ends) < 2:
-        raise UserError(f"{megabytes(most)} are too few for the hidden states of two dialogues")
-    kept, bounds = dialogues[: len(ends)], [0, *ends]
-    _check(llm, kept, taps, file)
-    own = _origin(llm, kept, taps)
+    size, ends = 2 * len(taps) * llm.model.config.hidden_size, [*accumulate(len(each.ids) for each in dialogues)]
+    _check(llm, dialogues, taps, file)
     present = file.stat().st_size // size if file.exists() else 0
     done = sum(end <= present for end in ends)
-    if done < len(kept) and (within := _serving(llm, dialogues, taps, ends[-1], file)):
+    # What an earlier run had room for stays.
+    count = max(done, sum(end * size <= most for end in ends))
+    if count < 2:
+        raise UserError(f"{megabytes(most)} are too few for the hidden states of two dialogues")
+    kept, bounds = dialogues[:count], [0, *ends[:count]]
+    own = _origin(llm, kept, taps)
+    if done < len(kept) and (within := _serving(llm, dialogues, taps, bounds[-1], file)):
         file.unlink(missing_ok=True)
         write_text(_told(file), dumps({**own, WITHIN: within}, indent=2) + "\n")
         report(len(kept))

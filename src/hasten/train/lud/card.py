@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hasten.llm import LLM
 from hasten.model.checkpoint import resolve
-from hasten.train.card import by_category, opening, save_card, task_scores
+from hasten.train.card import by_category, decoded_scores, opening, save_card
 from hasten.train.lud.recipe import LexicalUnits
 
 BETAS = (0.99, 0.95, 0.9, 0.8, 0.6)
 
 
-def decodings(recipe: LexicalUnits) -> list[tuple[str, bool, str]]:
-    """How a card's scores are made: name, whether the parent is meant, method."""
-    spans = [f"lud:beta={beta}" for beta in BETAS] if recipe.mix else []
-    own = [(method, False, method) for method in ("plain", *spans)]
-    return [(f"{resolve(recipe.parent).name}, plain", True, "plain"), *own]
+def scored_models(recipe: LexicalUnits, folder: Path) -> list[tuple[str, Path, tuple[str, ...]]]:
+    """What a card's scores are of: the parent and the model in the folder, as `decoded_scores` has them."""
+    parent, spans = resolve(recipe.parent), [f"lud:beta={beta}" for beta in BETAS] if recipe.mix else []
+    return [(f"{parent.name}, ", parent, ("plain",)), ("", folder, ("plain", *spans))]
 
 
 def write_card(
@@ -39,10 +37,8 @@ def write_card(
         per_task: held-out examples of each task.
         report: told after each task that was decoded.
     """
-    parent = resolve(recipe.parent)
-    models = {True: LLM(parent, dtype="float32"), False: LLM(folder, dtype="float32")}
-    scores = {name: task_scores(models[old], per_task, report, method) for name, old, method in decodings(recipe)}
-    document = {"command": command, "parent": parent.name, **summary, "decoded": scores}
+    decoded = decoded_scores(scored_models(recipe, folder), per_task, report)
+    document = {"command": command, "parent": resolve(recipe.parent).name, **summary, "decoded": decoded}
     return save_card(folder, document, render(folder.name, document))
 
 
