@@ -127,7 +127,7 @@ def test_one_method(hasten):
 
 
 def test_a_methods_defaults_for_a_model(hasten):
-    for model, expected in (([], "suffix"), (["--model", "tiny"], "suffix/draft-model")):
+    for model, expected in (([], "suffix"), (["--model", "tiny"], "suffix/eagle:sized=false/draft-model")):
         assert hasten("methods", "auto", *model).out.endswith(f"  candidates={expected}\n")
         (entry,) = hasten("methods", "auto", *model, "--json").json()
         assert entry["parameters"] == {"candidates": expected}

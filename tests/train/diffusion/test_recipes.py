@@ -272,7 +272,7 @@ def test_the_card_says_what_the_parent_could(parent: str, tmp_path: Path, monkey
         figures = {"right": 20 + long, "of": 40, "tokens": 80, "steps": 40, "category": "lists"}
         return {name: {**figures, "by_length": {"0-128": [20, 20], "256-512": [long, 20]}} for name in card.TASKS}
 
-    monkeypatch.setattr(card, "task_scores", scores)
+    monkeypatch.setattr("hasten.train.card.task_scores", scores)
     (tmp_path / "parent").symlink_to(parent)
     for kind, expected in (
         (NextBlock, [("child", "plain"), ("child", "nbdiff"), ("parent", "plain")]),

@@ -1,11 +1,11 @@
 """Auto: several drafters at once, and a planner that verifies only what pays on this machine.
 
-At every step the cheap drafters are asked first; a costlier one only if its record promises more than the best draft at
-hand. A record begins with what drafts gained on prompts that were alike (`auto_experience`) and goes on with what they
-gain in the request; a drafter rests that costs more than it saves, by all that it takes. A draft's estimates are turned
-into measured probabilities (`Calibration`, per drafter over a tenant's requests, and a factor of trust per request).
-The planner cuts it to the nodes that pay by the verify-cost curve v(n), which is measured once per model and machine.
-No nodes at all is plain decoding, on the same path.
+At every step the cheap drafters are asked first; a costlier one, the most promising before the others, only if its
+record promises more than the best draft at hand. A record begins with what drafts gained on prompts that were alike
+(`auto_experience`) and goes on with what they gain in the request; a drafter rests that costs more than it saves, by
+all that it takes. A draft's estimates are turned into measured probabilities (`Calibration`, per drafter over a
+tenant's requests, and a factor of trust per request). The planner cuts it to the nodes that pay by the verify-cost
+curve v(n), which is measured once per model and machine. No nodes at all is plain decoding, on the same path.
 
 Exactness: lossless, as its candidates are. Under `acceptance="max"` a sampled draft is verified whole, and is never
 set against another one: a choice by the values of its samples would bias the result.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from hasten.engine import Draft, Observation, Request, Target, register
@@ -160,7 +161,7 @@ class Auto(Several):
         batch = len(requests)
         context = sum(len(request.tokens) for request in requests) / batch
         choices = [_Choice(Draft(), self._plain) for _ in requests]
-        for candidate in self.candidates:
+        for candidate in self._in_turn(requests, context, batch):
             worth = [
                 index
                 for index, request in enumerate(requests)
@@ -195,6 +196,33 @@ class Auto(Several):
         spent = choice.spent + choice.candidate.extra.value
         return self._plans.rate(batch + choice.tokens, batch + len(choice.draft), context, batch, spent)
 
+    def _in_turn(self, requests: Sequence[Request], context: float, batch: int) -> Sequence[Candidate]:
+        """Candidates as they are asked: cheap and new ones in their order, then those that promise most.
+
+        One that comes second is asked on top of what the first one took.
+        """
+        costly = [each for each in self.candidates if each.known and self._is_costly(each, context, batch)]
+        if len(costly) < 2:
+            return self.candidates
+        promised = {
+            id(each): sum(self._promised(each, request, 0.0, context, batch) for request in requests) for each in costly
+        }
+        return sorted(self.candidates, key=lambda each: -promised.get(id(each), inf))
+
+    def _is_costly(self, candidate: Candidate, context: float, batch: int) -> bool:
+        """Whether a drafter is asked only where that is worth its time."""
+        return candidate.spent >= CHEAP * self._plans.seconds(batch, context, batch)
+
+    def _promised(self, candidate: Candidate, request: Request, spent: float, context: float, batch: int) -> float:
+        """The batch's tokens per second if a drafter does what its record lets hope, so many seconds later."""
+        record = candidate.records[request.id]
+        tokens, rows = batch + record.gain, batch + candidate.learned(request.params.tenant).size
+        seconds = spent + candidate.spent + candidate.extra.value
+        if not record.asks:
+            # Reading the prompt is paid for by all drafts that will be made.
+            seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
+        return self._plans.rate(tokens, rows, context, batch, seconds)
+
     def _worth_asking(self, candidate: Candidate, request: Request, best: _Choice, context: float, batch: int) -> bool:
         """Whether a drafter is new, costs next to nothing, or promises more than the best draft at hand."""
         if best.draft.drawn:
@@ -206,13 +234,8 @@ class Auto(Several):
         lessons = candidate.learned(request.params.tenant)
         lessons.idle += 1
         record.retried = False
-        costly = candidate.spent >= CHEAP * self._plans.seconds(batch, context, batch)
-        if costly and candidate.known:
-            tokens, rows, seconds = batch + record.gain, batch + lessons.size, candidate.spent
-            if not record.asks:
-                # Reading the prompt is paid for by all drafts that will be made.
-                seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
-            rate = self._plans.rate(tokens, rows, context, batch, best.spent + seconds + candidate.extra.value)
+        if candidate.known and self._is_costly(candidate, context, batch):
+            rate = self._promised(candidate, request, best.spent, context, batch)
             record.retried = rate <= self._rate(best, context, batch)
             if record.retried and lessons.idle <= lessons.patience:
                 return False
