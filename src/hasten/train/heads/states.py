@@ -20,7 +20,6 @@ from hasten.files import megabytes, write_text, writing
 from hasten.llm import LLM
 from hasten.model import Rows, Taps
 from hasten.model.checkpoint import read_json
-from hasten.model.rows import Span
 from hasten.model.taps import Site
 from hasten.train.heads.dialogues import Dialogue
 from hasten.train.trainer import differences
@@ -219,14 +218,9 @@ def of_one_pass(dialogues: Sequence[Dialogue], rows: int) -> Sequence[Dialogue]:
 def reading(llm: LLM, dialogues: Sequence[Dialogue]) -> Iterator[Rows]:
     """The rows of a pass over some dialogues; what it leaves in the cache goes with the context."""
     sequences = [llm.engine.cache.sequence() for _ in dialogues]
-    bounds = [0, *accumulate(len(dialogue.ids) for dialogue in dialogues)]
-    rows = Rows(
-        torch.tensor([token for dialogue in dialogues for token in dialogue.ids], device=llm.model.device),
-        torch.cat([torch.arange(len(dialogue.ids), device=llm.model.device) for dialogue in dialogues]),
-        [Span(*each) for each in zip(sequences, bounds, bounds[1:], strict=False)],
-    )
+    chains = [(sequence, dialogue.ids, 0) for sequence, dialogue in zip(sequences, dialogues, strict=True)]
     try:
-        yield rows
+        yield Rows.of_several(chains, llm.model.device)
     finally:
         for sequence in sequences:
             sequence.release()
