@@ -22,7 +22,7 @@ from hasten.model import Rows, Taps
 from hasten.model.checkpoint import read_json
 from hasten.model.taps import Site
 from hasten.train.heads.dialogues import Dialogue
-from hasten.train.trainer import differences
+from hasten.train.settings import differences
 
 Tap = tuple[Site, int]
 ROWS_OF_PASS = 2048
