@@ -51,7 +51,7 @@ from hasten.model.taps import Site
 
 @dataclass(frozen=True)
 class ChimeraParameters(GrowingParameters):
-    """Parameters."""
+    """Those of all trees that grow. By default fewer nodes do: each level is a pass of the network."""
 
     slug: ClassVar[str] = "chimera"
 

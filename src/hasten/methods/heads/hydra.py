@@ -53,7 +53,7 @@ SUM_BYTES = 12
 
 @dataclass(frozen=True)
 class HydraParameters(GrowingParameters):
-    """Parameters."""
+    """Those of all trees that grow, with their defaults."""
 
     slug: ClassVar[str] = "hydra"
 

@@ -196,7 +196,7 @@ def _blocks(file: Path, pieces: Mapping[str, Piece], names: list[list[str]], hid
 
 @dataclass(frozen=True)
 class MedusaParameters(TreeParameters):
-    """Parameters."""
+    """Those of all trees of heads, with their defaults."""
 
     slug: ClassVar[str] = "medusa"
 
