@@ -66,6 +66,18 @@ def replacing(file: Path) -> Iterator[Path]:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder if it is not there, with those that it is in.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file, in UTF-8, whole or not at all.
 

@@ -14,7 +14,8 @@ from hasten.train.answers import FILE
 from hasten.train.data import Batch
 from hasten.train.lm import Pretraining
 from hasten.train.skipdecode import ScheduledTuning
-from hasten.train.trainer import CHECKPOINT, SUMMARY, Trainer
+from hasten.train.summary import SUMMARY
+from hasten.train.trainer import CHECKPOINT, Trainer
 
 
 @pytest.fixture

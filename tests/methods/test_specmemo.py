@@ -144,7 +144,15 @@ def test_the_draft_is_as_large_as_fits(llm):
 )
 @pytest.mark.parametrize(
     "drafter",
-    ["ngram:minimum=1", TREE, "stand:minimum=1,maximum=2", "draft-model:width=3", "dyspec/ngram:minimum=1"],
+    [
+        "ngram:minimum=1",
+        TREE,
+        "stand:minimum=1,maximum=2",
+        "draft-model:width=3",
+        "dyspec/ngram:minimum=1",
+        "medusa:sized=false",
+        "hydra:sized=false",
+    ],
 )
 def test_all_that_exists_at_once_is_within_the_budget(llm, drafter, settings):
     """Measured: every tensor that is made while requests run, from the cache to what sampling takes for a while."""

@@ -27,7 +27,8 @@ from hasten.errors import Interrupted, UserError
 from hasten.train import data, trainer
 from hasten.train.data import Batch
 from hasten.train.lm import Pretraining
-from hasten.train.trainer import CHECKPOINT, SUMMARY, Trainer, train
+from hasten.train.summary import SUMMARY
+from hasten.train.trainer import CHECKPOINT, Trainer, train
 from helpers import Killed, interrupted_at, make_tokenizer
 
 

@@ -20,7 +20,7 @@ from hasten.cache import SequenceCache
 from hasten.engine import SamplingParams
 from hasten.errors import Notice, UserError
 from hasten.llm import LLM
-from hasten.model import Decoder, Rows, Span
+from hasten.model import Decoder, Rows
 from hasten.model.layers import GatedMLP
 
 PROMPTS = Path(__file__).with_name("divergence.jsonl")
@@ -132,18 +132,9 @@ class _Reader:
 
     def logits(self, batch: Sequence[Piece]) -> Tensor:
         """[rows, vocabulary] of the next rows of some prompts."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        spans = []
-        for number, start, stop in batch:
-            if start == 0:
-                self.sequences[number] = self.cache.sequence()
-            spans.append(Span(self.sequences[number], len(tokens), len(tokens) + stop - start))
-            tokens += self.prompts[number][start:stop]
-            positions += range(start, stop)
-        device = self.model.device
-        rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
-        logits = self.model.forward(rows).cpu()
+        self.sequences |= {number: self.cache.sequence() for number, start, _ in batch if start == 0}
+        chains = [(self.sequences[number], self.prompts[number][start:stop], start) for number, start, stop in batch]
+        logits = self.model.forward(Rows.of_several(chains, self.model.device)).cpu()
         for number, start, stop in batch:
             self.sequences[number].commit(stop - start)
             if stop == len(self.prompts[number]):

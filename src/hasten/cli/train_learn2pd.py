@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +43,7 @@ def learn2pd(
     card = Path(summary["output"]).with_suffix(".md")
     write_text(
         card,
-        f"# Learn2PD's filter for {llm.folder.name}\n\n    {shlex.join(['hasten', *sys.argv[1:]])}\n\n"
+        f"# Learn2PD's filter for {llm.folder.name}\n\n    {options.command_line()}\n\n"
         f"Blocks of {summary['block']}; {summary['records']:,} steps of {prompts} prompts, none behind the end of the "
         f"text; loss {summary['loss']}. On a tenth of the prompts that was held out, at masked positions and the "
         f"method's own threshold, {summary['precision']:.1%} of what is accepted is right, and {summary['recall']:.1%} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -167,9 +167,23 @@ class Rows:
     @classmethod
     def of(cls, sequence: SequenceState, tokens: Sequence[int], start: int, device: torch.device | str = "cpu") -> Rows:
         """A causal chain of tokens at positions `start, start+1, ..` of one sequence."""
-        count = len(tokens)
-        return cls(
-            tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-            positions=torch.arange(start, start + count, device=device),
-            spans=[Span(sequence, 0, count)],
-        )
+        return cls.of_several([(sequence, tokens, start)], device)
+
+    @classmethod
+    def of_several(
+        cls, chains: Iterable[tuple[SequenceState, Sequence[int], int]], device: torch.device | str = "cpu"
+    ) -> Rows:
+        """Causal chains of several sequences, one behind the other.
+
+        Args:
+            chains: of each its sequence, its tokens, and the position of the first of them.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for sequence, tokens, start in chains:
+            spans.append(Span(sequence, len(ids), len(ids) + len(tokens)))
+            ids += tokens
+            positions += range(start, start + len(tokens))
+        numbers = torch.tensor([ids, positions], dtype=torch.int64, device=device)
+        return cls(numbers[0], numbers[1], spans)

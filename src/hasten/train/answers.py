@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hasten.engine import SamplingParams
-from hasten.files import write_text, writing
+from hasten.files import make_folder, write_text, writing
 from hasten.llm import LLM, Generation
 from hasten.tasks import TASKS, Example
 from hasten.train.card import budget
 from hasten.train.data import Document
 from hasten.train.lines import lines_of, read_lines
-from hasten.train.trainer import make_folder
 
 FILE = "answers.jsonl"
 NEEDED = {"right": bool, "prompt_token_ids": list, "token_ids": list}

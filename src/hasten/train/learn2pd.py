@@ -19,11 +19,11 @@ from torch import Tensor
 
 from hasten.engine import Engine, Request, SamplingParams, Target, View
 from hasten.errors import UserError, require, require_finite
+from hasten.files import make_folder
 from hasten.llm import LLM
 from hasten.methods.diffusion.block_denoiser import BlockDenoiser, BlockParameters
 from hasten.methods.diffusion.learn2pd import FILE, block_confidences, new_filter, save_filter
 from hasten.train.data import training_examples
-from hasten.train.trainer import make_folder
 
 TEST_SHARE = 0.1
 DIFFICULTY = 0.3

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import UserError
-from hasten.train.trainer import differences
+from hasten.train.settings import differences
 
 
 def lines_of(documents: Iterable[Mapping[str, Any]]) -> str:

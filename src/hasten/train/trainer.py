@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hasten.documents import dumps
 from hasten.errors import Interrupted, UserError
-from hasten.files import replacing, write_text, writing
-from hasten.model.checkpoint import read_json
+from hasten.files import make_folder, replacing, write_text, writing
 from hasten.train import processes
 from hasten.train.interruptions import between_steps
 from hasten.train.recipe import TIMES, AnyRecipe, Trained
+from hasten.train.settings import complete, differences
+from hasten.train.summary import SUMMARY, read_summary
 
-CHECKPOINT, SUMMARY = "training.pt", "training.json"
+CHECKPOINT = "training.pt"
 LOG_SECONDS = 20
 TOKEN_BYTES = torch.int64.itemsize
 
@@ -129,7 +129,7 @@ class Trainer:
             state = torch.load(file, weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError("it is no dictionary")
-            changed = differences(_complete(self.recipe, state["config"]), asdict(self.recipe))
+            changed = differences(complete(self.recipe, state["config"]), asdict(self.recipe))
             if not changed:
                 self._restore(state)
         except Exception as error:
@@ -166,14 +166,6 @@ class Trainer:
 
 
 _COUNTERS = ("tokens", "pool", "index", "pool_progress", "loss", "seconds", "history", "data_hash")
-_TOLD = {"parameters", "tokens", "seconds", "loss", "data_sha256", "config"}
-"""By a summary, for cards."""
-
-
-def differences(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Names of the settings that are not the same in both, with commas between; empty if all are."""
-    missing = object()
-    return ", ".join(key for key in {**wanted, **given} if given.get(key, missing) != wanted.get(key, missing))
 
 
 def train(
@@ -210,7 +202,7 @@ def train(
             with writing(folder):
                 recipe.prepare(folder)
     if finished and not begun:
-        return _finished(recipe, summary_file)
+        return read_summary(recipe, summary_file)
     trainer = Trainer(recipe, folder)
     if begun:
         trainer.resume()
@@ -230,39 +222,6 @@ def train(
             write_text(summary_file, dumps(summary, indent=2) + "\n")
             checkpoint.unlink(missing_ok=True)
     return summary
-
-
-def _finished(recipe: AnyRecipe, file: Path) -> dict[str, Any]:
-    """The summary of a run that is complete.
-
-    Raises:
-        UserError: it was another run's, or is damaged.
-    """
-    summary = read_json(file)
-    if not summary.keys() >= _TOLD or not isinstance(summary["config"], dict):
-        raise UserError(f"{file} is damaged, or no summary of a training")
-    if changed := differences(_complete(recipe, summary["config"]), asdict(recipe)):
-        raise UserError(f"the model in {file.parent} was made with another {changed}")
-    if processes.first():
-        print(f"{file.parent} has the model already: it is not trained again", file=sys.stderr)
-    return summary
-
-
-def _complete(recipe: AnyRecipe, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings; those that there were none of when it was made are what they are by default."""
-    return {each.name: each.default for each in fields(recipe) if each.default is not MISSING} | dict(config)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a run's output folder if it is not there.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _loop(trainer: Trainer, save_every: float) -> None:

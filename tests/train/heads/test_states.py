@@ -83,6 +83,22 @@ def test_what_is_there_stays_where_less_is_asked_for(llm: LLM, tmp_path: Path) -
     assert file.read_bytes() == whole[0][: 19 * row]
 
 
+def test_what_dialogues_say_is_read_once(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many files there are to compare with, each of other dialogues."""
+    for count, name in ((2, "s.bin"), (3, "other.bin"), (4, "wide.bin")):
+        read_states(llm, DIALOGUES[:count], TAPS, tmp_path / name, 10**9)
+    (tmp_path / "s.bin").write_bytes(b"")
+    read, digests = list[int](), states.digests
+
+    def watched(dialogues: Sequence[Dialogue]) -> list[str]:
+        read.append(len(dialogues))
+        return digests(dialogues)
+
+    monkeypatch.setattr(states, "digests", watched)
+    read_states(llm, DIALOGUES, TAPS, tmp_path / "s.bin", 10**9)
+    assert read == [4] and not (tmp_path / "s.bin").exists()
+
+
 def test_a_bound_of_bytes(llm: LLM, tmp_path: Path) -> None:
     row = 2 * 2 * llm.model.config.hidden_size
     read = read_states(llm, DIALOGUES, TAPS, tmp_path / "s.bin", 20 * row)

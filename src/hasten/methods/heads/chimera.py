@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Request, Target, register
-from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError
 from hasten.methods.drafters.sequences import Branches
 from hasten.methods.heads.chimera_model import ChimeraModel, trigram
@@ -52,7 +51,7 @@ from hasten.model.taps import Site
 
 @dataclass(frozen=True)
 class ChimeraParameters(GrowingParameters):
-    """Parameters."""
+    """Those of all trees that grow. By default fewer nodes do: each level is a pass of the network."""
 
     slug: ClassVar[str] = "chimera"
 
@@ -207,7 +206,7 @@ class Chimera(ContextDrafter):
             return 0
         rows, levels = len(requests) * self.parameters.width, self.model.levels
         slots = self.rows * (max(len(request.tokens) for request in requests) + self.parameters.width * levels)
-        # Logits, and what their sum of exponentials is made of; estimates are kept until the trees are whole.
-        level = 3 * logits_bytes(rows, self.network.head.out_features) + levels * rows * self._last_bytes
+        # Estimates are kept until the trees are whole.
+        level = self.guesses.scratch_bytes(rows, self.network.head.out_features) + levels * rows * self._last_bytes
         growing = level + self.pass_bytes(2 * rows, 2 * self.parameters.width * levels, slots)
         return max(super().scratch_bytes(requests, nodes), growing)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from hasten.engine import ROOT, Draft, Request, Target, register
-from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError
 from hasten.methods.drafters.drawing import Child
 from hasten.methods.drafters.sequences import Branches
@@ -250,8 +249,8 @@ class Eagle(ContextDrafter):
             return 0
         width, depth = self.parameters.width, self.parameters.depth
         rows, words = len(requests) * width, self.network.head.out_features
-        # Logits, and what their sum of exponentials is made of; a level's outputs are kept until the tree is whole.
-        level = 3 * logits_bytes(rows, words) + depth * rows * self._last_bytes
+        # A level's outputs are kept until the tree is whole.
+        level = self.guesses.scratch_bytes(rows, words) + depth * rows * self._last_bytes
         slots = max(len(request.tokens) for request in requests) + width * depth
         growing = level + self.pass_bytes(rows, width * depth, slots)
         return max(super().scratch_bytes(requests, nodes), growing)

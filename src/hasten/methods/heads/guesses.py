@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 from hasten.engine import Draft, Observation, Request
+from hasten.engine.memory import logits_bytes
 from hasten.engine.sampling.sampler import Distribution
 from hasten.methods.drafters.drawing import Beliefs, Child, Matching
 from hasten.model.ranking import rank
 
 CANDIDATES = 64
 """Likeliest words of a row, of which the noise may choose: it rarely lifts another one to the top."""
+CANDIDATE_BYTES = 64
+"""Of such a word: its token, its probabilities, and the noise with what that is made of."""
 
 
 class Place(NamedTuple):
@@ -89,6 +92,15 @@ class Guesses:
                 alike = _alike(some, values[rows], tokens[rows]) * alone[rows].sum(-1, keepdim=True)
                 found += own.surest([place.node for place in some], tokens[rows], alone[rows], alike, most)
         return found
+
+    @staticmethod
+    def scratch_bytes(rows: int, words: int) -> int:
+        """Bytes that so many rows' logits, and the children by them, take for a while, at most.
+
+        The logits as they come (or twice, where they are joined), as float32, and what their sum of exponentials is
+        made of.
+        """
+        return 3 * logits_bytes(rows, words) + rows * min(CANDIDATES, words) * CANDIDATE_BYTES
 
     def levels(
         self, requests: Sequence[Request], counts: Sequence[int], logits: Tensor, most: int

@@ -47,15 +47,13 @@ from hasten.model import Decoder
 from hasten.model.linear import Linear
 from hasten.model.taps import Site
 
-LOGIT_BYTES = 16
-"""Of a row's logits: as they come, as float32, and what ranks them."""
 SUM_BYTES = 12
 """Of a path's sums: its parent's, what is added, and its own, in float32."""
 
 
 @dataclass(frozen=True)
 class HydraParameters(GrowingParameters):
-    """Parameters."""
+    """Those of all trees that grow, with their defaults."""
 
     slug: ClassVar[str] = "hydra"
 
@@ -131,8 +129,9 @@ class HydraTrees:
 
     def scratch_bytes(self, requests: Sequence[Request]) -> int:
         """See `Drafter.scratch_bytes`: the sums and logits of the widest level."""
-        sums = self.heads.count * 2 * self.heads.embedding.shape[1] * SUM_BYTES
-        return len(requests) * self.parameters.width * (sums + self.heads.outputs[0].out_features * LOGIT_BYTES)
+        rows = len(requests) * self.parameters.width
+        sums = rows * self.heads.count * 2 * self.heads.embedding.shape[1] * SUM_BYTES
+        return sums + self.guesses.scratch_bytes(rows, self.heads.outputs[0].out_features)
 
     def grown(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
         """See `HeadDrafter.draft`: level by level, all requests together."""

@@ -196,7 +196,7 @@ def _blocks(file: Path, pieces: Mapping[str, Piece], names: list[list[str]], hid
 
 @dataclass(frozen=True)
 class MedusaParameters(TreeParameters):
-    """Parameters."""
+    """Those of all trees of heads, with their defaults."""
 
     slug: ClassVar[str] = "medusa"
 
@@ -211,6 +211,12 @@ class MedusaHeads:
         self.words = None if weights.words is None else weights.words.to(target.device)
         linears = [*(block for layers in self.blocks for block in layers), *self.heads]
         self.own_bytes = sum(each.nbytes() for each in linears if each is not target.head)
+
+    def scratch_bytes(self, rows: int) -> int:
+        """Of all heads' states of so many rows, at most, which are joined, and perhaps made float32; no logits."""
+        wide = self.blocks[0][0].out_features
+        # Those of the head that is computed beside them: what enters a block, its products, their SiLU and the sum.
+        return rows * wide * torch.float32.itemsize * (3 * len(self.blocks) + 4)
 
     def logits(self, states: Tensor) -> Tensor:
         """[rows, heads, words] from states [rows, hidden]."""
@@ -262,6 +268,11 @@ class Medusa(StateDrafter):
     @property
     def memory_bytes(self) -> int:
         return super().memory_bytes + self.heads.own_bytes
+
+    def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
+        rows = len(requests)
+        logits = self.guesses.scratch_bytes(rows * len(self.heads.blocks), self.heads.heads[0].out_features)
+        return self.heads.scratch_bytes(rows) + logits
 
     def draft(self, requests: Sequence[Request], states: Tensor, budgets: Sequence[int]) -> list[Draft]:
         logits = self.heads.logits(states)

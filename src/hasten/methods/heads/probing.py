@@ -113,8 +113,8 @@ class ProbeDrafter(Drafter):
 
     def scratch_bytes(self, requests: Sequence[Request], nodes: int) -> int:
         config = self.model.config
-        logits = 3 * len(self.forms) * config.vocab_size
-        return 4 * len(requests) * (logits + self.parameters.rows * config.hidden_size)
+        logits = self._guesses.scratch_bytes(len(requests) * len(self.forms), config.vocab_size)
+        return logits + len(requests) * self.parameters.rows * config.hidden_size * torch.float32.itemsize
 
     def headroom(self, request: Request) -> int:
         return super().headroom(request) + self.parameters.rows

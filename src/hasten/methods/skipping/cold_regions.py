@@ -108,10 +108,14 @@ def regions(target: Target, model: Decoder, share: float, run: int, outliers: in
 
 
 def calibrate(model: Decoder, pages: Sequence[Page], share: float, run: int, outliers: int) -> Regions:
-    """See `regions`.
+    """The warm layers of a model, and the threshold at which the rows of some texts pass by `share` of all layers.
 
     Args:
         pages: at least one, each with tokens behind its prompt.
+        share, run, outliers: as `regions` has them.
+
+    Raises:
+        UserError: no layers between the first and the last are warm, or too few for that share.
     """
     before, after = zip(*(_streams(model, page) for page in pages), strict=True)
     one, other = torch.cat(before, 1), torch.cat(after, 1)

@@ -265,7 +265,7 @@ class Rollouts(SmallModelDrafter):
         return sum(self._sequences.growth_of(*each) for each in asked)
 
     def scratch(self, requests: Sequence[int], nodes: int) -> int:
-        """See `scratch_bytes`."""
+        """Bytes that drafts for these requests, by their numbers, take for a while; see `Drafter.scratch_bytes`."""
         return self.scratch_bytes([self._requests[each] for each in requests if each in self._requests], nodes)
 
     def widest(self, nodes: int) -> int:

@@ -57,6 +57,7 @@ def _told(error: Exception) -> str:
 
 
 def main() -> None:
+    """The process: set up by what comes first through the pipe that its argument names, it serves until that breaks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
     # Where the pipe breaks, nobody is there any more.

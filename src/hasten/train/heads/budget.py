@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from hasten.documents import dumps
 from hasten.errors import UserError
-from hasten.files import write_text
+from hasten.files import make_folder, write_text
 from hasten.model.checkpoint import read_json
 from hasten.train import processes
 from hasten.train.recipe import AnyRecipe
-from hasten.train.trainer import Trainer, make_folder
+from hasten.train.trainer import Trainer
 
 FILE = "budget.json"
 """In the folder of a run that was cut: how many tokens it has, so that it goes on as it began."""

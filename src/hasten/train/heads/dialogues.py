@@ -20,12 +20,11 @@ from typing import Any
 
 from hasten.engine import SamplingParams
 from hasten.errors import UserError
-from hasten.files import json_line, write_text, writing
+from hasten.files import json_line, make_folder, write_text, writing
 from hasten.llm import LLM
 from hasten.model.tokenizer import render_chat
 from hasten.tasks import TASKS, examples
 from hasten.train.lines import lines_of, read_lines
-from hasten.train.trainer import make_folder
 
 TOGETHER = 32
 """Requests of a batch."""

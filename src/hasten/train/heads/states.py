@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,10 +20,9 @@ from hasten.files import megabytes, write_text, writing
 from hasten.llm import LLM
 from hasten.model import Rows, Taps
 from hasten.model.checkpoint import read_json
-from hasten.model.rows import Span
 from hasten.model.taps import Site
 from hasten.train.heads.dialogues import Dialogue
-from hasten.train.trainer import differences
+from hasten.train.settings import differences
 
 Tap = tuple[Site, int]
 ROWS_OF_PASS = 2048
@@ -82,7 +81,8 @@ def read_states(
         UserError: not even two dialogues fit; the file was made of something else, or cannot be written.
     """
     size, ends = 2 * len(taps) * llm.model.config.hidden_size, [*accumulate(len(each.ids) for each in dialogues)]
-    _check(llm, dialogues, taps, file)
+    origins = _Origins(llm, dialogues)
+    _check(origins, taps, file)
     present = file.stat().st_size // size if file.exists() else 0
     done = sum(end <= present for end in ends)
     # What an earlier run had room for stays.
@@ -90,8 +90,8 @@ def read_states(
     if count < 2:
         raise UserError(f"{megabytes(most)} are too few for the hidden states of two dialogues")
     kept, bounds = dialogues[:count], [0, *ends[:count]]
-    own = _origin(llm, kept, taps)
-    if done < len(kept) and (within := _serving(llm, dialogues, taps, bounds[-1], file)):
+    own = origins.of_first(count, taps)
+    if done < len(kept) and (within := _serving(origins, taps, bounds[-1], file)):
         file.unlink(missing_ok=True)
         write_text(_told(file), dumps({**own, WITHIN: within}, indent=2) + "\n")
         report(len(kept))
@@ -145,28 +145,38 @@ def _told(file: Path) -> Path:
     return file.with_name(f"{file.name}.json")
 
 
-def _origin(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap]) -> dict[str, Any]:
-    """What states depend on."""
-    return {
-        "model": llm.folder.name,
-        "dtype": str(llm.model.dtype).removeprefix("torch."),
-        "backend": llm.model.backend.name,
-        "taps": [list(tap) for tap in taps],
-        "hidden": llm.model.config.hidden_size,
-        "count": len(dialogues),
-        "dialogues": digest(dialogues),
-    }
+class _Origins:
+    """What states depend on. What the dialogues say is read once, however many of the first are asked about."""
+
+    def __init__(self, llm: LLM, dialogues: Sequence[Dialogue]) -> None:
+        self._llm, self._digests = llm, digests(dialogues)
+
+    def of_first(self, count: int | None, taps: Sequence[Tap]) -> dict[str, Any]:
+        """Of the states of so many dialogues, or of all that there are."""
+        most = len(self._digests) - 1
+        count = most if count is None else max(0, min(count, most))
+        return {
+            "model": self._llm.folder.name,
+            "dtype": str(self._llm.model.dtype).removeprefix("torch."),
+            "backend": self._llm.model.backend.name,
+            "taps": [list(tap) for tap in taps],
+            "hidden": self._llm.model.config.hidden_size,
+            "count": count,
+            "dialogues": self._digests[count],
+        }
 
 
-def digest(dialogues: Sequence[Dialogue]) -> str:
-    """SHA-256 of what all of them say."""
+def digests(dialogues: Iterable[Dialogue]) -> list[str]:
+    """SHA-256 of what is said by none of them, by the first, by the first two, and so on."""
     told = hashlib.sha256()
+    found = [told.hexdigest()]
     for dialogue in dialogues:
         told.update(np.array([*dialogue.prompt, -1, *dialogue.answer, -2], dtype=np.int64).tobytes())
-    return told.hexdigest()
+        found.append(told.hexdigest())
+    return found
 
 
-def _check(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap], file: Path) -> None:
+def _check(origins: _Origins, taps: Sequence[Tap], file: Path) -> None:
     """Remove a file of which nothing says what it was made of. What was read of the first dialogues is gone on with.
 
     Raises:
@@ -177,13 +187,11 @@ def _check(llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap], file: P
         return
     before = read_json(_told(file))
     count = before.get("count")
-    if changed := differences(before, _origin(llm, dialogues[: count if isinstance(count, int) else None], taps)):
+    if changed := differences(before, origins.of_first(count if isinstance(count, int) else None, taps)):
         raise UserError(f"the hidden states in {file} are of another {changed}: remove it to read them again")
 
 
-def _serving(
-    llm: LLM, dialogues: Sequence[Dialogue], taps: Sequence[Tap], rows: int, file: Path
-) -> dict[str, Any] | None:
+def _serving(origins: _Origins, taps: Sequence[Tap], rows: int, file: Path) -> dict[str, Any] | None:
     """Another file in the folder that has these taps, among others, of all of the first rows: `file` and its `taps`."""
     for told in sorted(file.parent.glob("*.json")):
         other = told.with_suffix("")
@@ -193,7 +201,7 @@ def _serving(
         held, count = before.get("taps"), before.get("count")
         if not isinstance(held, list) or not isinstance(count, int) or any(list(tap) not in held for tap in taps):
             continue
-        origin = _origin(llm, dialogues[:count], taps)
+        origin = origins.of_first(count, taps)
         whole = other.stat().st_size >= 2 * rows * len(held) * origin["hidden"]
         if whole and not differences(before, {**origin, "taps": held}):
             return {"file": other.name, "taps": held}
@@ -210,14 +218,9 @@ def of_one_pass(dialogues: Sequence[Dialogue], rows: int) -> Sequence[Dialogue]:
 def reading(llm: LLM, dialogues: Sequence[Dialogue]) -> Iterator[Rows]:
     """The rows of a pass over some dialogues; what it leaves in the cache goes with the context."""
     sequences = [llm.engine.cache.sequence() for _ in dialogues]
-    bounds = [0, *accumulate(len(dialogue.ids) for dialogue in dialogues)]
-    rows = Rows(
-        torch.tensor([token for dialogue in dialogues for token in dialogue.ids], device=llm.model.device),
-        torch.cat([torch.arange(len(dialogue.ids), device=llm.model.device) for dialogue in dialogues]),
-        [Span(*each) for each in zip(sequences, bounds, bounds[1:], strict=False)],
-    )
+    chains = [(sequence, dialogue.ids, 0) for sequence, dialogue in zip(sequences, dialogues, strict=True)]
     try:
-        yield rows
+        yield Rows.of_several(chains, llm.model.device)
     finally:
         for sequence in sequences:
             sequence.release()

@@ -14,7 +14,7 @@ import torch
 from hasten.files import write_text, writing
 from hasten.llm import LLM
 from hasten.train.heads.dialogues import Dialogue
-from hasten.train.heads.states import digest, of_one_pass, reading
+from hasten.train.heads.states import digests, of_one_pass, reading
 from hasten.train.lines import lines_of, read_lines
 
 FILE = "confidences.jsonl"
@@ -43,7 +43,7 @@ def read_confidences(
         "model": llm.folder.name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "backend": llm.model.backend.name,
-        "dialogues": digest(dialogues),
+        "dialogues": digests(dialogues)[-1],
     }
     lines = read_lines(file, origin, NEEDED)
     write_text(file, lines_of([origin, *lines]))
