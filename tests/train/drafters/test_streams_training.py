@@ -70,7 +70,7 @@ def test_it_drafts_with_what_was_trained(folder: Path, tmp_path: Path) -> None:
     assert streams is not None and streams.layer == 1 and len(streams) == 2
     ids = torch.where(network.number_of[batch.ids[own]] < 0, 400, network.number_of[batch.ids[own]]).tolist()
     sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
-    said = streams.forward(model, Rows.of(sequence, ids, 0), range(len(ids)))
+    said = streams.forward(model, Rows.of(sequence, ids, 0), range(len(ids)), range(len(ids)))
     got = torch.cat([said.logits[:, None], streams.logits(model, said.states)], 1)
     torch.testing.assert_close(got[..., :400], expected, atol=1e-4, rtol=1e-4)
 

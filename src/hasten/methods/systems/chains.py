@@ -14,6 +14,12 @@ from hasten.methods.drafters.small_model import Growth, SmallModelDrafter
 EVERYTHING = 1 << 30
 """More nodes, and levels, than a tree has."""
 
+LEAST = 0.5
+"""A guess is read where it and those above it have so much probability together: its rows cost something, too."""
+
+GUESSED = 3
+"""Tokens behind a row: what it says itself, what its streams guess, and what is said behind a guess."""
+
 Source = Literal["hit", "miss", "cold"]
 """How a window came: as a candidate's chain; by starting anew where none of them was right; or as the first one."""
 
@@ -39,7 +45,7 @@ class Tree(Growth):
         branches: candidates by how many of the window's tokens are accepted before them, and what they say.
         chains: nodes that the small model adds, by what they start behind: ROOT (the window) or a candidate.
         guesses: nodes below each chain that streams take for the next ones.
-        asked: of each chain that goes on, the row of the frontier that was grown whose streams are behind it.
+        behind: by rows of the frontier that was grown, the last node of each chain that goes on behind one.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class Tree(Growth):
         self.branches: dict[tuple[int, int], int] = {}
         self.chains: dict[int, list[int]] = {ROOT: []}
         self.guesses: dict[int, list[int]] = {ROOT: []}
-        self.asked: list[int] = []
+        self.behind: dict[int, int] = {}
         self._start: dict[int, int] = {ROOT: ROOT}
         self._chances: dict[int, float] = {}
 
@@ -70,6 +76,16 @@ class Tree(Growth):
         tokens = [draft.tokens[node] for node in self.window]
         return Window(tokens, [draft.estimates[node] for node in self.window], self.source)
 
+    @property
+    def asked(self) -> list[int]:
+        """Rows of the frontier whose streams are of use: a guess is, where a token more has room behind it."""
+        starts = [self._start[node] for node in self.frontier]
+        return [
+            row
+            for row, (node, start) in enumerate(zip(self.frontier, starts, strict=True))
+            if self._room(node) >= GUESSED and (node == self._tip(start) or node in self.guesses[start])
+        ]
+
     def grow(self, logits: Tensor) -> None:
         """A token more for each chain whose last node is read now, and for each guess that was right.
 
@@ -78,7 +94,7 @@ class Tree(Growth):
         said = dict(zip(self.frontier, self.children(logits, 1), strict=True))
         rows = {node: row for row, node in enumerate(self.frontier)}
         starts = dict.fromkeys(self._start[node] for node in self.frontier)
-        self.frontier, self.asked = [], []
+        self.frontier, self.behind = [], {}
         for start in starts:
             node = self._tip(start)
             while node in said and (drawn := next(said[node], None)) is not None:
@@ -87,23 +103,30 @@ class Tree(Growth):
                     break
                 if node not in said:
                     self.frontier.append(node)
-                    self.asked.append(row)
+                    self.behind[row] = node
 
-    def foresee(self, logits: Tensor) -> None:
-        """Guess what comes behind each chain that goes on, to be read with it.
+    def foresee(self, rows: Sequence[int], logits: Tensor) -> None:
+        """Guess what comes behind chains that go on, to be read with it.
 
         Args:
-            logits: of the streams behind it, float32 [chains, streams, small vocabulary].
+            rows: of the frontier before, that have such a chain behind them.
+            logits: of the streams of each, float32 [rows, streams, small vocabulary].
         """
-        fed, rows, level = self.frontier, list(range(len(self.frontier))), 0
-        while self.frontier and level < logits.shape[1]:
-            further: dict[int, int] = {}
-            for row, node, children in zip(rows, self.frontier, self.children(logits[rows, level], 1), strict=True):
-                guess = self._guess(node, *drawn) if (drawn := next(children, None)) is not None else None
-                if guess is not None:
-                    further[guess] = row
-            self.frontier, rows, level = list(further), list(further.values()), level + 1
-            fed = [*fed, *further]
+        fed, places = self.frontier, list(range(len(rows)))
+        self.frontier, sure = [self.behind[row] for row in rows], [1.0] * len(rows)
+        for level in range(logits.shape[1]):
+            if not self.frontier:
+                break
+            guessed: dict[int, int] = {}
+            for place, node, children in zip(
+                places, self.frontier, self.children(logits[places, level], 1), strict=True
+            ):
+                token, chance = next(children, (0, 0.0))
+                sure[place] *= chance
+                if sure[place] >= LEAST and (guess := self._guess(node, token, chance)) is not None:
+                    guessed[guess] = place
+            self.frontier, places = list(guessed), list(guessed.values())
+            fed = [*fed, *guessed]
         self.frontier = fed
 
     def consider(self, accepted: int, tokens: Sequence[int]) -> None:
@@ -192,6 +215,10 @@ class Tree(Growth):
 
     def _goes_on(self, node: int) -> bool:
         """Whether something is drafted behind a node: not behind the end of a text, nor beyond any limit."""
-        start, depth = self._start[node], len(self.paths[node])
-        short = depth - len(self.paths[start]) < self._most and depth < self.depth
-        return short and self.draft.tokens[node] not in self.closed and self.values[node] >= self._confidence
+        ends = self._room(node) < 1 or self.draft.tokens[node] in self.closed
+        return not ends and self.values[node] >= self._confidence
+
+    def _room(self, node: int) -> int:
+        """Tokens of its chain that there may be behind a node."""
+        depth, above = len(self.paths[node]), len(self.paths[self._start[node]])
+        return min(self._most - (depth - above), self.depth - depth)

@@ -13,7 +13,7 @@ says; the chains are those that it says without.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -36,6 +36,10 @@ from hasten.methods.systems.chains import Source, Tree, Window
 from hasten.methods.systems.streams import MOST, Streams
 from hasten.model import Decoder, Rows
 from hasten.model.tokenizer import load_tokenizer
+
+STREAM_ROWS = 32
+"""Rows of a pass with streams at most, theirs included: where there are many chains, there are fewer streams or none.
+The paper has fewer for more requests, too; on a processor, rows cost more."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,17 @@ class Rollouts(SmallModelDrafter):
         self._target = target
         self._grammars: Grammars | None = None
         self._length, self._confidence = length, confidence
-        # Of a chain in a pass: a token and its guesses, and the streams behind each of them.
-        candidates, rows = width * (length + 1), 1 if self.streams is None else 1 + len(self.streams)
-        self._widest = max(length + rows, candidates * rows) * rows
-        # All that a tree may have pending, and what may come before the next one begins.
-        self._sequences = Sequences(self.cache, self.length, self._widest + (2 + candidates) * length * rows + 1)
+        candidates, streams = width * (length + 1), 0 if self.streams is None else len(self.streams)
+        # Of a pass; the rows of streams are no more.
+        guesses = min(candidates * streams, STREAM_ROWS)
+        self._widest = max(length, candidates) + guesses
+        # All that a tree may have pending, guesses that were wrong included, and what may come before the next one begins.
+        pending = (2 + candidates + 2 * guesses) * length + guesses
+        self._sequences = Sequences(self.cache, self.length, pending + 1)
         self._requests: dict[int, Request] = {}
         self._trees: dict[int, Tree] = {}
+        self._now: Streams | None = None
+        self._asked: list[int] = []
         self._states: Tensor | None = None
         self._rolled, self._passes = 0.0, 0
 
@@ -189,9 +197,9 @@ class Rollouts(SmallModelDrafter):
         trees = [self._advance(self._requests[request], came) for request, came in asked]
         fresh = [tree for tree in trees if tree.frontier and not tree.window]
         if fresh:
-            self._grown(fresh, self._read(fresh))
+            self._say(fresh, self._read)
         while active := [tree for tree in trees if tree.frontier]:
-            self._grown(active, self._expand(active))
+            self._say(active, self._expand)
         for tree in trees:
             self.beliefs.drafted(tree.request, *tree.judged())
         rolled, seconds, self._rolled = self._rolled, time.perf_counter() - started, 0.0
@@ -225,11 +233,33 @@ class Rollouts(SmallModelDrafter):
             return False
         started = time.perf_counter()
         self.ahead()
-        self._grown(trees, self._expand(trees))
+        self._say(trees, self._expand)
         self._rolled += time.perf_counter() - started
         return True
 
-    # Streams
+    def _say(self, trees: Sequence[Tree], evaluate: Callable[[Sequence[Tree]], Tensor]) -> None:
+        """A pass, what the small model says in it, and what its streams guess behind that."""
+        starts = list(accumulate((len(tree.frontier) for tree in trees), initial=0))
+        self._asked = [start + row for start, tree in zip(starts, trees, strict=False) for row in tree.asked]
+        room = STREAM_ROWS - starts[-1]
+        fits = max(0, room // len(self._asked)) if self._asked else 0
+        self._now = None if self.streams is None else self.streams.first(fits)
+        self._grow(trees, evaluate(trees))
+        self._passes += 1
+        if self._now is None:
+            return
+        assert isinstance(self.model, Decoder) and self._states is not None
+        number = {row: place for place, row in enumerate(self._asked)}
+        heard = [
+            [row for row in tree.behind if start + row in number] for start, tree in zip(starts, trees, strict=False)
+        ]
+        places = [number[start + row] for start, rows in zip(starts, heard, strict=False) for row in rows]
+        if not places:
+            return
+        logits, offset = self._now.logits(self.model, self._states[places]), 0
+        for tree, rows in zip(trees, heard, strict=True):
+            tree.foresee(rows, logits[offset : offset + len(rows)])
+            offset += len(rows)
 
     def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
         return self._passed(rows, wanted)
@@ -238,27 +268,12 @@ class Rollouts(SmallModelDrafter):
         return self._passed(rows, wanted)
 
     def _passed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        """A pass, with what streams say behind the wanted rows."""
-        self._passes += bool(wanted)
-        if self.streams is None or not wanted:
+        """A pass, with the streams that are asked."""
+        if self._now is None or not wanted:
             return self.model.forward(rows, wanted)
         assert isinstance(self.model, Decoder)
-        logits, self._states = self.streams.forward(self.model, rows, wanted)
+        logits, self._states = self._now.forward(self.model, rows, wanted, [wanted[each] for each in self._asked])
         return logits
-
-    def _grown(self, trees: Sequence[Tree], logits: Tensor) -> None:
-        """One round, and what streams guess of the next one."""
-        starts = list(accumulate((len(tree.frontier) for tree in trees), initial=0))
-        self._grow(trees, logits)
-        places = [start + row for start, tree in zip(starts, trees, strict=False) for row in tree.asked]
-        if self.streams is None or self._states is None or not places:
-            return
-        assert isinstance(self.model, Decoder)
-        said, offset = self.streams.logits(self.model, self._states[places]), 0
-        for tree in trees:
-            stop = offset + len(tree.asked)
-            tree.foresee(said[offset:stop])
-            offset = stop
 
     def _advance(self, request: Request, came: Sequence[int]) -> Tree:
         """A request's next tree, with what the one before has of it, behind tokens that came."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, cast
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +42,7 @@ class Said(NamedTuple):
 
     Attributes:
         logits: float32 [wanted rows, vocabulary], of the main stream.
-        states: [wanted rows, streams, hidden], what the head reads of the streams behind each.
+        states: [asked rows, streams, hidden], what the head reads of the streams behind each.
     """
 
     logits: Tensor
@@ -101,58 +102,64 @@ class Streams:
         """So many of them at most; None for none."""
         return Streams(self.vectors[:count], self.layer) if count else None
 
-    def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int]) -> Said:
-        """The pass over some rows, with streams behind those whose logits are wanted; these leave nothing pending.
+    def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int], asked: Sequence[int]) -> Said:
+        """The pass over some rows, with streams behind some of these, which leave nothing pending.
 
         Args:
-            wanted: numbers of rows, ascending.
+            wanted: numbers of the rows whose logits are wanted.
+            asked: numbers of the rows that have streams, ascending.
         """
-        beside, heard, taken = self._beside(rows, wanted)
+        beside, number = self._beside(rows, asked)
         taps = Taps((FINAL,))
-        logits = model.forward(beside, heard, taps)
+        logits = model.forward(beside, [number[row] for row in wanted], taps)
         for span, own in zip(rows.spans, beside.spans, strict=True):
             cast(SequenceCache, span.sequence).withdraw((own.stop - own.start) - (span.stop - span.start))
+        taken = [first + stream for first, _, _ in beside.joins for stream in range(len(self))]
         states = taps[FINAL][torch.tensor(taken, device=model.device)]
-        return Said(logits, states.view(len(wanted), len(self), -1))
+        return Said(logits, states.view(len(asked), len(self), -1))
 
     def logits(self, model: Decoder, states: Tensor) -> Tensor:
         """Float32 [places, streams, vocabulary] of some states [places, streams, hidden]."""
         return logits_of(model.head, states.flatten(0, 1)).float().view(*states.shape[:2], -1)
 
-    def _beside(self, rows: Rows, wanted: Sequence[int]) -> tuple[Rows, list[int], list[int]]:
-        """The rows, those of each sequence with its streams behind them; which are wanted of them, and the streams'."""
-        join, ahead = Join(self.layer, vectors=self.vectors), torch.arange(1, len(self) + 1, device=rows.tokens.device)
-        tokens: list[Tensor] = []
-        positions: list[Tensor] = []
+    def _beside(self, rows: Rows, asked: Sequence[int]) -> tuple[Rows, list[int]]:
+        """The rows, those of each sequence with its streams behind them, and the new number of each one."""
+        join, device = Join(self.layer, vectors=self.vectors), rows.tokens.device
+        before, places = rows.tokens.tolist(), rows.positions.tolist()
+        tokens: list[int] = []
+        positions: list[int] = []
+        number: list[int] = []
         spans: list[Span] = []
         joins: list[tuple[int, int, Join]] = []
-        start = 0
         for span in rows.spans:
-            asked = [row - span.start for row in wanted if span.start <= row < span.stop]
-            mine, count = slice(span.start, span.stop), span.stop - span.start
-            places = rows.positions[mine]
-            # As what a row below its layer enters is nothing to it.
-            tokens += [rows.tokens[mine], rows.tokens.new_zeros(len(asked) * len(self))]
-            positions += [places, (places[asked, None] + ahead).flatten()]
-            first, stop = start + count, start + count + len(asked) * len(self)
-            joins += [(first + place * len(self), start + row, join) for place, row in enumerate(asked)]
-            mask = self._mask(span, asked) if asked else span.mask
-            spans.append(Span(span.sequence, start, stop, mask, span.extend))
-            start = stop
-        taken = [first + number for first, _, _ in joins for number in range(len(self))]
-        heard = [source for _, source, _ in joins]
-        return Rows(torch.cat(tokens), torch.cat(positions), spans, joins=joins), heard, taken
+            start = len(tokens)
+            number += range(start, start + span.stop - span.start)
+            tokens += before[span.start : span.stop]
+            positions += places[span.start : span.stop]
+            own = [row for row in asked if span.start <= row < span.stop]
+            for row in own:
+                joins.append((len(tokens), number[row], join))
+                # As what a row below its layer enters is nothing to it.
+                tokens += [0] * len(self)
+                positions += range(places[row] + 1, places[row] + 1 + len(self))
+            mask = self._mask(span, [row - span.start for row in own]) if own else span.mask
+            spans.append(Span(span.sequence, start, len(tokens), mask, span.extend))
+        numbers = torch.tensor([tokens, positions], device=device)
+        return Rows(numbers[0], numbers[1], spans, joins=joins), number
 
     def _mask(self, span: Span, asked: Sequence[int]) -> Tensor:
         """Boolean [rows, pending]: a stream sees what its row does, and those before it in its place."""
-        count, device = span.stop - span.start, self.vectors.device
-        before = span.sequence.pending if span.extend else 0
-        mask = span.mask
-        if mask is None:
-            mask = torch.ones(count, before + count, dtype=torch.bool, device=device).tril(before)
-        assert not isinstance(mask, str)
-        # Streams of one row only see each other.
-        number = torch.arange(len(asked) * len(self), device=device)
-        same, earlier = (number[:, None] // len(self) == number // len(self)), number[:, None] >= number
-        streams = torch.cat([mask[asked].repeat_interleave(len(self), 0), same & earlier], 1)
-        return torch.cat([torch.cat([mask, mask.new_zeros(count, len(number))], 1), streams])
+        count, before = span.stop - span.start, span.sequence.pending if span.extend else 0
+        visible = before + count
+        sees = np.zeros((count + len(asked) * len(self), visible + len(asked) * len(self)), dtype=bool)
+        if span.mask is None:
+            sees[:count, :visible] = np.tri(count, visible, before, dtype=bool)
+        else:
+            assert not isinstance(span.mask, str)
+            sees[:count, :visible] = span.mask.numpy(force=True)
+        own = np.tri(len(self), dtype=bool)
+        for place, row in enumerate(asked):
+            start, stop = place * len(self), (place + 1) * len(self)
+            sees[count + start : count + stop, :visible] = sees[row, :visible]
+            sees[count + start : count + stop, visible + start : visible + stop] = own
+        return torch.from_numpy(sees).to(self.vectors.device)
