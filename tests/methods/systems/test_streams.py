@@ -149,8 +149,17 @@ def test_streams_that_are_right_save_passes(steady: Path) -> None:
         made.open(opening(KINDS["greedy"], tokens=[70] * 5))
         (window,), spent = made.windows([(0, [])])
         assert window.tokens == [70] * (7 if not confidence else 1) and spent.passes == passes
-        made.branch([(0, [[9, 50, 60]] * 2)])
+        made.branch([(0, [[9]] * 2)])
         assert sum(made.round() for _ in range(9)) == passes
+
+
+def test_many_chains_leave_no_room_for_streams(steady: Path) -> None:
+    """Each pass says one more token of 24 chains."""
+    made = rollouts(steady, 2)
+    made.open(opening(KINDS["greedy"], tokens=[70] * 5))
+    made.windows([(0, [])])
+    made.branch([(0, [[9, 50, 60]] * 8)])
+    assert sum(made.round() for _ in range(9)) == 7
 
 
 def test_the_drafter_s_own_are_used_unless_told_otherwise(steady: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hasten import LLM, SamplingParams
 from hasten.cache import Cache
 from hasten.engine.sampling.bans import Bans
 from hasten.errors import Interrupted, UserError
+from hasten.files import write_text
 from hasten.methods.drafters.small_model import SmallCheckpoint
 from hasten.methods.systems.rollouts import Opening, Rollouts
 from hasten.methods.systems.streams import FILE, Streams
@@ -22,7 +24,9 @@ from hasten.model import Rows, load_model
 from hasten.model.checkpoint import resolve
 from hasten.train.drafters.align import AlignRecipe
 from hasten.train.drafters.streams import StreamedNetwork, StreamedRecipe
-from hasten.train.heads.recipe import Dialogues, HeadBatch
+from hasten.train.heads.dialogues import read_dialogues
+from hasten.train.heads.recipe import DIALOGUES, Dialogues, HeadBatch
+from hasten.train.heads.states import read_states
 from hasten.train.trainer import train
 from helpers import stopped_at
 
@@ -87,24 +91,41 @@ def test_interrupted_and_resumed_it_is_the_same_bytes(folder: Path, tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def streamed(folder: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pretrained drafter, with streams."""
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dialogues that go round and round among a dozen tokens: what comes later is as plain as what comes next."""
+    folder, order = tmp_path_factory.mktemp("rounds"), random.Random(0).sample(range(50, 200), 12)
+    told = []
+    for number in range(160):
+        text = [order[(number + place) % 12] for place in range(30)]
+        told.append({"prompt_token_ids": [300 + number, *text[:6]], "token_ids": text[6:]})
+    write_text(folder / DIALOGUES, "".join(json.dumps(line) + "\n" for line in ({}, {"dialogues": told})))
+    llm = LLM("tiny", dtype="float32")
+    read_states(llm, read_dialogues(folder / DIALOGUES), (("final_norm", 0),), folder / AlignRecipe.states, 10**9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def streamed(rounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drafter that goes round, by cross-entropy on these."""
     made = tmp_path_factory.mktemp("streamed") / "draft"
-    settings = {"base": str(pretrained), "distance": "kl", "tokens": 60_000, "lr": 1e-2, "streams": 2}
-    train(recipe(folder, StreamedRecipe, **settings), made)
+    settings = {"distance": "ce", "opening": 0.0, "tokens": 40_000, "lr": 1e-2, "words": 0}
+    train(recipe(rounds, StreamedRecipe, **settings), made)
     return made
 
 
-def test_the_card_tells_what_each_stream_is_worth(folder: Path, streamed: Path) -> None:
+def test_the_card_tells_what_each_stream_is_worth(rounds: Path, streamed: Path) -> None:
     told = json.loads((streamed / "config.json").read_text())["alignment"]
-    (main,), (first, second) = told["agreement"], told["streams"]["agreement"]
-    assert main > first > second > 0.05 and len(told["streams"]["acceptance"]) == 2
-    # Without training, a stream says what its token does: not what comes later.
-    network, data = recipe(folder, StreamedRecipe, base=str(streamed), streams=2).begin(folder)
+    network, data = recipe(rounds, StreamedRecipe, base=str(streamed), words=0).begin(rounds)
+    assert isinstance(network, StreamedNetwork)
+    streams = Streams.load(streamed, load_model(streamed, "float32"))
+    assert streams is not None
+    with torch.no_grad():
+        network.vectors.copy_(streams.vectors)
     target = load_model(resolve("tiny"), "float32", backend="torch")
-    unlearned = recipe(folder, StreamedRecipe).measure(network, target, data)
-    assert float(unlearned[0].agrees.float().mean()) == pytest.approx(main, abs=0.01)
-    assert first > 1.5 * float(unlearned[1].agrees.float().mean())
+    measured = recipe(rounds, StreamedRecipe).measure(network, target, data)
+    overlaps = [float(each.overlap.mean()) for each in measured]
+    assert [*told["acceptance"], *told["streams"]["acceptance"]] == pytest.approx(overlaps, abs=1e-3)
+    assert list(map(len, (told["agreement"], told["streams"]["agreement"]))) == [1, 2]
 
 
 def passes(draft: Path, prompts: list[list[int]], streams: int) -> tuple[list[list[int]], int]:
@@ -117,17 +138,17 @@ def passes(draft: Path, prompts: list[list[int]], streams: int) -> tuple[list[li
     return [window.tokens for (window,), _ in asked], sum(spent.passes for _, spent in asked)
 
 
-def test_trained_streams_save_passes(folder: Path, streamed: Path) -> None:
-    held = Dialogues(folder, AlignRecipe.states)
-    batches = [held.batch([number]) for number in held.held_out]
-    prompts = [batch.ids[: len(batch.ids) - 12].tolist() for batch in batches]
+def test_trained_streams_save_passes(rounds: Path, streamed: Path) -> None:
+    """Windows are the same; with two streams that are right, three passes."""
+    held = Dialogues(rounds, AlignRecipe.states)
+    prompts = [held.batch([number]).ids[:12].tolist() for number in held.held_out]
     (alone, many), (beside, few) = (passes(streamed, prompts, streams) for streams in (0, 2))
-    assert alone == beside and many == 7 * len(prompts) and few < 0.85 * many
+    assert alone == beside and many == 7 * len(prompts) and few < 0.6 * many
 
 
 def test_it_is_any_drafter_s_folder(streamed: Path) -> None:
     """Of other methods, and of transformers; and with streams, tokens are plain decoding's."""
-    assert LlamaForCausalLM.from_pretrained(streamed).lm_head.weight.shape == (401, 48)
+    assert LlamaForCausalLM.from_pretrained(streamed).lm_head.weight.shape == (2048, 48)
     llm, asked = LLM("tiny", dtype="float32"), SamplingParams(max_tokens=40, temperature=0.5, seed=1)
     prompts = ["sort: 5 3 9 1", "12 + 30 ="]
     plain = [each.token_ids for each in llm.generate(prompts, asked, "plain")]

@@ -121,7 +121,7 @@ class Rollouts(SmallModelDrafter):
         # Of a pass; the rows of streams are no more.
         guesses = min(candidates * streams, STREAM_ROWS)
         self._widest = max(length, candidates) + guesses
-        # All that a tree may have pending, guesses that were wrong included, and what may come before the next one begins.
+        # All that a tree may have pending, wrong guesses included, and what may come before the next one begins.
         pending = (2 + candidates + 2 * guesses) * length + guesses
         self._sequences = Sequences(self.cache, self.length, pending + 1)
         self._requests: dict[int, Request] = {}
