@@ -2,6 +2,8 @@
 
     python benchmarks/streams.py --draft FOLDER [--model M] [--suite S] [--per-task N] [--tokens N] [--width N]
 
+`passes`: of one chain, without streams, with streams behind its last token, and with all guesses read: streams pay
+where a pass gives more tokens than it costs. Where the drafter has none, this is all, of two that know nothing.
 `anew`: windows behind every few tokens of what the target says, which know nothing of each other; numbers of streams
 take turns. `chains`: those behind all candidates of Mirror-SD's own steps, in this process, as far as they go: nobody
 waits, nothing overlaps. `steps`: with the drafter in a process and on a core of its own, from one window to the next
@@ -12,19 +14,26 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from hasten import LLM, SamplingParams
 from hasten.bench.suite import load_suite
+from hasten.cache import Cache
 from hasten.engine import Engine
 from hasten.engine.sampling.bans import Bans
 from hasten.methods.drafters.small_model import find_small_model
 from hasten.methods.systems.executors import Inline
 from hasten.methods.systems.mirror import Mirror
 from hasten.methods.systems.rollouts import Opening, Rollouts
+from hasten.methods.systems.streams import Streams
+from hasten.model import Decoder, Rows
+from hasten.model.threads import cores
 
 EVERY = 8
 """Tokens of a text from one window to the next."""
@@ -43,7 +52,7 @@ class Anew:
         sizes = options.length, options.confidence, options.width, streams
         self._made = Rollouts(checkpoint, Path(llm.folder), frozenset(), *sizes)
         self._vocabulary = llm.model.config.vocab_size
-        self.streams = 0 if self._made.streams is None else len(self._made.streams)
+        self.streams = streams
         self.windows: list[list[int]] = []
         self.passes: list[int] = []
         self.seconds: list[float] = []
@@ -84,9 +93,40 @@ class Waiting(Inline):
         return super().ask(name, *arguments)
 
 
-def anew(llm: LLM, options: argparse.Namespace, texts: Sequence[tuple[list[int], list[int]]]) -> int:
-    """Prints windows that are begun anew, and says how many streams the drafter has."""
-    most = Anew(llm, options, 8).streams
+@torch.inference_mode()
+def passes(model: Decoder, most: int) -> None:
+    """Prints what passes of one chain behind 256 tokens take, by streams, and what they must give to pay."""
+    sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
+    model.forward(Rows.of(sequence, [3] * 256, 0), ())
+    sequence.commit(256)
+    plain = quick(lambda: model.forward(Rows.of(sequence, [3], 256)))
+    print(f"passes, 0 streams: {1000 * plain:.2f} ms")
+    for count in range(1, most + 1):
+        streams = Streams(torch.zeros(count, model.config.hidden_size), len(model.layers) // 2)
+
+        def say(read: int, streams: Streams = streams) -> None:
+            said = streams.forward(model, Rows.of(sequence, [3] * read, 256), range(read), range(read))
+            streams.logits(model, said.states[-1:])
+
+        one, all_of_them = quick(partial(say, 1)), quick(partial(say, 1 + count))
+        print(
+            f"passes, {count} streams: {1000 * one:.2f} ms, with all guesses read {1000 * all_of_them:.2f} ms: "
+            f"{all_of_them / plain:.2f} tokens per pass to pay"
+        )
+
+
+def quick(call: Callable[[], object]) -> float:
+    """Seconds of a call: the tenth percentile of some, which leaves out what other processes took."""
+    times = []
+    for _ in range(60):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 10]
+
+
+def anew(llm: LLM, options: argparse.Namespace, texts: Sequence[tuple[list[int], list[int]]], most: int) -> None:
+    """Prints windows that are begun anew."""
     ways = [Anew(llm, options, streams) for streams in range(most + 1)]
     for prompt, answer in texts:
         for way in ways:
@@ -101,7 +141,6 @@ def anew(llm: LLM, options: argparse.Namespace, texts: Sequence[tuple[list[int],
             f"anew, {way.streams} streams: {passes / windows:.2f} passes per window of {tokens / windows:.2f} tokens, "
             f"{tokens / passes:.2f} tokens per pass, {1000 * median(way.seconds):.2f} ms per window{same}"
         )
-    return most
 
 
 def chains(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], most: int) -> None:
@@ -166,10 +205,19 @@ def main() -> None:
     parser.add_argument("--confidence", type=float, default=0.0)
     parser.add_argument("--process", action="store_true", help="also with the drafter in a process of its own")
     options = parser.parse_args()
+    # The last core is the drafter's.
+    torch.set_num_threads(max(1, cores() - 1))
     llm = LLM(options.model)
     prompts = [llm.tokenizer(each.prompt)["input_ids"] for each in load_suite(options.suite, options.per_task)]
-    answers = llm.generate(prompts, SamplingParams(max_tokens=options.tokens), "plain")
-    most = anew(llm, options, [(prompt, each.token_ids) for prompt, each in zip(prompts, answers, strict=True)])
+    checkpoint = find_small_model("mirror-sd", llm.engine.target, options.draft, "auto")
+    model = checkpoint.load()
+    assert isinstance(model, Decoder)
+    own = Streams.load(checkpoint.folder, model)
+    passes(model, 2 if own is None else len(own))
+    if own is None:
+        return
+    most, answers = len(own), llm.generate(prompts, SamplingParams(max_tokens=options.tokens), "plain")
+    anew(llm, options, [(prompt, each.token_ids) for prompt, each in zip(prompts, answers, strict=True)], most)
     chains(llm, options, prompts, most)
     if options.process:
         steps(llm, options, prompts, most)
