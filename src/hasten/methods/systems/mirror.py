@@ -18,6 +18,8 @@ Different from the paper:
 - A verdict that comes before the chains are ready is obeyed at once: only its own chain is finished.
 - Chains end where the drafter is not sure (`confidence`), as those of `draft-model` do, which is its serial baseline.
 - Candidates are what the middle layer makes of the request's own sampling: of grammar, bias, penalties, and noise.
+- A drafter with streams (`streams.py`) says what it says without them, in fewer passes; how many streams a pass has is
+  decided by its rows.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from hasten.train.drafters.network import DrafterNetwork
 from hasten.train.forward import additive, embedded, layer_output, turned
 from hasten.train.heads.recipe import HeadBatch
 
-FURTHER = 0.5
-"""What a stream's loss counts, over that of the stream before it; the main stream's counts 1."""
+FURTHER = 0.2
+"""What the loss of each further stream counts; the main stream's counts 1, and loses little by that."""
 
 
 class StreamedNetwork(DrafterNetwork):
@@ -111,11 +111,10 @@ class StreamedRecipe(AlignRecipe):
             told.append((rows[right >= 0], later[right >= 0], right[right >= 0]))
         total, weights = torch.zeros(()), 0.0
         logits = model.streams(batch, [rows for rows, _, _ in told])
-        for number, (mine, (_, later, right)) in enumerate(zip(logits, told, strict=True)):
-            weights += FURTHER**number
+        for mine, (_, later, right), weight in zip(logits, told, [1.0] + [FURTHER] * self.streams, strict=True):
             # Of no rows there is no mean.
             own = loss(mine, model.teacher(batch, later), right, generator) if len(later) else 0.0 * mine.sum()
-            total = total + FURTHER**number * own
+            total, weights = total + weight * own, weights + weight
         return total / weights
 
     def measured(self, model: DrafterNetwork, target: Decoder, batch: HeadBatch) -> list[Measured]:
