@@ -11,6 +11,8 @@ the same. Copies stand one behind the other, so query head h of copy c reads key
 copy c, as the grouping of the larger model has it. The head is untied from the embedding: the embedding, read by all
 copies, would give `width` times the logits.
 
+A drafter's streams are laid out in the same way.
+
 A `depth` above 1 puts depth - 1 layers of random weights behind each layer. Their output projections are `noise` times
 the usual initialisation, so that they nearly pass on what they read.
 
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from hasten.methods.systems.streams import Streams
+from hasten.model import load_model
 from hasten.model.checkpoint import read_json, resolve
 from hasten.model.tokenizer import load_tokenizer
 from hasten.tasks import TASKS, examples
@@ -133,6 +137,9 @@ def main() -> None:
     print(f"float32: {compare(small, large, texts)}", flush=True)
     large.to(getattr(torch, options.dtype)).save_pretrained(options.folder)
     tokenizer.save_pretrained(options.folder)
+    if (streams := Streams.load(source, load_model(source, "float32"))) is not None:
+        vectors = streams.vectors.repeat(1, options.width)
+        Streams(vectors, options.depth * streams.layer).save(options.folder)
     saved = LlamaForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     print(f"saved as {options.dtype}: {compare(small, saved, texts)}")
 

@@ -40,6 +40,7 @@ from hasten.methods.heads.hidden_transfer import Transfer
 from hasten.methods.heads.hydra_weights import HydraHead, HydraWeights
 from hasten.methods.heads.medusa import MedusaWeights
 from hasten.methods.heads.ppd import PromptTokens
+from hasten.methods.systems.streams import Streams
 from hasten.model.loading import read_config
 from hasten.model.weights import Piece
 from hasten.train.data import Batch
@@ -189,12 +190,18 @@ def save_diffusion_checkpoint(folder: Path, attention: str, alignment: str = "sa
 
 
 def save_checkpoint(folder: Path) -> Path:
-    """`folder/tiny` and, as its drafter, the noisy copy `folder/tiny-draft`; returns the former."""
+    """`folder/tiny` and, as its drafter, the noisy copy `folder/tiny-draft` with streams; returns the former."""
     for name, noise in (("tiny", 0.0), ("tiny-draft", 0.05)):
         make_model(noise).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     save_heads(folder / "tiny")
+    save_streams(folder / "tiny-draft")
     return folder / "tiny"
+
+
+def save_streams(folder: Path) -> None:
+    """Beside a drafter of `make_model`, streams that know nothing."""
+    Streams(Near()(torch.zeros(2, 48)), 1).save(folder)
 
 
 def save_heads(folder: Path) -> None:

@@ -414,6 +414,25 @@ def chain(model: Model, sequence: SequenceCache, count: int) -> None:
     model.forward(Rows.of(sequence, list(range(count)), sequence.length))
 
 
+def test_what_is_withdrawn_was_never_there(models: dict[str, Model]) -> None:
+    """Rows behind it stand where it stood, and see what is left."""
+    model, logits = models["llama"], []
+    for more in (0, 3):
+        sequence = new_cache(model).sequence()
+        rows = Rows.of(sequence, list(range(4 + more)), 0)
+        model.forward(rows)
+        sequence.withdraw(more)
+        rows = Rows.of(sequence, [7, 8], 4)
+        rows.spans[0].extend = True
+        logits.append(model.forward(rows))
+        assert sequence.pending == 6
+        sequence.commit(6)
+        logits.append(model.forward(Rows.of(sequence, [9], 6)))
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
+    with pytest.raises(ValueError, match="cannot withdraw 2 of 1 pending"):
+        sequence.withdraw(2)
+
+
 @pytest.mark.parametrize("kept", [-1, 5, [4], [-1], [0, 0], [1, 0], [0, 2, 1], [-1, 0], [0, 1, 2, 3, 4]])
 def test_commit_refuses_rows_that_are_not_pending(kept: int | list[int], models: dict[str, Model]) -> None:
     model = models["llama"]

@@ -18,6 +18,7 @@ SMALL = ("--hidden", "48", "--layers", "2", "--heads", "2", "--kv-heads", "1", "
         ("align", ("--epochs", "0"), "epochs must be positive"),
         ("align", ("--opening", "2"), "opening must be between"),
         ("align", ("--heads", "5"), "hidden must be an even multiple"),
+        ("align", ("--streams", "9"), "streams must be between 1 and 8"),
         ("s2d", ("--exits", "2/4"), "exits must end with 6"),
         ("s2d", ("--exits", "6"), "exits must be ascending"),
     ],
@@ -35,8 +36,12 @@ def test_drafters_are_made_of_the_same_dialogues(
     hasten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: Path
 ):
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
-    for command, method, more in (("align", "draft-model", ()), ("s2d", "s2d", ("--exits", "1/2"))):
-        folder = tmp_path / command
+    for command, method, more in (
+        ("align", "draft-model", ()),
+        ("align", "mirror-sd", ("--streams", "2")),
+        ("s2d", "s2d", ("--exits", "1/2")),
+    ):
+        folder = tmp_path / method
         few = ("train", command, *FEW, "--output", str(folder), *SMALL, *more, "--epochs", "0.5")
         made = hasten(*few, "--spec-bench", str(questions), "--json").json()
         card = json.loads((folder / "card.json").read_text())
@@ -47,4 +52,5 @@ def test_drafters_are_made_of_the_same_dialogues(
             "verify", "--model", "tiny", "--method", f"{method}:model={folder}", "--per-task", "1", "--max-tokens", "8"
         )
         assert ran.status == 0 and "identical" in ran.out
+        assert (folder / "streams.safetensors").exists() == ("streams" in card) == (method == "mirror-sd")
     assert len(list((tmp_path / "cache" / "dialogues").iterdir())) == 1

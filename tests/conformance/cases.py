@@ -59,7 +59,11 @@ VARIANTS = {
     "ppd": ["ppd:sized=false", "ppd:sized=false,nodes=30,rows=90,ranks=20"],
     # A drafter of two layers has none to compute at once: tests/methods/systems/test_easyspec.py has a deeper one.
     "easyspec": ["easyspec:confidence=0,length=4"],
-    "mirror-sd": ["mirror-sd:executor=inline", "mirror-sd:executor=inline,confidence=0,length=3,width=8"],
+    "mirror-sd": [
+        "mirror-sd:executor=inline",
+        "mirror-sd:executor=inline,confidence=0,length=3,width=8",
+        "mirror-sd:executor=inline,confidence=0,streams=0",
+    ],
     # It needs more layers than the model here has: tests/methods/test_swift.py decodes with a deeper one.
     "swift": [],
     # They need a model that fills masked positions: tests/methods/diffusion has one.

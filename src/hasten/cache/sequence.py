@@ -170,6 +170,21 @@ class SequenceCache:
         self.length += count
         self._forget_pending()
 
+    def withdraw(self, rows: int) -> None:
+        """Take back the latest so many pending rows, as if their pass had been without them.
+
+        Raises:
+            ValueError: there are not so many.
+            RollbackError: a recurrent layer has read them.
+        """
+        if not 0 <= rows <= self.pending:
+            raise ValueError(f"cannot withdraw {rows} of {self.pending} pending rows")
+        if self._left:
+            raise RollbackError(f"cannot withdraw {rows} rows: layer {self._recurrent[0]} is recurrent")
+        for group in self.groups:
+            group.withdraw(rows)
+        self.pending -= rows
+
     def crop(self, length: int) -> None:
         """Forget committed rows from `length` on, and all pending ones.
 

@@ -75,6 +75,9 @@ class GroupCache(Protocol):
     def commit(self, rows: Sequence[int]) -> None:
         """Keep the pending rows with these numbers, which ascend strictly; perhaps none."""
 
+    def withdraw(self, rows: int) -> None:
+        """Take back the latest so many pending rows."""
+
     def crop(self, count: int) -> None:
         """Forget the latest `count` rows that were committed, and all pending ones.
 
@@ -227,6 +230,10 @@ class SlotCache:
             tail.length += count
             self.length += count
         self.pending = 0
+
+    def withdraw(self, rows: int) -> None:
+        """See `GroupCache`."""
+        self.pending -= rows
 
     def crop(self, count: int) -> None:
         """See `GroupCache`; a slot per row, so that this is always possible."""

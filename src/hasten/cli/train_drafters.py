@@ -31,6 +31,7 @@ Layers = Annotated[int, typer.Option(help="Depth.")]
 Heads = Annotated[int, typer.Option(help="Query heads.")]
 KVHeads = Annotated[int, typer.Option(help="Key/value heads.")]
 Ffn = Annotated[int, typer.Option(help="Width of the MLP.")]
+StreamCount = Annotated[int, typer.Option("--streams", help="Rows behind each token that guess further ones.")]
 LossName = Annotated[str, typer.Option("--loss", help="ce, kl, tvd, tvd++, tvd++sampled or tvd++uniform.")]
 CARD = "card.json"
 
@@ -122,22 +123,24 @@ def align(
     heads: Heads = 6,
     kv_heads: KVHeads = 3,
     ffn: Ffn = 768,
+    streams: StreamCount = 0,
     distilling: Distilling = Distilling(),
     data: Data = Data(),
 ) -> None:
     """Train a small model that drafts for a model, on what it says and how likely it finds all words (2403.00858).
 
-    `draft-model` and its like find it by themselves. Everything is kept: after Ctrl-C the same command goes on.
+    `draft-model` and its like find it by themselves. With streams, `mirror-sd` needs fewer of its passes (2510.13161).
+    Everything is kept: after Ctrl-C the same command goes on.
     """
     llm = distilling.load(model)
 
     from hasten.train.drafters.align import AlignRecipe
+    from hasten.train.drafters.streams import StreamedRecipe
 
+    shape = {"hidden": hidden, "layers": layers, "attention_heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+    told = {**distilling.settings(llm, base), "distance": loss, **shape}
     # Refuses what cannot be before anything is made.
-    recipe = AlignRecipe(
-        **distilling.settings(llm, base), distance=loss, hidden=hidden, layers=layers, attention_heads=heads,
-        kv_heads=kv_heads, ffn=ffn,
-    )  # fmt: skip
+    recipe = StreamedRecipe(**told, streams=streams) if streams else AlignRecipe(**told)
     distilling.train(llm, recipe, data, output, "draft", "draft-model")
 
 

@@ -160,7 +160,7 @@ def joined(x: Tensor, rows: Rows, layer: int) -> Tensor:
     """The residual stream [rows, hidden] at a layer's input, with the rows that enter there."""
     for first, source, join in rows.joins:
         if join.layer == layer:
-            x[first : first + len(join.matrices)] = (join.matrices @ x[source].float()).to(x.dtype)
+            x[first : first + len(join)] = join.of(x[source]).to(x.dtype)
     return x
 
 

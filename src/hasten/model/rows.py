@@ -126,21 +126,44 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """Rows that enter a pass in its middle, as linear maps of another row's state there.
+    """Rows that enter a pass in its middle, made of another row's state there: by a linear map, a vector, or both.
 
     Below their layer they are nothing: what happens to them there is left open, and no other row may see them.
 
     Attributes:
         layer: at whose input they enter.
-        matrices: float32 [rows, hidden, hidden], contiguous.
+        matrices: float32 [rows, hidden, hidden], contiguous; None leaves the state as it is.
+        vectors: float32 [rows, hidden], contiguous, which are added; None adds nothing.
+
+    Raises:
+        ValueError: neither of the two.
     """
 
     layer: int
-    matrices: Tensor
+    matrices: Tensor | None = None
+    vectors: Tensor | None = None
 
-    def address(self, row: int) -> int:
-        """Of a row's matrix in memory."""
-        return self.matrices.data_ptr() + row * self.matrices.stride(0) * self.matrices.itemsize
+    def __post_init__(self) -> None:
+        if self.matrices is None and self.vectors is None:
+            raise ValueError("rows that join need matrices or vectors")
+
+    def __len__(self) -> int:
+        given = self.vectors if self.matrices is None else self.matrices
+        assert given is not None
+        return len(given)
+
+    def of(self, state: Tensor) -> Tensor:
+        """As what the rows enter, float32 [rows, hidden], where their source's state [hidden] is this one."""
+        mapped = state.float() if self.matrices is None else self.matrices @ state.float()
+        return (mapped if self.vectors is None else mapped + self.vectors).expand(len(self), -1)
+
+    def addresses(self, row: int) -> tuple[int | None, int | None]:
+        """Of a row's matrix and of its vector in memory."""
+        return _address(self.matrices, row), _address(self.vectors, row)
+
+
+def _address(tensor: Tensor | None, row: int) -> int | None:
+    return None if tensor is None else tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
 @dataclass

@@ -76,9 +76,14 @@ def embedded(
     """What the first layer reads [rows, length, width], and (cos, sin) of its positions; as of `layer_outputs`."""
     if positions is None:
         positions = torch.arange(ids.shape[1])[None]
-    cos, sin = model.model.rotary_emb(model.model.norm.weight, positions)
     x = F.embedding(ids, model.model.embed_tokens.weight).to(dtype)
-    return x, (cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2))
+    return x, turned(model, positions, dtype)
+
+
+def turned(model: LlamaForCausalLM, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of some positions [rows or 1, length], each [rows or 1, length, 1, head size] in `dtype`."""
+    cos, sin = model.model.rotary_emb(model.model.norm.weight, positions)
+    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
 
 
 def layer_output(

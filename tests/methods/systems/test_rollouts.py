@@ -23,13 +23,13 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def made(tiny: Path):
-    """made(length=4, confidence=0, width=3): the small model beside the target."""
+@pytest.fixture(params=[0, 2], ids=["alone", "streams"])
+def made(tiny: Path, request: pytest.FixtureRequest):
+    """made(length=4, confidence=0, width=3): the small model beside the target, with and without its streams."""
 
     def make(length: int = 4, confidence: float = 0.0, width: int = 3) -> Rollouts:
         checkpoint = SmallCheckpoint(Path(f"{tiny}-draft"), "float32", "cpu", "auto")
-        return Rollouts(checkpoint, tiny, frozenset({1}), length, confidence, width)
+        return Rollouts(checkpoint, tiny, frozenset({1}), length, confidence, width, request.param)
 
     return make
 

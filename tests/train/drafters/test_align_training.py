@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_drafters import recipe
 from transformers import LlamaForCausalLM
 
 from hasten import LLM, SamplingParams
@@ -18,35 +19,9 @@ from hasten.model.checkpoint import resolve
 from hasten.train.drafters.align import AlignRecipe, Measured
 from hasten.train.drafters.network import projected
 from hasten.train.drafters.sorted import SortedRecipe, best_threshold, first_sure
-from hasten.train.heads.dialogues import Writing, write_dialogues
-from hasten.train.heads.recipe import DIALOGUES, Dialogues
-from hasten.train.heads.states import read_states
+from hasten.train.heads.recipe import Dialogues
 from hasten.train.trainer import train
 from helpers import stopped_at
-
-SMALL = {"hidden": 48, "layers": 2, "attention_heads": 2, "kv_heads": 1, "ffn": 96, "words": 400, "precision": "fp32"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues of `tiny`, and its states."""
-    llm, made = LLM("tiny", dtype="float32"), tmp_path_factory.mktemp("data")
-    dialogues = write_dialogues(llm, made / DIALOGUES, Writing(count=160, answer=40))
-    read_states(llm, dialogues, (("final_norm", 0),), made / AlignRecipe.states, 10**9)
-    return made
-
-
-def recipe(folder: Path, kind: type[AlignRecipe] = AlignRecipe, **settings: object) -> AlignRecipe:
-    given = {"parent": "tiny", "data": str(folder), "tokens": 8000, "batch_tokens": 512, "lr": 3e-3}
-    return kind(**{**given, **SMALL, **settings})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def pretrained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By cross-entropy alone."""
-    made = tmp_path_factory.mktemp("pretrained") / "draft"
-    train(recipe(folder, distance="ce", opening=0.0, tokens=60_000, lr=1e-2), made)
-    return made
 
 
 def acceptance(folder: Path) -> float:

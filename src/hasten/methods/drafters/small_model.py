@@ -427,8 +427,12 @@ class SmallModelDrafter(Drafter):
     ) -> Tensor:
         device = self.model.device
         rows = Rows(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), spans)
-        return self.drafted(rows, wanted) if drafted else self.model.forward(rows, wanted)
+        return self.drafted(rows, wanted) if drafted else self.committed(rows, wanted)
 
     def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        """The pass over nodes of drafts; see `Model.forward`. Committed tokens are always read by the model itself."""
+        """The pass over nodes of drafts; see `Model.forward`."""
+        return self.model.forward(rows, wanted)
+
+    def committed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        """The pass over tokens of the text; see `Model.forward`."""
         return self.model.forward(rows, wanted)

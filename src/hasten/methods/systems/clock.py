@@ -15,6 +15,7 @@ class Clock:
         places: how often the one that was right stood at which place among its row's candidates, from 0 on.
         below, looking, above: of the target: the layers below the middle; the candidates; the rest of the step.
         rolling, fallback: of the drafter: chains behind candidates; windows begun anew.
+        passes: of the drafter that were to say something.
         overlapped: the larger of `above` and `rolling`, step by step.
         waiting: until the next window was there.
         step: from one window to the next.
@@ -28,6 +29,7 @@ class Clock:
     above: float = 0.0
     rolling: float = 0.0
     fallback: float = 0.0
+    passes: int = 0
     overlapped: float = 0.0
     waiting: float = 0.0
     step: float = 0.0

@@ -20,6 +20,7 @@ import hasten
 from hasten.errors import UserError
 from hasten.methods.drafters.small_model import SmallCheckpoint
 from hasten.methods.systems.rollouts import Rollouts
+from hasten.methods.systems.streams import MOST
 
 WORKER = "hasten.methods.systems.worker"
 PATIENCE = 5.0
@@ -33,6 +34,7 @@ class Setup:
     Attributes:
         cores: numbers of those that it computes on.
         pinned: whether the system is to keep it there.
+        streams: of the small model, at most.
     """
 
     checkpoint: SmallCheckpoint
@@ -43,6 +45,7 @@ class Setup:
     width: int
     cores: tuple[int, ...]
     pinned: bool
+    streams: int = MOST
 
     def rollouts(self) -> Rollouts:
         """Loads the model.
@@ -50,7 +53,8 @@ class Setup:
         Raises:
             UserError: a checkpoint that cannot be loaded.
         """
-        return Rollouts(self.checkpoint, self.target, self.end_ids, self.length, self.confidence, self.width)
+        sizes = self.length, self.confidence, self.width, self.streams
+        return Rollouts(self.checkpoint, self.target, self.end_ids, *sizes)
 
 
 class Executor(Protocol):

@@ -18,6 +18,8 @@ Different from the paper:
 - A verdict that comes before the chains are ready is obeyed at once: only its own chain is finished.
 - Chains end where the drafter is not sure (`confidence`), as those of `draft-model` do, which is its serial baseline.
 - Candidates are what the middle layer makes of the request's own sampling: of grammar, bias, penalties, and noise.
+- A drafter with streams (`streams.py`) says what it says without them, in fewer passes; how many streams a pass has is
+  decided by its rows.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ from hasten.engine.memory import logits_bytes
 from hasten.errors import UserError, require
 from hasten.methods.drafters.drawing import likeliest, processed
 from hasten.methods.drafters.small_model import find_small_model
+from hasten.methods.systems.chains import Window
 from hasten.methods.systems.clock import Clock
 from hasten.methods.systems.executors import Executor, Inline, Process, Setup
-from hasten.methods.systems.rollouts import Opening, Spent, Window
+from hasten.methods.systems.rollouts import Opening, Spent
+from hasten.methods.systems.streams import MOST
 from hasten.model import Decoder
 from hasten.model.threads import cores, spare_cores
 
@@ -69,6 +73,7 @@ class MirrorParameters:
         cores: of the drafter's process, the last of those that this process may use.
         pin: whether it is kept there.
         dtype: of the drafter's weights.
+        streams: of the drafter that guess further tokens in each of its passes, at most; it may have none.
 
     Raises:
         UserError: out of range.
@@ -83,6 +88,7 @@ class MirrorParameters:
     cores: int = 1
     pin: bool = True
     dtype: str = "auto"
+    streams: int = MOST
 
     def __post_init__(self) -> None:
         checks = (
@@ -92,6 +98,7 @@ class MirrorParameters:
             (0 <= self.confidence <= 1, "confidence must be between 0 and 1"),
             (self.executor in ("auto", "process", "inline"), "executor must be auto, process or inline"),
             (self.cores >= 1, "cores must be at least 1"),
+            (0 <= self.streams <= MOST, f"streams must be between 0 and {MOST}"),
         )
         require(checks, "mirror-sd")
 
@@ -139,7 +146,8 @@ class Mirror(Drafter):
         own = tuple(mine[-parameters.cores :])
         length, confidence, width = parameters.length, parameters.confidence, parameters.width
         spelled = checkpoint.folder if target.folder is None else Path(target.folder)
-        setup = Setup(checkpoint, spelled, target.end_ids, length, confidence, width, own, parameters.pin)
+        sizes = length, confidence, width, own, parameters.pin, parameters.streams
+        setup = Setup(checkpoint, spelled, target.end_ids, *sizes)
         shares = spare_cores() >= parameters.cores and CAN_START
         if parameters.executor == "process" or (parameters.executor == "auto" and shares):
             return Process(setup)
@@ -277,6 +285,7 @@ class Mirror(Drafter):
             clock.above += asked_at - told
             clock.rolling += spent.rollouts
             clock.fallback += spent.fallback
+            clock.passes += spent.passes
             clock.overlapped += max(asked_at - told, spent.rollouts)
             clock.waiting += now - asked_at
             clock.step += now - began

@@ -4,22 +4,26 @@ Each request has a tree below its last token: the *window* that is being verifie
 that the target's middle layer takes for its answer there (*candidates*), and behind each of these the chain that the
 small model goes on with. When the verdict comes, one of the chains is the next window, or the small model starts anew.
 
+A small model with streams (`streams.py`) guesses further tokens of each chain, and reads them with the next one that it
+says; the chains are those that it says without.
+
 `Rollouts` knows requests by their ids, and is told tokens only, so it may live in another process.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hasten.engine import ROOT, Draft, Observation, Request
+from hasten.engine import Draft, Observation, Request
 from hasten.engine.prompt import EMBEDDED
 from hasten.engine.sampling.bans import Bans
 from hasten.engine.sampling.grammar import Grammars, GrammarState
@@ -27,14 +31,15 @@ from hasten.engine.sampling.params import SamplingParams
 from hasten.engine.sampling.sampler import Sampler
 from hasten.engine.stopping import Stopper
 from hasten.methods.drafters.sequences import Sequences
-from hasten.methods.drafters.small_model import Growth, SmallCheckpoint, SmallModelDrafter
+from hasten.methods.drafters.small_model import SmallCheckpoint, SmallModelDrafter
+from hasten.methods.systems.chains import Source, Tree, Window
+from hasten.methods.systems.streams import MOST, Streams
+from hasten.model import Decoder, Rows
 from hasten.model.tokenizer import load_tokenizer
 
-EVERYTHING = 1 << 30
-"""More nodes, and levels, than a tree has."""
-
-Source = Literal["hit", "miss", "cold"]
-"""How a window came: as a candidate's chain; by starting anew where none of them was right; or as the first one."""
+STREAM_ROWS = 32
+"""Rows of a pass with streams at most, theirs included: where there are many chains, there are fewer streams or none.
+The paper has fewer for more requests, too; on a processor, rows cost more."""
 
 
 @dataclass(frozen=True)
@@ -69,122 +74,13 @@ class Opening:
         return cls(request.id, prompt, params, request.choice, sampler.vocabulary, sampler.bans, left)
 
 
-class Window(NamedTuple):
-    """A chain to be verified, and the probability that the target agrees so far, per token."""
-
-    tokens: list[int]
-    estimates: list[float]
-    source: Source
-
-
 class Spent(NamedTuple):
-    """Seconds of the drafter since the verdict before: on chains behind candidates, and on windows begun anew."""
+    """Of the drafter since the verdict before: seconds on chains behind candidates, and on windows begun anew; and its
+    passes that were to say something."""
 
     rollouts: float
     fallback: float
-
-
-class Tree(Growth):
-    """A request's window, and what may come behind it.
-
-    Args:
-        length: of each chain, at most.
-        confidence: a chain ends when all of it together has less probability.
-
-    Attributes:
-        branches: candidates by how many of the window's tokens are accepted before them, and what they say.
-        chains: nodes that the small model adds, by what they start behind: ROOT (the window) or a candidate.
-        source: how the window came.
-    """
-
-    def __init__(self, drafter: Rollouts, request: Request, source: Source) -> None:
-        super().__init__(drafter, request, EVERYTHING, EVERYTHING)
-        self._most, self._confidence = drafter.chain, drafter.confidence
-        self.source: Source = source
-        self.branches: dict[tuple[int, int], int] = {}
-        self.chains: dict[int, list[int]] = {ROOT: []}
-        self._start: dict[int, int] = {ROOT: ROOT}
-        self._chances: dict[int, float] = {}
-
-    @property
-    def window(self) -> list[int]:
-        """Its nodes."""
-        return self.chains[ROOT]
-
-    @property
-    def unfed(self) -> list[int]:
-        """Nodes of the window that the small model has not read."""
-        return [node for node in self.window if self.row(node) is None]
-
-    def shown(self) -> Window:
-        """The window as the target gets it."""
-        draft = self.draft
-        tokens = [draft.tokens[node] for node in self.window]
-        return Window(tokens, [draft.estimates[node] for node in self.window], self.source)
-
-    def grow(self, logits: Tensor) -> None:
-        """One more token for each chain whose last node is read now; other nodes are read for those behind them."""
-        tips: list[int] = []
-        for node, children in zip(self.frontier, self.children(logits, 1), strict=True):
-            start = self._start[node]
-            drawn = next(children, None) if node == self._tip(start) else None
-            if drawn is not None:
-                tips.append(self._append(start, *drawn))
-        self.frontier = list(filter(self._goes_on, tips))
-
-    def consider(self, accepted: int, tokens: Sequence[int]) -> None:
-        """Grow chains behind candidates, which follow so many accepted tokens of the window."""
-        parent = self.window[accepted - 1] if accepted else ROOT
-        for token in tokens:
-            node = self.add(parent, token, 1.0)
-            self.values[node] = 1.0
-            self.branches[accepted, token] = node
-            self.chains[node], self._start[node] = [], node
-            if self._goes_on(node):
-                self.frontier.append(node)
-
-    def follow(self, came: Sequence[int]) -> tuple[int | None, list[int]]:
-        """What the tree has behind tokens that came, and the rows of the small model's latest passes that are theirs.
-
-        Returns:
-            The start of a chain, None where there is none; numbers of pending rows.
-        """
-        if not came:
-            return ROOT, []
-        accepted = self.window[: len(came) - 1]
-        if [self.draft.tokens[node] for node in accepted] != list(came[:-1]):
-            return None, []
-        start = self.branches.get((len(accepted), came[-1]))
-        nodes = accepted if start is None else [*accepted, start]
-        return start, [row for row in map(self.row, nodes) if row is not None]
-
-    def adopt(self, other: Tree, start: int) -> None:
-        """Take another tree's chain as the window, as far as it has grown."""
-        above = start
-        for node in other.chains[start]:
-            token = other.draft.tokens[node]
-            case = other.matching.cases.get((above, token))
-            if case is not None:
-                self.matching.cases[self._tip(ROOT), token] = case
-            self._append(ROOT, token, other._chances[node])
-            above = node
-        # Where it may go on, all of it has to be read again: rows behind other tokens are gone.
-        if self.window:
-            self.frontier = self.window.copy() if self._goes_on(self.window[-1]) else []
-
-    def _append(self, start: int, token: int, chance: float) -> int:
-        node = self.add(self._tip(start), token, chance)
-        self.chains[start].append(node)
-        self._start[node], self._chances[node] = start, chance
-        return node
-
-    def _tip(self, start: int) -> int:
-        return self.chains[start][-1] if self.chains[start] else start
-
-    def _goes_on(self, node: int) -> bool:
-        """Whether something is drafted behind a node: not behind the end of a text, nor beyond any limit."""
-        short = len(self.chains[self._start[node]]) < self._most and len(self.paths[node]) < self.depth
-        return short and self.draft.tokens[node] not in self.closed and self.values[node] >= self._confidence
+    passes: int
 
 
 class Rollouts(SmallModelDrafter):
@@ -194,11 +90,15 @@ class Rollouts(SmallModelDrafter):
         checkpoint: of the small model, which is loaded.
         target: folder or file of the target, whose tokenizer constraints are compiled with.
         end_ids: that end the target's texts.
-        length, confidence: see `Tree`.
+        length, confidence: of chains, see `Tree`.
         width: candidates per row, at most.
+        streams: of the small model, at most; it may have none.
+
+    Attributes:
+        streams: None where there are none.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded.
+        UserError: a checkpoint that cannot be loaded, or damaged streams.
     """
 
     def __init__(
@@ -209,18 +109,27 @@ class Rollouts(SmallModelDrafter):
         length: int,
         confidence: float,
         width: int,
+        streams: int = MOST,
     ) -> None:
         super().__init__(checkpoint.load(), end_ids)
+        own = Streams.load(checkpoint.folder, self.model) if isinstance(self.model, Decoder) else None
+        self.streams = None if own is None else own.first(streams)
         self._target = target
         self._grammars: Grammars | None = None
-        self.chain, self.confidence = length, confidence
-        candidates = width * (length + 1)
-        self._widest = max(length, candidates)
-        # All that a tree may have pending, and what may come before the next one begins.
-        self._sequences = Sequences(self.cache, self.length, 2 * length + candidates * length + 1)
+        self._length, self._confidence = length, confidence
+        candidates, streams = width * (length + 1), 0 if self.streams is None else len(self.streams)
+        # Of a pass; the rows of streams are no more.
+        guesses = min(candidates * streams, STREAM_ROWS)
+        self._widest = max(length, candidates) + guesses
+        # All that a tree may have pending, wrong guesses included, and what may come before the next one begins.
+        pending = (2 + candidates + 2 * guesses) * length + guesses
+        self._sequences = Sequences(self.cache, self.length, pending + 1)
         self._requests: dict[int, Request] = {}
         self._trees: dict[int, Tree] = {}
-        self._rolled = 0.0
+        self._now: Streams | None = None
+        self._asked: list[int] = []
+        self._states: Tensor | None = None
+        self._rolled, self._passes = 0.0, 0
 
     def open(self, opening: Opening) -> None:
         """A request begins, or is begun again."""
@@ -272,7 +181,10 @@ class Rollouts(SmallModelDrafter):
         return self._widest
 
     def start(self, request: Request, budget: int) -> Tree:
-        return Tree(self, request, "cold")
+        return self._tree(request, "cold")
+
+    def _tree(self, request: Request, source: Source) -> Tree:
+        return Tree(self, request, self._length, self._confidence, source)
 
     @torch.inference_mode()
     def windows(self, asked: Sequence[tuple[int, Sequence[int]]]) -> tuple[list[Window], Spent]:
@@ -285,13 +197,14 @@ class Rollouts(SmallModelDrafter):
         trees = [self._advance(self._requests[request], came) for request, came in asked]
         fresh = [tree for tree in trees if tree.frontier and not tree.window]
         if fresh:
-            self._grow(fresh, self._read(fresh))
+            self._say(fresh, self._read)
         while active := [tree for tree in trees if tree.frontier]:
-            self._grow(active, self._expand(active))
+            self._say(active, self._expand)
         for tree in trees:
-            self.beliefs.drafted(tree.request, tree.matching, tree.draft.subset(tree.window))
+            self.beliefs.drafted(tree.request, *tree.judged())
         rolled, seconds, self._rolled = self._rolled, time.perf_counter() - started, 0.0
-        spent = Spent(rolled, seconds) if fresh else Spent(rolled + seconds, 0.0)
+        passes, self._passes = self._passes, 0
+        spent = Spent(rolled, seconds, passes) if fresh else Spent(rolled + seconds, 0.0, passes)
         return [tree.shown() for tree in trees], spent
 
     @torch.inference_mode()
@@ -320,9 +233,47 @@ class Rollouts(SmallModelDrafter):
             return False
         started = time.perf_counter()
         self.ahead()
-        self._grow(trees, self._expand(trees))
+        self._say(trees, self._expand)
         self._rolled += time.perf_counter() - started
         return True
+
+    def _say(self, trees: Sequence[Tree], evaluate: Callable[[Sequence[Tree]], Tensor]) -> None:
+        """A pass, what the small model says in it, and what its streams guess behind that."""
+        starts = list(accumulate((len(tree.frontier) for tree in trees), initial=0))
+        self._asked = [start + row for start, tree in zip(starts, trees, strict=False) for row in tree.asked]
+        room = STREAM_ROWS - starts[-1]
+        fits = max(0, room // len(self._asked)) if self._asked else 0
+        self._now = None if self.streams is None else self.streams.first(fits)
+        self._grow(trees, evaluate(trees))
+        self._passes += 1
+        if self._now is None:
+            return
+        assert isinstance(self.model, Decoder) and self._states is not None
+        number = {row: place for place, row in enumerate(self._asked)}
+        heard = [
+            [row for row in tree.behind if start + row in number] for start, tree in zip(starts, trees, strict=False)
+        ]
+        places = [number[start + row] for start, rows in zip(starts, heard, strict=False) for row in rows]
+        if not places:
+            return
+        logits, offset = self._now.logits(self.model, self._states[places]), 0
+        for tree, rows in zip(trees, heard, strict=True):
+            tree.foresee(rows, logits[offset : offset + len(rows)])
+            offset += len(rows)
+
+    def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        return self._passed(rows, wanted)
+
+    def committed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        return self._passed(rows, wanted)
+
+    def _passed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        """A pass, with the streams that are asked."""
+        if self._now is None or not wanted:
+            return self.model.forward(rows, wanted)
+        assert isinstance(self.model, Decoder)
+        logits, self._states = self._now.forward(self.model, rows, wanted, [wanted[each] for each in self._asked])
+        return logits
 
     def _advance(self, request: Request, came: Sequence[int]) -> Tree:
         """A request's next tree, with what the one before has of it, behind tokens that came."""
@@ -336,7 +287,7 @@ class Rollouts(SmallModelDrafter):
         nothing = torch.empty(0, 0)
         self.beliefs.observe(request, Observation(Draft(), [], list(came), nothing, {}))
         source: Source = "cold" if before is None else "miss" if start is None else "hit"
-        tree = self._trees[request.id] = Tree(self, request, source)
+        tree = self._trees[request.id] = self._tree(request, source)
         if before is not None and start is not None:
             tree.adopt(before, start)
         return tree

@@ -200,9 +200,9 @@ class NativeBackend:
         ]
         tapped = (TapStruct * len(sites))(*sites)
         entering = [
-            JoinStruct(layer=join.layer, row=first + place, source=source, matrix=join.address(place))
+            JoinStruct(join.layer, first + place, source, *join.addresses(place))
             for first, source, join in rows.joins
-            for place in range(len(join.matrices))
+            for place in range(len(join))
         ]
         joins = (JoinStruct * len(entering))(*entering)
         late = _late(count, entering)

@@ -176,7 +176,10 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             share(batch.joins * hidden, [&](int64_t item) {
                 const Join &own = batch.join[item / hidden];
                 const int64_t i = item % hidden;
-                if (own.layer == l) now[own.row * hidden + i] = dot(own.matrix + i * hidden, now + own.source * hidden, hidden);
+                if (own.layer != l) return;
+                const float *state = now + own.source * hidden;
+                const float mapped = own.matrix ? dot(own.matrix + i * hidden, state, hidden) : state[i];
+                now[own.row * hidden + i] = own.vector ? mapped + own.vector[i] : mapped;
             });
         };
         // A layer up to its attention, for the spans whose slots are known.

@@ -323,10 +323,11 @@ struct Gate {
     int64_t *left;          // [rows], layers that a row still passes by; below 0 it never does
     uint8_t *skipped;       // [layers][rows], which it did: zeros at first
 };
-// A row that enters at a layer's input: matrix [hidden][hidden] times the state of another row there.
+// A row that enters at a layer's input: the state of another row there, mapped and moved.
 struct Join {
     int64_t layer, row, source;
-    const float *matrix;
+    const float *matrix;  // [hidden][hidden], or null
+    const float *vector;  // [hidden], or null
 };
 struct Batch {
     int64_t rows;

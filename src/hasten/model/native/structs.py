@@ -89,9 +89,12 @@ class GateStruct(ctypes.Structure):
 
 
 class JoinStruct(ctypes.Structure):
-    """A row that enters at a layer, as a matrix times another row's state."""
+    """A row that enters at a layer, made of another row's state."""
 
-    _fields_: ClassVar[Any] = [*((name, c_int64) for name in ("layer", "row", "source")), ("matrix", c_void_p)]
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in ("layer", "row", "source")),
+        *(("matrix", c_void_p), ("vector", c_void_p)),
+    ]
 
 
 class BatchStruct(ctypes.Structure):

@@ -23,7 +23,7 @@ from hasten.methods.drafters.words import TOKEN_MAP, VOCABULARY
 from hasten.model import Decoder, load_model
 from hasten.model.checkpoint import read_json, resolve
 from hasten.model.tokenizer import same_vocabulary, vocabulary_digest
-from hasten.train.drafters.losses import LOSSES, overlap
+from hasten.train.drafters.losses import LOSSES, Loss, overlap
 from hasten.train.drafters.network import DrafterNetwork, from_nothing, small_config
 from hasten.train.heads.recipe import Dialogues, Epoch, HeadBatch, HeadRecipe
 from hasten.train.recipe import muon
@@ -50,6 +50,40 @@ class Measured:
     overlap: Tensor
     agrees: Tensor
     confidence: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Measured]) -> Measured:
+        """The rows of all parts."""
+        rows = [(each.overlap, each.agrees, each.confidence) for each in parts]
+        return cls(*map(torch.cat, zip(*rows, strict=True)))
+
+
+def compared(model: DrafterNetwork, target: Decoder, states: Tensor, exits: Sequence[Tensor]) -> list[Measured]:
+    """What exits are worth on some rows.
+
+    Args:
+        states: float32 [rows, hidden], of the target.
+        exits: of each, the drafter's logits [rows, words].
+    """
+    words = slice(None) if model.words is None else model.words
+    found: list[list[Measured]] = [[] for _ in exits]
+    for start in range(0, max(1, len(states)), MEASURED_ROWS):
+        some = slice(start, start + MEASURED_ROWS)
+        q = target.head.forward(states[some]).float().softmax(-1)
+        likeliest = model.number_of[q.argmax(-1)]
+        for mine, logits in zip(found, exits, strict=True):
+            p = logits[some].softmax(-1)
+            best = p.max(-1)
+            mine.append(Measured(overlap(p, q[:, words][:, : p.shape[1]]), best.indices == likeliest, best.values))
+    return list(map(Measured.joined, found))
+
+
+def worth(measured: Sequence[Measured]) -> dict[str, list[float]]:
+    """On the average of all rows, as configurations tell it."""
+    return {
+        "acceptance": [round(float(each.overlap.mean()), 4) for each in measured],
+        "agreement": [round(float(each.agrees.float().mean()), 4) for each in measured],
+    }
 
 
 @dataclass(frozen=True)
@@ -100,9 +134,15 @@ class AlignRecipe(HeadRecipe[DrafterNetwork]):
         else:
             words = dialogues.words(self.words, vocabulary)
             model = self._fresh(target, words)
-        exits = self.exits or (model.config.num_hidden_layers,)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return DrafterNetwork(model, words, target.head.dequant().float(), exits, dtype)
+        return self.network(model, words, target.head.dequant().float(), dtype)
+
+    def network(
+        self, model: LlamaForCausalLM, words: Tensor | None, head: Tensor, dtype: torch.dtype
+    ) -> DrafterNetwork:
+        """What is trained; arguments as of `DrafterNetwork`."""
+        exits = self.exits or (model.config.num_hidden_layers,)
+        return DrafterNetwork(model, words, head, exits, dtype)
 
     def _fresh(self, target: Decoder, words: Tensor | None) -> LlamaForCausalLM:
         table = target.embedding.float() if words is None else target.embedding[words].float()
@@ -150,7 +190,7 @@ class AlignRecipe(HeadRecipe[DrafterNetwork]):
 
     def loss(self, model: DrafterNetwork, batch: HeadBatch, progress: float, generator: torch.Generator) -> Tensor:
         """Of all exits alike, in rows whose answer is a word: where q over the words is most of q."""
-        loss = LOSSES[WARMING if progress < self.opening else self.distance]
+        loss = self.loss_at(progress)
         rows, right = model.rows(batch)
         rows, right = rows[right >= 0], right[right >= 0]
         if not len(rows):
@@ -159,38 +199,37 @@ class AlignRecipe(HeadRecipe[DrafterNetwork]):
         losses = [loss(mine, teacher, right, generator) for mine in model.logits(batch, rows)]
         return torch.stack(losses).mean()
 
+    def loss_at(self, progress: float) -> Loss:
+        """The loss that the run has now."""
+        return LOSSES[WARMING if progress < self.opening else self.distance]
+
     @torch.inference_mode()
     def measure(self, model: DrafterNetwork, target: Decoder, dialogues: Dialogues) -> list[Measured]:
-        """Each exit, against the target's whole distribution."""
-        words = slice(None) if model.words is None else model.words
-        found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in model.exits]
-        for batch in dialogues.batches(dialogues.held_out, self.batch_tokens):
-            rows, _ = model.rows(batch)
-            exits = list(model.logits(batch, rows))
-            for start in range(0, len(rows), MEASURED_ROWS):
-                some = slice(start, start + MEASURED_ROWS)
-                q = target.head.forward(batch.states[rows[some], 0]).float().softmax(-1)
-                likeliest = model.number_of[q.argmax(-1)]
-                for mine, logits in zip(found, exits, strict=True):
-                    p = logits[some].softmax(-1)
-                    best = p.max(-1)
-                    mine.append((overlap(p, q[:, words][:, : p.shape[1]]), best.indices == likeliest, best.values))
-        return [Measured(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
+        """Each exit, against the target's whole distribution; and behind them what else the network drafts with."""
+        batches = dialogues.batches(dialogues.held_out, self.batch_tokens)
+        found = [self.measured(model, target, batch) for batch in batches]
+        return [Measured.joined(parts) for parts in zip(*found, strict=True)]
+
+    def measured(self, model: DrafterNetwork, target: Decoder, batch: HeadBatch) -> list[Measured]:
+        """The same on one batch."""
+        rows, _ = model.rows(batch)
+        return compared(model, target, batch.states[rows, 0], list(model.logits(batch, rows)))
 
     def export(self, model: DrafterNetwork, folder: Path) -> None:
         """Write a folder as transformers does, whose configuration says whose drafter it is, and how good."""
         target, dialogues = load_model(resolve(self.parent), "float32", backend="torch"), self.opened()
         measured = self.measure(model, target, dialogues)
+        exits, further = measured[: len(model.exits)], measured[len(model.exits) :]
         said = {
             "alignment": {
                 "target": Path(self.parent).name,
                 "loss": self.distance,
                 "dialogues": len(dialogues.states),
                 "held_out": len(dialogues.held_out),
-                "acceptance": [round(float(each.overlap.mean()), 4) for each in measured],
-                "agreement": [round(float(each.agrees.float().mean()), 4) for each in measured],
+                **worth(exits),
+                **({"streams": worth(further)} if further else {}),
             },
-            **self.told(model, target, measured),
+            **self.told(model, target, exits),
         }
         tokenizer = load_tokenizer(resolve(self.parent))
         if model.words is None:

@@ -48,20 +48,30 @@ class DrafterNetwork(nn.Module):
 
     def logits(self, batch: HeadBatch, rows: Tensor) -> Iterator[Tensor]:
         """The model's own, float32 [n, words], behind each exit."""
-        lengths = batch.dialogue.bincount()
-        starts = lengths.cumsum(0) - lengths
-        place = torch.arange(len(batch.ids)) - starts[batch.dialogue]
-        # Dialogues side by side, padded on the right: with a causal mask no token sees the padding.
-        numbers = self.number_of[batch.ids]
-        numbers = torch.where(numbers < 0, len(self.head), numbers)
-        ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
-        ids[batch.dialogue, place] = numbers
+        ids, place = self.aligned(batch)
         causal = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         outputs = layer_outputs(self.model, ids, additive(causal, self.dtype), None, self.dtype)
         for depth, x in enumerate(outputs, 1):
             if depth in self.exits:
-                states = normalised(self.model, x[batch.dialogue[rows], place[rows]])
-                yield forward.logits(self.model, states)[:, : len(self.head)]
+                yield self.said(x[batch.dialogue[rows], place[rows]])
+
+    def aligned(self, batch: HeadBatch) -> tuple[Tensor, Tensor]:
+        """int64 [dialogues, length]: dialogues side by side, as the model reads them; and each row's place in its own.
+
+        Padded on the right: with a causal mask no token sees the padding.
+        """
+        lengths = batch.dialogue.bincount()
+        starts = lengths.cumsum(0) - lengths
+        place = torch.arange(len(batch.ids)) - starts[batch.dialogue]
+        numbers = self.number_of[batch.ids]
+        numbers = torch.where(numbers < 0, len(self.head), numbers)
+        ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
+        ids[batch.dialogue, place] = numbers
+        return ids, place
+
+    def said(self, x: Tensor) -> Tensor:
+        """Logits, float32 [n, words], of some outputs of a layer [n, width]."""
+        return forward.logits(self.model, normalised(self.model, x))[:, : len(self.head)]
 
 
 def from_nothing(config: LlamaConfig, table: Tensor, seed: int) -> LlamaForCausalLM:
