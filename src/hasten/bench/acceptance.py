@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ KEPT = ("category", "questions", "tokens_per_step", "acceptance_by_depth", "iden
 """Of a row of `hasten bench`, what does not depend on the machine."""
 
 
-def chosen(file: Path) -> list[BenchPrompt]:
+Questions = list[BenchPrompt]
+
+
+def chosen(file: Path) -> Questions:
     """The questions of Spec-Bench's file that cards are of.
 
     Raises:
@@ -30,7 +33,7 @@ def chosen(file: Path) -> list[BenchPrompt]:
 
 
 def acceptance(
-    llm: LLM, method: str, prompts: Sequence[BenchPrompt], report: Callable[[int], None] = lambda done: None
+    llm: LLM, method: str, prompts: Questions, report: Callable[[int], None] = lambda done: None
 ) -> list[dict[str, Any]]:
     """Greedy drafts of a method beside plain decoding: a row per category, and `overall`.
 

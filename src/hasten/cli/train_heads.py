@@ -18,7 +18,7 @@ from hasten.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hasten.bench.prompts import BenchPrompt
+    from hasten.bench.acceptance import Questions
     from hasten.llm import LLM
     from hasten.train.heads.recipe import HeadRecipe
     from hasten.train.heads.states import Tap
@@ -47,7 +47,7 @@ def batches_of_step(asked: int) -> int:
     return asked or processes.count()
 
 
-def questions(file: Path | None) -> list[BenchPrompt]:
+def questions(file: Path | None) -> Questions:
     """Those that a finished drafter is measured on; none where no file is named.
 
     Raises:
@@ -58,7 +58,7 @@ def questions(file: Path | None) -> list[BenchPrompt]:
     return [] if file is None else chosen(file)
 
 
-def measured(llm: LLM, method: str, asked: Sequence[BenchPrompt], quiet: bool) -> dict[str, Any]:
+def measured(llm: LLM, method: str, asked: Questions, quiet: bool) -> dict[str, Any]:
     """For a card, `spec_bench`: how a drafter fares with each category of questions; empty where there are none."""
     from hasten.bench.acceptance import acceptance
 
@@ -152,7 +152,7 @@ def conclude(
     slug: str,
     summary: Mapping[str, Any],
     dialogues: int,
-    asked: Sequence[BenchPrompt],
+    asked: Questions,
     json: bool,
 ) -> None:
     """Write what a run was into its card, and say where its heads are: the first of several processes does.

@@ -271,9 +271,9 @@ inline int64_t words_of(const Linear &weight) {
 struct Layer {
     const float *attention_norm, *query_norm, *key_norm, *mlp_norm;  // attention_norm may be null: its rows are not normed
     Linear qkv, out, gate_up, down;
-    Linear values;  // where those of `qkv` are of another format, and `qkv` ends before them; else without outputs
     int64_t window;  // a row at position p sees positions above p - window; 0: all
     const float *token_norm;  // where attention reads the normed embedding of the token beside a row, before the row; or null
+    Linear values;  // where those of `qkv` are of another format, and `qkv` ends before them; else without outputs
 };
 
 struct Model {

@@ -22,9 +22,10 @@ class LayerStruct(ctypes.Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, c_void_p) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, LinearStruct) for name in ("qkv", "out", "gate_up", "down", "values")),
+        *((name, LinearStruct) for name in ("qkv", "out", "gate_up", "down")),
         ("window", c_int64),
         ("token_norm", c_void_p),
+        ("values", LinearStruct),
     ]
 
 
