@@ -16,6 +16,7 @@ second and acceptance, with and without calibration (not with `--passes-only`).
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import time
@@ -101,6 +102,9 @@ def mirror(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], para
             clock = way.drafter.clock
             print(f"    {law(clock, rendezvous(way.drafter))}")
             steps[layer, width] = clock.step / max(1, clock.steps)
+            # Its process ends now, and not in the middle of a step of the next one.
+            del way
+            gc.collect()
         print("    foreseen by width: " + ", ".join(f"{k} {clock.hit_rate(k):.0%}" for k in range(1, width + 1)))
     layer, width = min(steps, key=steps.__getitem__)
     print(f"choice: mirror-sd:layer={layer},width={width} ({1000 * steps[layer, width]:.2f} ms per step)")
