@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from hypothesis import settings
 from transformers import PreTrainedModel
 
 from hasten import LLM
+from hasten.tasks import TASKS
 from helpers import random_model, save_checkpoint, save_diffusion_checkpoint
 
 # One thread: the models are tiny, and suites that run side by side must not wait for each other at barriers.
@@ -103,3 +104,20 @@ def diffusion_llm(diffusion_checkpoint: Callable[..., Path]) -> Callable[..., LL
 def llm(tiny: Path) -> LLM:
     """The model of that checkpoint, shared by all tests of engine, methods and conformance."""
     return LLM(tiny, dtype="float32")
+
+
+@pytest.fixture
+def only_tasks() -> Iterator[Callable[..., None]]:
+    """only_tasks("copy", "reverse"): while the test runs there are no others. Few are enough, and faster.
+
+    All come back in the order that they had, which is the order of what models are asked.
+    """
+    before = dict(TASKS)
+
+    def keep(*names: str) -> None:
+        for name in before.keys() - set(names):
+            del TASKS[name]
+
+    yield keep
+    TASKS.clear()
+    TASKS.update(before)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hasten.bench import scylla
-from hasten.tasks import TASKS
 from hasten.train import card
 from hasten.train.answers import FILE
 from hasten.train.data import Batch
@@ -19,10 +19,9 @@ from hasten.train.trainer import CHECKPOINT, Trainer
 
 
 @pytest.fixture
-def lists(monkeypatch: pytest.MonkeyPatch) -> None:
+def lists(only_tasks: Callable[..., None]) -> None:
     """Two tasks are enough."""
-    for name in TASKS.keys() - {"copy", "reverse"}:
-        monkeypatch.delitem(TASKS, name)
+    only_tasks("copy", "reverse")
 
 
 def test_distillation(hasten, lists: None, tmp_path: Path):

@@ -139,8 +139,7 @@ def test_sorted_training_makes_every_exit_a_drafter(folder: Path, pretrained: Pa
     plain = recipe(folder, SortedRecipe, leaves="1/2", base=str(pretrained))
     network, data = plain.begin(tmp_path)
     measured = plain.measure(network, load_model(resolve("tiny"), "float32", backend="torch"), data)
-    # 0.144 to 0.116 by itself, 0.147 to 0.123 behind other tests in one process: float sums of another order, it seems.
-    assert first > 1.15 * float(measured[0].overlap.mean())
+    assert first > 1.2 * float(measured[0].overlap.mean())
     assert float(measured[1].overlap.mean()) == pytest.approx(acceptance(pretrained), abs=1e-3)
     assert tokens_per_step(f"s2d:model={tmp_path / 'sorted'},confidence=0,length=4", folder) > 1.03
 
