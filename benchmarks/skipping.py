@@ -9,8 +9,8 @@ import argparse
 from itertools import islice
 
 from hasten import LLM, SamplingParams
+from hasten.bench.lane import engine_for
 from hasten.bench.suite import load_suite
-from hasten.engine import Engine
 from hasten.methods.skipping.ffn_skipllm import FfnSkipLlm, FfnSkipLlmParameters
 from hasten.tasks import prose_chunks
 
@@ -20,7 +20,7 @@ OPENING = 32
 
 def passed_by(llm: LLM, drafter: FfnSkipLlm, prompts: list[list[int]], params: SamplingParams) -> float:
     """The share of feed-forward layers that the answers' rows pass by."""
-    engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids, folder=llm.engine.target.folder)
+    engine = engine_for(llm)
     drafter.passed = drafter.rows = 0
     for prompt in prompts:
         engine.add(prompt, params, drafter)

@@ -21,11 +21,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from systems import quick
 
 from hasten import LLM, SamplingParams
+from hasten.bench.lane import engine_for
 from hasten.bench.suite import load_suite
 from hasten.cache import Cache
-from hasten.engine import Engine
 from hasten.engine.sampling.bans import Bans
 from hasten.methods.drafters.small_model import find_small_model
 from hasten.methods.systems.executors import Inline
@@ -99,7 +100,7 @@ def passes(model: Decoder, most: int) -> None:
     sequence = Cache(model.config.layers, model.cache_dtype, model.device).sequence()
     model.forward(Rows.of(sequence, [3] * 256, 0), ())
     sequence.commit(256)
-    plain = quick(lambda: model.forward(Rows.of(sequence, [3], 256)))
+    plain = timed(lambda: model.forward(Rows.of(sequence, [3], 256)))
     print(f"passes, 0 streams: {1000 * plain:.2f} ms")
     for count in range(1, most + 1):
         streams = Streams(torch.zeros(count, model.config.hidden_size), len(model.layers) // 2)
@@ -108,21 +109,21 @@ def passes(model: Decoder, most: int) -> None:
             said = streams.forward(model, Rows.of(sequence, [3] * read, 256), range(read), range(read))
             streams.logits(model, said.states[-1:])
 
-        one, all_of_them = quick(partial(say, 1)), quick(partial(say, 1 + count))
+        one, all_of_them = timed(partial(say, 1)), timed(partial(say, 1 + count))
         print(
             f"passes, {count} streams: {1000 * one:.2f} ms, with all guesses read {1000 * all_of_them:.2f} ms: "
             f"{all_of_them / plain:.2f} tokens per pass to pay"
         )
 
 
-def quick(call: Callable[[], object]) -> float:
-    """Seconds of a call: the tenth percentile of some, which leaves out what other processes took."""
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call, of some the quick ones."""
     times = []
     for _ in range(60):
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 10]
+    return quick(times)
 
 
 def anew(llm: LLM, options: argparse.Namespace, texts: Sequence[tuple[list[int], list[int]]], most: int) -> None:
@@ -147,7 +148,7 @@ def chains(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], most
     """Prints what chains behind candidates take."""
     outputs = []
     for streams in range(most + 1):
-        engine, spec = _engine(llm), _spec(options, streams, "inline")
+        engine, spec = engine_for(llm), _spec(options, streams, "inline")
         drafter = engine.drafter(spec)[1]
         assert isinstance(drafter, Mirror) and drafter.executor.rollouts is not None
         drafter.executor = waiting = Waiting(drafter.executor.rollouts)
@@ -167,7 +168,7 @@ def chains(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], most
 def steps(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], most: int) -> None:
     """Prints whole steps, with the drafter in its process."""
     for streams in range(most + 1):
-        engine, spec = _engine(llm), _spec(options, streams, "process")
+        engine, spec = engine_for(llm), _spec(options, streams, "process")
         tokens, started = 0, 0.0
         for number, prompt in enumerate([prompts[0], *prompts]):
             if number == 1:
@@ -181,10 +182,6 @@ def steps(llm: LLM, options: argparse.Namespace, prompts: list[list[int]], most:
         ms = {name: 1000 * getattr(clock, name) / clock.steps for name in ("rolling", "fallback", "waiting", "step")}
         terms = ", ".join(f"{name} {value:.2f}" for name, value in ms.items())
         print(f"steps, {streams} streams: {terms} ms, {tokens / seconds:.1f} tokens/s")
-
-
-def _engine(llm: LLM) -> Engine:
-    return Engine(llm.model, llm.tokenizer, llm.engine.end_ids, folder=llm.engine.target.folder)
 
 
 def _spec(options: argparse.Namespace, streams: int, executor: str) -> str:
@@ -208,7 +205,7 @@ def main() -> None:
     # The last core is the drafter's.
     torch.set_num_threads(max(1, cores() - 1))
     llm = LLM(options.model)
-    prompts = [llm.tokenizer(each.prompt)["input_ids"] for each in load_suite(options.suite, options.per_task)]
+    prompts = [llm.encode(each.prompt) for each in load_suite(options.suite, options.per_task)]
     checkpoint = find_small_model("mirror-sd", llm.engine.target, options.draft, "auto")
     model = checkpoint.load()
     assert isinstance(model, Decoder)

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from hasten import LLM, SamplingParams
+from hasten.bench.lane import engine_for
 from hasten.bench.suite import load_suite
 from hasten.cache import Cache
-from hasten.engine import Engine
 from hasten.methods.drafters.small_model import find_small_model
 from hasten.methods.systems.clock import Clock
 from hasten.methods.systems.easyspec import critical_path, groups
@@ -46,7 +46,7 @@ class Way:
     def __init__(
         self, llm: LLM, spec: str, prompts: list[list[int]], params: SamplingParams, drafter_core: int | None = None
     ) -> None:
-        engine = Engine(llm.model, llm.tokenizer, llm.engine.end_ids, folder=llm.engine.target.folder)
+        engine = engine_for(llm)
         self.drafter = engine.drafter(spec)[1]
         self.drafter.prepare()
         if drafter_core is not None:

@@ -161,11 +161,12 @@ class Auto(Several):
         batch = len(requests)
         context = sum(len(request.tokens) for request in requests) / batch
         choices = [_Choice(Draft(), self._plain) for _ in requests]
-        for candidate in self._in_turn(requests, context, batch):
+        costly = self._costly(context, batch)
+        for candidate in self._in_turn(costly, requests, context, batch):
             worth = [
                 index
                 for index, request in enumerate(requests)
-                if self._worth_asking(candidate, request, choices[index], context, batch)
+                if self._worth_asking(candidate, candidate in costly, request, choices[index], context, batch)
             ]
             if not worth:
                 continue
@@ -196,22 +197,28 @@ class Auto(Several):
         spent = choice.spent + choice.candidate.extra.value
         return self._plans.rate(batch + choice.tokens, batch + len(choice.draft), context, batch, spent)
 
-    def _in_turn(self, requests: Sequence[Request], context: float, batch: int) -> Sequence[Candidate]:
+    def _costly(self, context: float, batch: int) -> list[Candidate]:
+        """Drafters that are known to take so long that they are asked only where that is worth it."""
+        least = CHEAP * self._plans.seconds(batch, context, batch)
+        return [each for each in self.candidates if each.known and each.spent >= least]
+
+    def _in_turn(
+        self, costly: Sequence[Candidate], requests: Sequence[Request], context: float, batch: int
+    ) -> Sequence[Candidate]:
         """Candidates as they are asked: cheap and new ones in their order, then those that promise most.
 
         One that comes second is asked on top of what the first one took.
         """
-        costly = [each for each in self.candidates if each.known and self._is_costly(each, context, batch)]
         if len(costly) < 2:
             return self.candidates
-        promised = {
-            id(each): sum(self._promised(each, request, 0.0, context, batch) for request in requests) for each in costly
-        }
-        return sorted(self.candidates, key=lambda each: -promised.get(id(each), inf))
 
-    def _is_costly(self, candidate: Candidate, context: float, batch: int) -> bool:
-        """Whether a drafter is asked only where that is worth its time."""
-        return candidate.spent >= CHEAP * self._plans.seconds(batch, context, batch)
+        def promised(candidate: Candidate) -> float:
+            if candidate not in costly:
+                return inf
+            return sum(self._promised(candidate, request, 0.0, context, batch) for request in requests)
+
+        # Those that promise as much keep their order.
+        return sorted(self.candidates, key=promised, reverse=True)
 
     def _promised(self, candidate: Candidate, request: Request, spent: float, context: float, batch: int) -> float:
         """The batch's tokens per second if a drafter does what its record lets hope, so many seconds later."""
@@ -223,7 +230,9 @@ class Auto(Several):
             seconds += candidate.reading.value * len(request.tokens) / max(record.usual.asks, 1.0)
         return self._plans.rate(tokens, rows, context, batch, seconds)
 
-    def _worth_asking(self, candidate: Candidate, request: Request, best: _Choice, context: float, batch: int) -> bool:
+    def _worth_asking(
+        self, candidate: Candidate, costly: bool, request: Request, best: _Choice, context: float, batch: int
+    ) -> bool:
         """Whether a drafter is new, costs next to nothing, or promises more than the best draft at hand."""
         if best.draft.drawn:
             return False
@@ -234,7 +243,7 @@ class Auto(Several):
         lessons = candidate.learned(request.params.tenant)
         lessons.idle += 1
         record.retried = False
-        if candidate.known and self._is_costly(candidate, context, batch):
+        if costly:
             rate = self._promised(candidate, request, best.spent, context, batch)
             record.retried = rate <= self._rate(best, context, batch)
             if record.retried and lessons.idle <= lessons.patience:

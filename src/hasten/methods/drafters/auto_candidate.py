@@ -168,7 +168,7 @@ class Asked(NamedTuple):
     expected: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A drafter, or plain decoding, with what is known of it.
 

@@ -430,8 +430,8 @@ class SmallModelDrafter(Drafter):
         return self.drafted(rows, wanted) if drafted else self.committed(rows, wanted)
 
     def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        """The pass over nodes of drafts; see `Model.forward`."""
-        return self.model.forward(rows, wanted)
+        """The pass over nodes of drafts; see `Model.forward`. By default as tokens of the text are read."""
+        return self.committed(rows, wanted)
 
     def committed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
         """The pass over tokens of the text; see `Model.forward`."""

@@ -261,14 +261,8 @@ class Rollouts(SmallModelDrafter):
             tree.foresee(rows, logits[offset : offset + len(rows)])
             offset += len(rows)
 
-    def drafted(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        return self._passed(rows, wanted)
-
     def committed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        return self._passed(rows, wanted)
-
-    def _passed(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        """A pass, with the streams that are asked."""
+        """The pass over tokens of the text, and over nodes of drafts, with the streams that are asked."""
         if self._now is None or not wanted:
             return self.model.forward(rows, wanted)
         assert isinstance(self.model, Decoder)

@@ -28,7 +28,7 @@ from hasten.model.linear import StackedLinear
 from hasten.model.native.blocks import BlockLinear, stored_format
 from hasten.model.native.description import description, format_of
 from hasten.model.native.library import library, team
-from hasten.model.native.linear import LANES, PanelLinear, Panels
+from hasten.model.native.linear import LANES, BlockFormat, PanelLinear, Panels
 from hasten.model.native.rounding import Rounded
 from hasten.model.native.structs import (
     BatchStruct,
@@ -126,20 +126,20 @@ class NativeBackend:
         """See `hasten.model.decoder.Backend`. Weights stay as they are stored, unless they are to be rounded."""
         wanted, stored = self.head if source == HEAD else self.layers, piece.stored
         if (format := stored_format(stored)) is not None and wanted in (None, format):
-            return self._as_stored(stored, piece.bias)
+            return self._as_stored(format, stored, piece.bias)
         if wanted is not None:
             return BlockLinear.rounded(wanted, piece.weight, piece.bias, self.dtype)
         # Files of mixed types spend more on values than on queries and keys.
-        if source.name == "qkv" and len(stored) == 3 and stored_format(stored[:2]) and stored_format(stored[2:]):
-            above = sum(blocks.rows.shape[0] for blocks in stored[:2])
-            bias, rest = (None, None) if piece.bias is None else (piece.bias[:above], piece.bias[above:])
-            return StackedLinear([self._as_stored(stored[:2], bias), self._as_stored(stored[2:], rest)])
+        above, below = stored[:2], stored[2:]
+        mixed = stored_format(above), stored_format(below)
+        if source.name == "qkv" and len(stored) == 3 and mixed[0] is not None and mixed[1] is not None:
+            count = sum(blocks.rows.shape[0] for blocks in above)
+            bias, rest = (None, None) if piece.bias is None else (piece.bias[:count], piece.bias[count:])
+            return StackedLinear([self._as_stored(mixed[0], above, bias), self._as_stored(mixed[1], below, rest)])
         return PanelLinear(piece.weight, piece.bias, format_of(self.dtype))
 
-    def _as_stored(self, stored: Sequence[Blocks], bias: Tensor | None) -> BlockLinear:
-        """Of blocks of one format."""
-        format = stored_format(stored)
-        assert format is not None
+    def _as_stored(self, format: BlockFormat, stored: Sequence[Blocks], bias: Tensor | None) -> BlockLinear:
+        """Of blocks of that format, one matrix below the other."""
         return BlockLinear(format, torch.cat([blocks.rows for blocks in stored]), stored[0].inputs, bias, self.dtype)
 
     def forward(self, model: Decoder, rows: Rows, wanted: Sequence[int] | None, taps: Taps | None) -> Tensor:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def format_of(dtype: torch.dtype) -> Format:
+    """As which what is not in blocks is stored, of a model in that dtype."""
     return "float32" if dtype == torch.float32 else "bfloat16"
 
 
