@@ -45,8 +45,10 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = prod(shape) * dtype.itemsize
     with _lock:
         if size > len(_rest):
-            whole = on_large_pages(torch.empty(max(PIECE, -(-size // PAGE) * PAGE) + PAGE, dtype=torch.uint8))
-            _rest = whole[-whole.data_ptr() % PAGE :]
+            pages = max(PIECE, -(-size // PAGE) * PAGE)
+            whole = on_large_pages(torch.empty(pages + PAGE, dtype=torch.uint8))
+            start = -whole.data_ptr() % PAGE
+            _rest = whole[start : start + pages]
         place, _rest = _rest[:size], _rest[-(-size // LINE) * LINE :]
     return place.view(dtype).view(*shape)
 
