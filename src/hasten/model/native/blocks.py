@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, filled, interleave, nibbles
-from hasten.model.pages import room
 from hasten.model.native.rounding import BLOCK, Rounded, round_to_blocks, turn
+from hasten.model.pages import room
 from hasten.model.threads import on_one_thread
 from hasten.model.weights import Blocks
 

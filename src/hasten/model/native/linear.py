@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.model.native.library import library, team
-from hasten.model.pages import placed
 from hasten.model.native.structs import LinearStruct
+from hasten.model.pages import placed
 
 Format = Literal["float32", "bfloat16"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16")
