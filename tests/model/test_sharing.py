@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
 import torch
 from families import family
 from hypothesis import given
@@ -9,12 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.cache import Cache, SequenceCache
-from hasten.model import LayerConfig, Span
+from hasten.model import LayerConfig, Rows, Span, load_model, sharing
 from hasten.model.attention import additive
-from hasten.model.sharing import LEAST, attend_spans, levels
+from hasten.model.sharing import attend_spans, levels
 
 LAYERS = 2
+SLOTS = 64
+"""That spans must share, here."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_slots() -> Iterator[None]:
+    """Families are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "LEAST", SLOTS)
+        yield
 
 
 class Sequences:
@@ -116,10 +130,28 @@ def test_what_is_not_shared() -> None:
     """Too few slots, a sequence alone, and equal texts that were read apart."""
     made = Sequences(2, 1, 4, torch.float64)
     sequences = [made.cache.sequence() for _ in range(3)]
-    for sequence, count in zip(sequences, (LEAST - 1, LEAST, LEAST), strict=True):
+    for sequence, count in zip(sequences, (SLOTS - 1, SLOTS, SLOTS), strict=True):
         made.grow(sequence, count)
     forks = [*sequences, sequences[0].fork()]
     spans = [Span(sequence, number, number + 1) for number, sequence in enumerate(forks)]
     assert levels(spans, 0) == []
     (level,) = levels([*spans, Span(sequences[1].fork(), 4, 5)], 0)
-    assert (level.start, level.stop, level.spans) == (0, LEAST, (1, 4))
+    assert (level.start, level.stop, level.spans) == (0, SLOTS, (1, 4))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_logits_are_those_of_each_alone(architecture: str, make_checkpoint: Callable[..., Any]) -> None:
+    """Layers with windows share nothing."""
+    settings = {"sliding_window": 50} if architecture == "mistral" else {}
+    model = load_model(make_checkpoint(architecture, **settings).folder, "float64", "cpu", "torch")
+
+    def grow(sequence: SequenceCache, count: int) -> None:
+        tokens = [(sequence.length + 3 * place) % 97 for place in range(count)]
+        model.forward(Rows.of(sequence, tokens, sequence.length), ())
+        sequence.commit(count)
+
+    sequences = family(Cache(model.config.layers, model.cache_dtype, model.device), grow)
+    chains = [([5] * (1 + number % 3), sequence.length) for number, sequence in enumerate(sequences)]
+    alone = [model.forward(Rows.of(each, *chain)) for each, chain in zip(sequences, chains, strict=True)]
+    together = model.forward(Rows.of_several((each, *chain) for each, chain in zip(sequences, chains, strict=True)))
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)

@@ -17,8 +17,8 @@ from torch import Tensor
 from hasten.model.attention import Part, attend, kernel_for, merge
 from hasten.model.rows import Span, Storage
 
-LEAST = 64
-"""Slots that spans must share for a call of their own to pay."""
+LEAST = 256
+"""Slots that spans must share for a call of their own, and merging what it gives, to pay."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def attend_spans(
         stacked = torch.cat([queries[span.start : span.stop] for span in together])
         out, lse = attend(stacked, [part], kernel_for(queries.device))
         rows = [span.stop - span.start for span in together]
-        for number, *own in zip(level.spans, out.split(rows), lse.split(rows), strict=True):
-            found[number] = merge(*found[number], *own) if number in found else (own[0], own[1])
+        for number, *part_of in zip(level.spans, torch.split(out, rows), torch.split(lse, rows), strict=True):
+            found[number] = merge(*found[number], *part_of) if number in found else (part_of[0], part_of[1])
             behind[number] += level.stop - level.start
     outs = []
     for number, (span, mask) in enumerate(zip(spans, masks, strict=True)):

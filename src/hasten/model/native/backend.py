@@ -304,10 +304,10 @@ class _Elsewhere:
 
     def attend(self, layer: int) -> None:
         """Fill `mixed` for the spans that need it in this layer."""
-        turned = torch.split(self.qkv.view(len(self.qkv), sum(self._heads), -1), self._heads, 1)
+        queries, keys, values = torch.split(self.qkv.view(len(self.qkv), sum(self._heads), -1), self._heads, 1)
         for span, mask in self._spans:
             if span.sequence.memory(span.sequence.layout.group_of[layer]) is None:
-                self.mixed[span.start : span.stop] = attend_spans([span], [mask], layer, *turned)
+                self.mixed[span.start : span.stop] = attend_spans([span], [mask], layer, queries, keys, values)
 
 
 def runs(model: Decoder) -> bool:
