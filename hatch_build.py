@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -44,4 +45,14 @@ class NativeStep(BuildHookInterface):  # type: ignore[type-arg]
                 self.app.display_warning(f"hasten: {file.name} was not built; slower code does its work\n{done.stderr}")
                 continue
             build_data["artifacts"].append(str(target.relative_to(self.root)))
-            build_data["pure_python"], build_data["infer_tag"] = False, True
+            # The libraries know nothing of Python: one wheel serves all of its versions.
+            build_data["pure_python"], build_data["tag"] = False, f"py3-none-{platform(compiler)}"
+
+
+def platform(compiler: str) -> str:
+    """The tag of the machines that a compiler makes code for, which may be others than this one."""
+    own = sysconfig.get_platform()
+    if sys.platform == "linux":
+        machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=False).stdout
+        own = f"linux-{machine.partition('-')[0]}" if machine else own
+    return own.replace("-", "_").replace(".", "_")

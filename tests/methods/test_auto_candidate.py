@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from hasten.engine import Draft
 from hasten.methods.drafters.auto_candidate import (
     CREDIT,
     HOPE,
@@ -13,6 +17,7 @@ from hasten.methods.drafters.auto_candidate import (
     LONGEST_REST,
     MOST_CREDIT,
     TENANTS,
+    Asked,
     Candidate,
     Record,
     Typical,
@@ -103,3 +108,17 @@ def test_lessons_are_a_tenants_own_and_bounded():
     for number in range(TENANTS - 1):
         candidate.learned(str(number))
     assert len(candidate.lessons) == TENANTS and "one" not in candidate.lessons and "two" in candidate.lessons
+
+
+def test_a_draft_gains_what_pays_of_it():
+    """Nodes that are right but not worth their rows are nothing that a drafter is asked again for."""
+    draft = Draft([5, 6, 7], [-1, 0, 1])
+    request: Any = SimpleNamespace(id=3, params=SimpleNamespace(tenant=""))
+    gains = []
+    for nodes in ([], [0], [0, 1]):
+        candidate = Candidate()
+        candidate.records[3] = Record(Outcome(3.0, 1.0, 8.0), weight=1.0)
+        candidate.learn(request, Asked(draft, [0.9, 0.9, 0.9], nodes, 0.0), [5, 6, 7, 8], cost=0.1)
+        gains.append(candidate.records[3].gained)
+        assert candidate.records[3].accepted == 3
+    assert gains == [0, 1, 2]

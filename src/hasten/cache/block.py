@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hasten.model.layout import Group
+from hasten.model.pages import on_large_pages
 
 
 class Block:
@@ -27,9 +28,12 @@ class Block:
         sizes = [planes[0] * planes[1] * capacity * width for width in widths]
         # A block made inside of a forward pass is written outside of it, too.
         with torch.inference_mode(False):
-            memory = torch.split(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
+            memory = torch.empty(sum(sizes), dtype=dtype, device=device)
+            if device.type == "cpu":
+                on_large_pages(memory)
             self.keys, self.values = (
-                part.view(*planes, capacity, width) for part, width in zip(memory, widths, strict=True)
+                part.view(*planes, capacity, width)
+                for part, width in zip(torch.split(memory, sizes), widths, strict=True)
             )
             self.positions = torch.empty(capacity, dtype=torch.int64, device=device)
         self.addresses = self.keys.data_ptr(), self.values.data_ptr(), self.positions.data_ptr()

@@ -25,15 +25,29 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: beside the model, found there).")]
-Base = Annotated[str | None, typer.Option(help="A Llama to begin with, instead of a new one of the shape below.")]
-Hidden = Annotated[int, typer.Option(help="Width.")]
-Layers = Annotated[int, typer.Option(help="Depth.")]
-Heads = Annotated[int, typer.Option(help="Query heads.")]
-KVHeads = Annotated[int, typer.Option(help="Key/value heads.")]
-Ffn = Annotated[int, typer.Option(help="Width of the MLP.")]
 StreamCount = Annotated[int, typer.Option("--streams", help="Rows behind each token that guess further ones.")]
 LossName = Annotated[str, typer.Option("--loss", help="ce, kl, tvd, tvd++, tvd++sampled or tvd++uniform.")]
 CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A drafter's: as a command's default, an option each (`hasten.cli.groups`)."""
+
+    base: Annotated[str | None, typer.Option(help="A Llama to begin with, instead of a new one of the shape below.")]
+    hidden: Annotated[int, typer.Option(help="Width.")]
+    layers: Annotated[int, typer.Option(help="Depth.")]
+    heads: Annotated[int, typer.Option(help="Query heads.")]
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")]
+    ffn: Annotated[int, typer.Option(help="Width of the MLP.")]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every recipe is told of it."""
+        return {
+            "base": self.base or "", "hidden": self.hidden, "layers": self.layers, "attention_heads": self.heads,
+            "kv_heads": self.kv_heads, "ffn": self.ffn,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Distilling:
         """The target."""
         return options.Loading(backend=self.backend, threads=self.threads).load(model)
 
-    def settings(self, llm: LLM, base: str | None) -> dict[str, Any]:
+    def settings(self, llm: LLM, shape: Shape) -> dict[str, Any]:
         """What every recipe is told, but for the data.
 
         Raises:
@@ -68,11 +82,11 @@ class Distilling:
         """
         if not 0 < self.epochs < inf:
             raise UserError(f"epochs must be positive and finite, not {self.epochs}")
-        opening = self.opening if self.opening is not None else 0.0 if base else 0.5
+        opening = self.opening if self.opening is not None else 0.0 if shape.base else 0.5
         return {
             "tokens": 1, "batch_tokens": self.batch_tokens, "lr": self.lr, "seed": self.seed,
-            "parent": str(llm.folder), "words": self.words, "base": base or "", "opening": opening,
-            "precision": self.precision, "batches_per_step": batches_of_step(self.batches_per_step),
+            "parent": str(llm.folder), "words": self.words, "opening": opening, "precision": self.precision,
+            "batches_per_step": batches_of_step(self.batches_per_step), **shape.settings,
         }  # fmt: skip
 
     def train(self, llm: LLM, settings: AlignRecipe, data: Data, output: Path | None, suffix: str, method: str) -> None:
@@ -116,13 +130,8 @@ class Distilling:
 def align(
     model: options.Model = "smollm2",
     output: Output = None,
-    base: Base = None,
     loss: LossName = "tvd++",
-    hidden: Hidden = 288,
-    layers: Layers = 3,
-    heads: Heads = 6,
-    kv_heads: KVHeads = 3,
-    ffn: Ffn = 768,
+    shape: Shape = Shape(None, hidden=288, layers=3, heads=6, kv_heads=3, ffn=768),
     streams: StreamCount = 0,
     distilling: Distilling = Distilling(),
     data: Data = Data(),
@@ -137,8 +146,7 @@ def align(
     from hasten.train.drafters.align import AlignRecipe
     from hasten.train.drafters.streams import StreamedRecipe
 
-    shape = {"hidden": hidden, "layers": layers, "attention_heads": heads, "kv_heads": kv_heads, "ffn": ffn}
-    told = {**distilling.settings(llm, base), "distance": loss, **shape}
+    told = {**distilling.settings(llm, shape), "distance": loss}
     # Refuses what cannot be before anything is made.
     recipe = StreamedRecipe(**told, streams=streams) if streams else AlignRecipe(**told)
     distilling.train(llm, recipe, data, output, "draft", "draft-model")
@@ -149,14 +157,9 @@ def align(
 def s2d(
     model: options.Model = "smollm2",
     output: Output = None,
-    base: Base = None,
     exits: Annotated[str, typer.Option(help="Layers behind which it drafts; the last has all of them.")] = "2/4/6",
     loss: LossName = "kl",
-    hidden: Hidden = 256,
-    layers: Layers = 6,
-    heads: Heads = 4,
-    kv_heads: KVHeads = 2,
-    ffn: Ffn = 576,
+    shape: Shape = Shape(None, hidden=256, layers=6, heads=4, kv_heads=2, ffn=576),
     distilling: Distilling = Distilling(),
     data: Data = Data(),
 ) -> None:
@@ -168,8 +171,5 @@ def s2d(
 
     from hasten.train.drafters.sorted import SortedRecipe
 
-    recipe = SortedRecipe(
-        **distilling.settings(llm, base), distance=loss, leaves=exits, hidden=hidden, layers=layers,
-        attention_heads=heads, kv_heads=kv_heads, ffn=ffn,
-    )  # fmt: skip
+    recipe = SortedRecipe(**distilling.settings(llm, shape), distance=loss, leaves=exits)
     distilling.train(llm, recipe, data, output, "s2d", "s2d")

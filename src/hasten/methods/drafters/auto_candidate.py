@@ -252,10 +252,11 @@ class Candidate:
             promise for promise, verdict in zip(asked.promised, verdicts, strict=True) if verdict is not None
         )
         record.accepted = FADE * record.accepted + right
-        # Where all that is known was right, more was to come.
-        record.note(max(float(right), asked.expected) if right and None in verdicts else float(right))
+        # Of what pays only: the rest would have taken rows. Where all that is known was right, more was to come.
+        gained = float(sum(verdicts[node] is True for node in asked.nodes))
+        record.note(max(gained, asked.expected) if right and None in verdicts else gained)
         lessons = self.learned(request.params.tenant)
-        profit = sum(verdicts[node] is True for node in asked.nodes) - cost - OVERHEAD
+        profit = gained - cost - OVERHEAD
         lessons.calibration.observe(draft, verdicts)
         lessons.tried(profit, record.retried)
         record.settle(profit)

@@ -158,7 +158,9 @@ class ContextDrafter(HeadDrafter):
         self._take(request, start, torch.cat([taps[tap] for tap in self.taps], -1))
 
     def observe(self, request: Request, seen: Observation) -> None:
-        kept = [0, *(node + 1 for node in seen.path)]
+        path = [node + 1 for node in seen.path]
+        # As a slice where the first rows are kept: at most steps, and sooner.
+        kept = slice(len(path) + 1) if path == list(range(1, len(path) + 1)) else [0, *path]
         states = torch.cat([seen.taps[tap][kept] for tap in self.taps], -1)
         self._take(request, len(request.tokens) - len(seen.tokens) - 1, states)
         super().observe(request, seen)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hasten.errors import UserError
 from hasten.model.native.linear import LANES, BlockFormat, Panels, apart, codes_of, filled, interleave, nibbles
 from hasten.model.native.rounding import BLOCK, Rounded, round_to_blocks, turn
+from hasten.model.pages import room
 from hasten.model.threads import on_one_thread
 from hasten.model.weights import Blocks
 
@@ -178,7 +179,7 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor,
     place = 0
     for part in parts:
         if whole is None:
-            whole = part[0].new_empty(count, *part[0].shape[1:]), part[1].new_empty(count, *part[1].shape[1:])
+            whole = room((count, *part[0].shape[1:]), part[0].dtype), room((count, *part[1].shape[1:]), part[1].dtype)
         for all_, some in zip(whole, part, strict=True):
             all_[place : place + len(some)] = some
         place += len(part[0])

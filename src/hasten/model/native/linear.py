@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.model.native.library import library, team
 from hasten.model.native.structs import LinearStruct
+from hasten.model.pages import placed
 
 Format = Literal["float32", "bfloat16"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16")
@@ -106,7 +107,7 @@ class PanelLinear(Panels):
         padded = filled(weight.detach() if stored else weight.detach().float(), rows=2 * LANES)
         panels = interleave(padded, 1) if format == "float32" else interleave(padded.bfloat16(), 2)
         outputs, inputs = weight.shape
-        super().__init__(format, (outputs, inputs), weight.dtype, panels, None, bias)
+        super().__init__(format, (outputs, inputs), weight.dtype, placed(panels), None, bias)
 
     def dequant(self) -> Tensor:
         return apart(self.panels)[: self.out_features, : self.in_features].to(self.dtype).contiguous()
