@@ -28,6 +28,7 @@ FLOORS = [
     "conversation",
     "train",
     "bench",
+    "serve",
     "cli",
 ]
 """From the ground up. `__init__`, the face, and `__main__` stand on the roof."""

@@ -14,7 +14,22 @@ import typer
 from typer.core import TyperGroup
 
 from hasten import __version__
-from hasten.cli import bench, chat, doctor, generate, methods, models, pull, race, streams, sweep, train, tune, verify
+from hasten.cli import (
+    bench,
+    chat,
+    doctor,
+    generate,
+    methods,
+    models,
+    pull,
+    race,
+    serve,
+    streams,
+    sweep,
+    train,
+    tune,
+    verify,
+)  # fmt: skip
 from hasten.errors import Interrupted, Notice, UserError
 
 # Typer brings its own copy of Click; its usage errors are known by what a public one inherits from.
@@ -43,6 +58,7 @@ app = typer.Typer(
 app.command()(race.race)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(methods.methods)
 app.command()(pull.pull)
 app.command()(models.models)

@@ -53,8 +53,11 @@ class Loading:
     ] = "default"
     threads: Threads = 0
 
-    def load(self, model: str) -> LLM:
+    def load(self, model: str, **more: Any) -> LLM:
         """The model, with PyTorch's threads set.
+
+        Args:
+            more: arguments of `LLM` that are no options here.
 
         Raises:
             UserError: from loading, or a thread count that cannot be.
@@ -64,7 +67,7 @@ class Loading:
         _quieten()
         given = dict(vars(self))
         set_threads(given.pop("threads"))
-        return LLM(model, **given)
+        return LLM(model, **given, **more)
 
 
 @dataclass(frozen=True)
