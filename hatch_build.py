@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -38,13 +39,15 @@ class NativeStep(BuildHookInterface):  # type: ignore[type-arg]
             return
         for source, (name, *options) in SOURCES.items():
             file = Path(self.root) / source
-            target = file.with_name(name)
+            # A wheel may be of other machines than this one, whose libraries stay where they are.
+            target = file.with_name(name) if version == "editable" else Path(mkdtemp()) / name
             command = [compiler, *FLAGS, str(file), *options, "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 self.app.display_warning(f"hasten: {file.name} was not built; slower code does its work\n{done.stderr}")
                 continue
-            build_data["artifacts"].append(str(target.relative_to(self.root)))
+            if version != "editable":
+                build_data["force_include"][str(target)] = str(Path(source).relative_to("src").with_name(name))
             # The libraries know nothing of Python: one wheel serves all of its versions.
             build_data["pure_python"], build_data["tag"] = False, f"py3-none-{platform(compiler)}"
 

@@ -29,3 +29,12 @@ register_system(
     title="ParallelBench: what filling positions at once costs",
     command="hasten bench --model tiny-block --suite parallelbench-n15",
 )
+register_system(
+    "hydragen",
+    role="batching",
+    family="model",
+    exactness="lossless",
+    paper="2402.05099",
+    title="Hydragen: what requests begin with is read once for all of them",
+    command="hasten serve",
+)
