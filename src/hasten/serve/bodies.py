@@ -18,7 +18,7 @@ DEEPEST = 32
 """Levels of a JSON schema."""
 STRINGS, CHARACTERS = 64, 1024
 """How many strings may end a text or be banned, and how long each may be: all are looked for in every step."""
-WORDS = {"cache", "construction", "occurrence", "order", "retriever", "rule", "search", "sight", "site"}
+WORDS = {"cache", "construction", "occurrence", "order", "rule", "search", "site"}
 """Parameters of methods that clients may give as words; others of these name files, models, or work without bounds."""
 
 
