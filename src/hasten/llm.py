@@ -14,7 +14,7 @@ from hasten import generation_config, inputs
 from hasten.engine import Drafter, Engine, Job, Limits, Request, SamplingParams, Statistics, TokenLogprobs
 from hasten.engine.memory import parse_bytes
 from hasten.engine.prompt import Segment
-from hasten.engine.sampling.values import shown
+from hasten.engine.sampling.values import shown, text
 from hasten.engine.text import decode
 from hasten.engine.turn import Driver
 from hasten.errors import Notice, UserError
@@ -193,14 +193,19 @@ class LLM:
         """
         return list(self._one(prompt))  # type: ignore[arg-type]  # embeddings are not asked for here
 
-    def _tokenized(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special`: with those that the tokenizer adds."""
+    def tokenize(self, given: str, special: bool = True) -> list[int]:
+        """Token ids of a text; `special`: with those that the tokenizer adds.
+
+        Raises:
+            UserError: it is no Unicode text.
+        """
+        given = text("the text", given)
         with self._encoding:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            ids: list[int] = self.tokenizer(given, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
     def _prompts(self, given: Any) -> list[Ids]:
-        return inputs.prompts(given, self._tokenized, self.apply_chat_template)
+        return inputs.prompts(given, self.tokenize, self.apply_chat_template)
 
     def _one(self, given: Any) -> Ids:
         found = self._prompts(given)
@@ -224,7 +229,7 @@ class LLM:
         conversation = [with_text(message) for message in inputs.messages(messages)]
         if not self.templated:
             raise UserError(f"{self.folder} has no chat template: give a plain prompt instead")
-        return self._tokenized(render_chat(self.tokenizer, conversation), special=False)
+        return self.tokenize(render_chat(self.tokenizer, conversation), special=False)
 
     def generate(
         self,

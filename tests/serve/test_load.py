@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from hasten.serve.worker import Admission
+from hasten import LLM
+from hasten.serve.app import application
+from hasten.serve.metrics import Metrics
+from hasten.serve.routes import Service
+from hasten.serve.worker import Admission, Worker
 
 LONG = {"prompt": "Count: 1 2 3", "max_tokens": 900, "ignore_eos": True, "temperature": 0, "method": "plain"}
 
@@ -69,9 +74,53 @@ def test_a_burst_is_told_to_come_again(serving: Any) -> None:
 
 def test_tokens_of_prompts_are_limited(serving: Any) -> None:
     with serving(admission=Admission(tokens=50)) as server:
-        assert server.post("/v1/completions", prompt="word " * 60, max_tokens=2).status_code == 429
-        assert server.complete("12 + 45 =", max_tokens=2)["choices"]
+        # Alone it never fits: to come again is no use.
+        assert server.post("/v1/completions", prompt="word " * 60, max_tokens=2).status_code == 400
+        prompt = [5] * 30
+        with server.http.stream("POST", "/v1/completions", json={**LONG, "prompt": prompt, "stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            answer = server.post("/v1/completions", prompt=prompt, max_tokens=2)
+            assert answer.status_code == 429 and answer.headers["retry-after"]
         assert server.empty()
+        assert server.complete("12 + 45 =", max_tokens=2)["choices"]
+
+
+def test_choices_that_never_fit_are_refused(serving: Any) -> None:
+    with serving(admission=Admission(choices=3)) as server:
+        assert server.post("/v1/completions", prompt="x", n=4, max_tokens=2).status_code == 400
+        assert server.empty()
+
+
+def test_who_leaves_before_a_stream_begins_ends_the_work(offline: LLM) -> None:
+    """Too short a moment for a socket: the application is called as a server does."""
+    worker = Worker(offline, Admission())
+    app = application(Service(worker, Metrics(worker, "tiny"), "tiny", "plain"))
+    messages = iter([{"type": "http.request", "body": json.dumps({**LONG, "stream": True}).encode()}])
+    begun: list[Any] = []
+
+    async def receive() -> Any:
+        message = next(messages, None)
+        # It goes when the answer is there, and nothing of it is sent.
+        while message is None and not worker.choices:
+            await asyncio.sleep(0)
+        if message is None and not any(ticket.groups for ticket in worker._tickets.values()):
+            await asyncio.Event().wait()
+        return message or {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        begun.append(message)
+        await asyncio.Event().wait()
+
+    async def ask() -> None:
+        worker.start()
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+        worker.stop()
+
+    asyncio.run(ask())
+    assert worker.choices == worker.tokens == 0 and not offline.engine.busy
 
 
 def test_a_small_cache_makes_progress(serving: Any, offline: Any) -> None:

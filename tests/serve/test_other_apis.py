@@ -82,6 +82,7 @@ def test_responses_in_a_shape(server: Any) -> None:
         {"background": True},
         {"text": {"format": {"type": "json_schema"}}},
         {"maximum": 3},
+        {"max_output_tokens": 0},
     ],
 )
 def test_responses_that_cannot_be(server: Any, body: dict[str, Any]) -> None:

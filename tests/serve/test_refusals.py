@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hasten.engine.registry import decoders, find
+from hasten.errors import UserError
+from hasten.serve.bodies import WORDS
 
 QUESTION = [{"role": "user", "content": "12 + 45 ="}]
 
@@ -42,6 +47,12 @@ def refused(answer: Any, status: int, param: str | None = None) -> str:
         ({"method": "nothing"}, None),
         ({"method": "draft-model:model=/etc"}, "method"),
         ({"method": "eagle:head=/etc"}, "method"),
+        ({"method": "lud:file=README.md"}, "method"),
+        ({"method": "ngram+stand: tree = README.md"}, "method"),
+        ({"method": "vocabtrim:calibration=README.md"}, "method"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"stop": "x" * 1025}, "stop"),
+        ({"bad_words": ["x"] * 65}, "bad_words"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"structured_outputs": {"regex": "("}}, None),
         ({"prompt": []}, None),
@@ -58,6 +69,16 @@ def test_fields_that_cannot_be(server: Any, body: dict[str, Any], param: str | N
     assert server.empty()
 
 
+def test_words_that_clients_may_give_name_no_files() -> None:
+    """Each is one of a few that its method knows."""
+    named = {(slug, field.name) for slug, method in decoders().items() for field in fields(method.parameters)}
+    assert {name for _, name in named} >= WORDS
+    for slug, name in sorted(named):
+        if name in WORDS:
+            with pytest.raises(UserError):
+                find(slug).parameters(**{name: "README.md"})
+
+
 def test_other_models_tools_and_routes(server: Any) -> None:
     assert "tiny" in refused(server.post("/v1/completions", model="gpt-9", prompt="x"), 404, "model")
     tools = [{"type": "function", "function": {"name": "f"}}]
@@ -69,6 +90,8 @@ def test_other_models_tools_and_routes(server: Any) -> None:
     refused(server.http.get("/v1/completions"), 405)
     refused(server.http.get("/v1/models/nothing"), 404)
     refused(server.post("/tokenize"), 400)
+    half = {"content": '{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}}
+    refused(server.http.post("/tokenize", **half), 400)
     refused(server.post("/detokenize", tokens=[10**9]), 400, "tokens")
 
 

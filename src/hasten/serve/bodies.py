@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -15,8 +16,10 @@ from hasten.serve.errors import ApiError
 
 DEEPEST = 32
 """Levels of a JSON schema."""
-PATHS = {"model", "head", "store", "drafter"}
-"""Parameters of methods by which a client could have the server open files of its choice."""
+STRINGS, CHARACTERS = 64, 1024
+"""How many strings may end a text or be banned, and how long each may be: all are looked for in every step."""
+WORDS = {"cache", "construction", "occurrence", "order", "rule", "search", "site"}
+"""Parameters of methods that clients may give as words; others of these name files, models, or work without bounds."""
 
 
 class Body(BaseModel):
@@ -142,14 +145,14 @@ class Decoding(Body):
         if limit is not None:
             given["max_tokens"] = max(1, limit)
         if self.stop is not None:
-            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            given["stop"] = _few("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
         if self.logit_bias is not None:
             given["logit_bias"] = {**defaults.logit_bias, **self.logit_bias}
         return replace(
             defaults,
             **given,
             stop_token_ids=(*defaults.stop_token_ids, *(self.stop_token_ids or ())),
-            bad_words=(*defaults.bad_words, *(self.bad_words or ())),
+            bad_words=(*defaults.bad_words, *_few("bad_words", self.bad_words or ())),
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
             logprobs=self.reported(),
@@ -182,9 +185,10 @@ class Decoding(Body):
         """
         if self.method is None or self.method == default:
             return default
-        names = {part.partition("=")[0] for part in self.method.replace(":", ",").replace("+", ",").split(",")}
-        if names & PATHS or "/" in self.method or "\\" in self.method or "[" in self.method:
-            raise ApiError(400, "method must not name files: the server says which it has", "method")
+        for part in filter(None, re.split("[:,+]", self.method)):
+            name, _, value = part.partition("=")
+            if value and name.strip() not in WORDS and not _is_plain(value.strip()):
+                raise ApiError(400, f"method: {name.strip()} is for the server to say, as a file or model is", "method")
         return self.method
 
 
@@ -283,6 +287,26 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+def _is_plain(value: str) -> bool:
+    """Whether it is a number, or says yes or no."""
+    try:
+        float(value)
+    except ValueError:
+        return value.lower() in ("true", "false")
+    return True
+
+
+def _few(param: str, strings: Sequence[str]) -> tuple[str, ...]:
+    """Strings that can be looked for in every step.
+
+    Raises:
+        ApiError: too many, or one that is too long.
+    """
+    if len(strings) > STRINGS or any(len(each) > CHARACTERS for each in strings):
+        raise ApiError(400, f"{param} takes {STRINGS} strings of {CHARACTERS} characters each at most", param)
+    return tuple(strings)
 
 
 def _literally(text: str) -> str:

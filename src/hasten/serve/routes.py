@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from hasten.serve.answers import Answer, Event, token_text
 from hasten.serve.bodies import ChatBody, Decoding, DetokenizeBody, TextBody, TokenizeBody
@@ -116,8 +117,8 @@ def routes(service: Service) -> APIRouter:
         def ids() -> list[int]:
             if body.messages is not None:
                 return llm.apply_chat_template(body.messages)
-            found: list[int] = llm.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"]
-            return found
+            assert body.prompt is not None
+            return llm.tokenize(body.prompt, body.add_special_tokens)
 
         tokens = await asyncio.to_thread(ids)
         told = {"count": len(tokens), "max_model_len": llm.model.config.max_positions, "tokens": tokens}
@@ -181,8 +182,7 @@ async def _answer(
         raise ApiError(400, f"between 1 and {service.choices} choices over all prompts, not {choices}", "n")
     ticket = await _unless_gone(request, service.worker.submit(make, choices, body.constrained))
     if body.stream:
-        stream = _stream(service, ticket, answer)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return Stream(service, ticket, answer)
     try:
         await _unless_gone(request, _finished(service, ticket))
         return JSONResponse(answer.whole(ticket.groups))
@@ -191,8 +191,25 @@ async def _answer(
 
 
 def _end(service: Service, ticket: Ticket, answer: Answer) -> None:
-    ticket.close()
-    service.metrics.ended(ticket.groups, answer.counted(ticket.groups))
+    """Once, however often it is asked for."""
+    if not ticket.gone:
+        ticket.close()
+        service.metrics.ended(ticket.groups, answer.counted(ticket.groups))
+
+
+class Stream(StreamingResponse):
+    """An answer as events. It ends what it has begun, even where the client goes before the first one is made."""
+
+    def __init__(self, service: Service, ticket: Ticket, answer: Answer) -> None:
+        events = _stream(service, ticket, answer)
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._served = service, ticket, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _end(*self._served)
 
 
 async def _finished(service: Service, ticket: Ticket) -> None:

@@ -144,9 +144,10 @@ class Worker:
             constrained: whether it has a schema or a grammar to compile.
 
         Raises:
-            ApiError: too much is asked of the server at once, or this took too long.
+            ApiError: too much is asked of the server at once, or by this request alone, or this took too long.
             UserError: what is asked for cannot be.
         """
+        _fits("choices", choices, self.admission.choices)
         self._admit(self.choices + choices <= self.admission.choices)
         ticket = Ticket(self, choices)
         self.choices += choices
@@ -156,6 +157,7 @@ class Worker:
             async with asyncio.timeout(self.admission.seconds):
                 asked = await loop.run_in_executor(pool, make)
                 tokens = sum(map(len, asked.prompts))
+                _fits("tokens of prompts", tokens, self.admission.tokens)
                 self._admit(self.tokens + tokens <= self.admission.tokens)
                 self.tokens += tokens
                 ticket.charge(tokens)
@@ -234,3 +236,13 @@ class Worker:
             ticket = self._tickets.get(number)
             if ticket is not None:
                 ticket.news.set()
+
+
+def _fits(what: str, asked: int, limit: int) -> None:
+    """Refuse what never would: to come again is no use.
+
+    Raises:
+        ApiError: so much of one request.
+    """
+    if asked > limit:
+        raise ApiError(400, f"the request asks for {asked} {what}, and the server takes {limit} at once")
