@@ -19,6 +19,7 @@ class Waiter:
 
     left: int
     leader: Waiter | None = None
+    forerunner: Waiter | None = None
     started: bool = False
     drafter: Drafter = field(default_factory=Drafter)
 
@@ -83,6 +84,17 @@ def test_first_come_first_served():
     assert advance(made) == [(requests[2], 1), (requests[4], 4)]
     assert len(made) == 2
     made.remove(requests[0])  # harmless
+
+
+def test_successors_wait_for_their_forerunner():
+    first, other = Waiter(5), Waiter(3)
+    second = Waiter(9, forerunner=first)
+    made = scheduler(first, second, other, rows=4)
+    assert advance(made) == [(first, 4)]
+    assert made.successors(first) == [second] and made.successors(second) == []
+    assert advance(made) == [(first, 1), (other, 3)]
+    second.forerunner = None
+    assert advance(made) == [(first, 1), (other, 1), (second, 2)]
 
 
 def test_followers_wait_for_their_leader():

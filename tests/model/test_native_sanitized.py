@@ -82,15 +82,20 @@ def grow_trees(model, cache, scale):
         assert len(tree.tokens) <= root.nodes and all(parent < node for node, parent in enumerate(tree.parents))
 
 def step(model, cache, sound=True):
-    spans, tokens, positions, start = [], [], [], 0
-    for _ in range(random.randint(1, 4)):
-        sequence = cache.sequence()
+    spans, tokens, positions, start, family = [], [], [], 0, []
+    for _ in range(random.randint(1, 6)):
+        # Forks of what came before, perhaps cropped: these share tiles.
+        sequence = random.choice(family).fork() if family and random.random() < 0.5 else cache.sequence()
+        if random.random() < 0.3:
+            sequence.crop(random.randint(0, sequence.length))
         length = random.choice([0, 1, 15, 16, 17, 63, 64, 65, 130])
         if length:
-            model.forward(Rows.of(sequence, [3] * length, 0), [0])
+            model.forward(Rows.of(sequence, [3] * length, sequence.length), [0])
             sequence.commit(length)
             if random.random() < 0.3:
                 sequence = sequence.fork()
+        family.append(sequence)
+        length = sequence.length
         count = random.choice([1, 2, 7, 16, 33])
         mask = None
         if random.random() < 0.5:

@@ -135,6 +135,13 @@ class SequenceCache:
         group, window = self.groups[self.layout.group_of[layer]], self._cache.layers[layer].window
         return group.attend(self.layout.index_of[layer], queries, mask, window)
 
+    def attend_behind(
+        self, layer: int, queries: Tensor, mask: Tensor | Literal["all"] | None, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `hasten.model.rows.SequenceState`."""
+        group = self.groups[self.layout.group_of[layer]]
+        return group.attend_behind(self.layout.index_of[layer], queries, mask, slots)
+
     def state(self, layer: int) -> State | None:
         """See `hasten.model.rows.SequenceState`."""
         return self.states.get(layer)

@@ -69,6 +69,11 @@ class GroupCache(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """See `hasten.model.rows.SequenceState`; `window` is that of the layer which asks."""
 
+    def attend_behind(
+        self, layer: int, queries: Tensor, mask: Tensor | Literal["all"] | None, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `hasten.model.rows.SequenceState`; asked only where there is `memory`."""
+
     def memory(self) -> list[tuple[Block, int]] | None:
         """See `hasten.model.rows.SequenceState`."""
 
@@ -167,23 +172,36 @@ class SlotCache:
         """See `GroupCache`."""
         return attend(queries, self.parts(layer, mask, window), kernel_for(self._cache.device))
 
-    def parts(self, layer: int, mask: Tensor | Literal["all"] | None, window: int | None = None) -> list[Part]:
-        """What the rows of this pass attend to: committed blocks without a mask, then the rows themselves."""
+    def attend_behind(
+        self, layer: int, queries: Tensor, mask: Tensor | Literal["all"] | None, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `GroupCache`."""
+        return attend(queries, self.parts(layer, mask, behind=slots), kernel_for(self._cache.device))
+
+    def parts(
+        self, layer: int, mask: Tensor | Literal["all"] | None, window: int | None = None, behind: int = 0
+    ) -> list[Part]:
+        """What the rows of this pass attend to: committed blocks without a mask, then the rows themselves.
+
+        Args:
+            behind: so many of the first slots are left out, where there is no window.
+        """
         if window is not None:
             return self._windowed(layer, window, mask)
-        parts = [
-            Part(view.block.keys[layer][:, : view.length], view.block.values[layer][:, : view.length])
-            for view in self._views[:-1]
-            if view.length
-        ]
+        parts = []
+        for view in self._views[:-1]:
+            start, keys, values = min(behind, view.length), view.block.keys[layer], view.block.values[layer]
+            behind -= start
+            if start < view.length:
+                parts.append(Part(keys[:, start : view.length], values[:, start : view.length]))
         tail = self._views[-1]
         keys, values, stop = tail.block.keys[layer], tail.block.values[layer], tail.length + self.pending
         if self.pending == 1 or (self._rows == 1 and mask is None):
             # A single new row sees itself and everything before it: the whole tail is one part.
-            parts.append(Part(keys[:, :stop], values[:, :stop]))
+            parts.append(Part(keys[:, behind:stop], values[:, behind:stop]))
             return parts
-        if tail.length:
-            parts.append(Part(keys[:, : tail.length], values[:, : tail.length]))
+        if behind < tail.length:
+            parts.append(Part(keys[:, behind : tail.length], values[:, behind : tail.length]))
         own: Tensor | Literal["causal"] | None
         if mask is None:
             own = "causal" if self._rows == self.pending else self._causal()

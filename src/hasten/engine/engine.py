@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hasten.cache import Cache, Prefixes
+from hasten.engine.beginnings import Beginnings
 from hasten.engine.canvas.denoiser import Denoiser
 from hasten.engine.canvas.filling import Filling
 from hasten.engine.computing import Computed, approximated, compute, together
 from hasten.engine.context import EVERYTHING, ContextPolicy
 from hasten.engine.decoding import Answer
-from hasten.engine.drafting.approximation import Approximation
 from hasten.engine.drafting.draft import MAX_DRAFT
 from hasten.engine.drafting.drafter import Drafter
 from hasten.engine.drafting.speculation import Speculation
@@ -68,13 +68,14 @@ class Engine:
         prefix_bytes: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.end_ids = model, tokenizer, frozenset(end_ids)
-        self.scheduler = Scheduler(limits or Limits())
+        self.scheduler = Scheduler(limits or Limits(), lambda request: self._beginnings.find(request))
         self.cache = Cache(model.config.layers, model.cache_dtype, model.device, cache_bytes)
         self.prefixes = Prefixes(prefix_bytes)
         self.target = Target(model, tokenizer, folder, self.end_ids)
         self.ledger = Ledger()
         self._preparation = Preparation(self.target, self._methods_in_use)
         self._placement = Placement(self.scheduler, self.cache, self.prefixes)
+        self._beginnings = Beginnings(self.cache, self.prefixes, self.scheduler)
         self._next_id = 0
         self._turn = Turn()
 
@@ -151,8 +152,6 @@ class Engine:
             requests.append(request)
             if isinstance(drafter, Denoiser):
                 request.leader, request.decoding = None, Filling(request, drafter, config, self.end_ids)
-            elif request.leader is None:
-                self._recall(request)
             self.scheduler.add(request)
         try:
             for request in requests:
@@ -162,17 +161,6 @@ class Engine:
                 self._end(request, "abort")
             raise
         return requests
-
-    def _recall(self, request: Job) -> None:
-        """Begin a request behind what an earlier text has in common with its prompt."""
-        whole = request.context is EVERYTHING and not request.spans
-        seen = request.drafter.reads_whole or request.params.prompt_logprobs is not None
-        if not self.prefixes.limit_bytes or not whole or seen:
-            return
-        sequence = self.prefixes.fork(request.params.tenant, request.tokens)
-        if sequence is not None:
-            request.sequence = sequence
-            request.read = request.shown = request.statistics.recalled_rows = sequence.length
 
     def abort(self, request: Job) -> None:
         """End a request, at the latest after the step that another thread is taking; harmless if it has ended."""
@@ -261,6 +249,7 @@ class Engine:
                 progress += self._alone(request, self._decode, answer)
                 continue
             progress += self._alone(request, self._read, span, taps, answer)
+            self._beginnings.hand_on(request)
             if request.read == len(request.tokens) and request.finish_reason is None:
                 # Of the rows that are wanted, the last one is what the prompt leads to.
                 answer = answer._replace(logits=answer.logits[-1:], best=answer.best[-1:], finite=answer.finite[-1:])
@@ -408,8 +397,10 @@ class Engine:
             return
         heir = followers[0]
         heir.sequence, leader.sequence = leader.sequence, heir.sequence
-        heir.read, heir.shown, heir.leader = leader.read, leader.shown, None
+        heir.read, leader.read, heir.shown, heir.leader = leader.read, heir.read, leader.shown, None
         heir.prompt_logprobs = leader.prompt_logprobs
+        heir.forerunner, heir.common = leader.forerunner, leader.common
+        self._beginnings.enter(heir)
         for follower in followers[1:]:
             follower.leader = heir
 
@@ -449,18 +440,5 @@ class Engine:
             request.decoding.close()
             request.drafter.end(request)
         finally:
-            self._give_back(request)
+            self._beginnings.give_back(request)
             request.finished_at = time.perf_counter()
-
-    def _give_back(self, request: Job) -> None:
-        """Release a request's slots, or keep them for prompts that begin as its text."""
-        # What was left out, or never was a token, is no text to begin behind.
-        whole = request.context is EVERYTHING and not request.spans
-        if self.prefixes.limit_bytes and whole and isinstance(request.decoding, Speculation):
-            # The last draft may have been accepted beyond where the text was ended; what an approximation keeps of its
-            # own rows is not what the model would.
-            own = request.prompt_length if isinstance(request.drafter, Approximation) else len(request.tokens)
-            request.sequence.crop(min(request.read, own))
-            self.prefixes.keep(request.params.tenant, request.tokens[: min(request.read, own)], request.sequence)
-        else:
-            request.sequence.release()

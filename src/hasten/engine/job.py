@@ -18,8 +18,11 @@ class Job(Request):
         drafter: proposes for it, or fills its canvas.
         context: what is kept of it.
         decoding: how it comes to its tokens.
+        forerunner: another prompt's request, behind whose first `common` rows this one begins as soon as they are read.
     """
 
     drafter: Drafter
     context: ContextPolicy
     decoding: Decoding
+    forerunner: Job | None = None
+    common: int = 0

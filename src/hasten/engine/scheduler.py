@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,10 +43,14 @@ class Scheduled(NamedTuple):
 
 
 class Scheduler:
-    """Queues of requests; the engine asks for a plan per step."""
+    """Queues of requests; the engine asks for a plan per step.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    Args:
+        begin: called with each request that gets a place in the batch, for the first time or again.
+    """
+
+    def __init__(self, limits: Limits, begin: Callable[[Job], None] = lambda request: None) -> None:
+        self.limits, self._begin = limits, begin
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
 
@@ -69,13 +74,18 @@ class Scheduler:
         """Sibling choices that wait for a request to read the prompt, first come first."""
         return [request for request in (*self.running, *self.waiting) if request.leader is leader]
 
+    def successors(self, forerunner: Job) -> list[Job]:
+        """Requests that wait for one whose prompt begins as theirs do, first come first."""
+        return [request for request in self.running if request.forerunner is forerunner]
+
     def plan(self) -> list[Scheduled]:
-        """Requests of the next step with their rows; a request whose leader still reads the prompt waits."""
+        """Requests of the next step with their rows; one whose leader or forerunner still reads the prompt waits."""
         while self.waiting and len(self.running) < self.limits.sequences:
             if not self.waiting[0].drafter.admits(self.waiting[0]):
                 break
             self.running.append(self.waiting.popleft())
-        ready = [request for request in self.running if request.leader is None]
+            self._begin(self.running[-1])
+        ready = [request for request in self.running if request.leader is None and request.forerunner is None]
         backlogs = [(request, request.decoding.backlog(request)) for request in ready]
         decoding = [Scheduled(request, 0) for request, backlog in backlogs if not backlog]
         left = max(self.limits.rows - len(decoding), 1)

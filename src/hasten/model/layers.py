@@ -18,6 +18,7 @@ from hasten.model.attention import additive
 from hasten.model.config import LayerConfig
 from hasten.model.linear import Linear
 from hasten.model.rows import Span
+from hasten.model.sharing import Level, attend_spans, levels
 from hasten.model.taps import Taps
 
 
@@ -102,12 +103,22 @@ class Pass:
     taps: Taps | None
     beside: Tensor | None = None
     _angles: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _levels: dict[tuple[int, ...], list[Level]] = field(default_factory=dict)
 
     def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """`Rotary.angles` of the rows, computed once for all layers that share it."""
         if rotary not in self._angles:
             self._angles[rotary] = rotary.angles(self.positions, self.dtype)
         return self._angles[rotary]
+
+    def levels(self, layer: int) -> list[Level]:
+        """What the spans share of a layer's slots, found once for all layers whose slots are kept together."""
+        if len(self.spans) == 1:
+            return []
+        groups = tuple(span.sequence.layout.group_of[layer] for span in self.spans)
+        if groups not in self._levels:
+            self._levels[groups] = levels(self.spans, layer)
+        return self._levels[groups]
 
 
 class Mixer(Protocol):
@@ -173,27 +184,8 @@ class Attention:
         """Store keys and values, then attend: [rows, heads * value_width] before the output projection."""
         dtype = step.cache_dtype
         turned = queries.to(dtype), keys.to(dtype), values.to(dtype)
-        outs = [
-            attend_span(span, mask, layer, *(each[span.start : span.stop] for each in turned))
-            for span, mask in zip(step.spans, step.masks, strict=True)
-        ]
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(queries.dtype)
-
-
-def attend_span(
-    span: Span, mask: Tensor | Literal["all"] | None, layer: int, queries: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
-    """Store a span's keys and values, then attend.
-
-    Args:
-        mask: as `additive_mask` gives it.
-        queries, keys, values: of the span's rows, [rows, heads or kv_heads, width] in the cache's dtype.
-
-    Returns:
-        [rows, heads * value_width].
-    """
-    span.sequence.write(layer, keys.transpose(0, 1), values.transpose(0, 1))
-    return span.sequence.attend(layer, queries, mask)[0].flatten(1)
+        shared = step.levels(layer) if self.config.window is None else ()
+        return attend_spans(step.spans, step.masks, layer, *turned, shared).to(queries.dtype)
 
 
 def additive_mask(span: Span, dtype: torch.dtype) -> Tensor | Literal["all"] | None:

@@ -67,6 +67,11 @@ class SequenceState(Protocol):
             The output [rows, heads, value_width], and the log-sum-exp of the scores [rows, heads], base e.
         """
 
+    def attend_behind(
+        self, layer: int, queries: Tensor, mask: Tensor | Literal["all"] | None, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `attend`, less the first so many slots of `memory`, which somebody else attends to; without a window."""
+
     def memory(self, group: int) -> Sequence[tuple[Storage, int]] | None:
         """A group's slots where they are plain memory: blocks, and how many slots of each are committed.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from hasten.engine import Job
-from hasten.serve.answers import usage
+from hasten.serve.answers import Groups
 from hasten.serve.worker import Worker
 
 NAMES = "hasten", "vllm"
@@ -75,9 +75,12 @@ class Metrics:
         self._all = histogram("e2e_request_latency_seconds", "From arrival to the last token.")
         self._errors = Gauge("hasten:errors", "Answers with an error, by status.", ["status"], registry=self._registry)
 
-    def ended(self, groups: Sequence[Sequence[Job]], empty: bool = False) -> None:
-        """An answer is complete, or was given up."""
-        counted = usage(groups, empty)
+    def ended(self, groups: Groups, counted: Mapping[str, Any]) -> None:
+        """An answer is complete, or was given up.
+
+        Args:
+            counted: its tokens (`answers.usage`).
+        """
         self._add(self._prompt, counted["prompt_tokens"])
         self._add(self._output, counted["completion_tokens"])
         self._add(self._cached, counted["prompt_tokens_details"]["cached_tokens"])

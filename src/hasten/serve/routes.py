@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,16 +12,18 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from hasten.serve.answers import Answer, ChatAnswer, TextAnswer, figures, token_text, usage
+from hasten.serve.answers import Answer, Event, token_text
 from hasten.serve.bodies import ChatBody, Decoding, DetokenizeBody, TextBody, TokenizeBody
+from hasten.serve.completions import ChatAnswer, TextAnswer
 from hasten.serve.errors import ApiError, as_api_error
+from hasten.serve.messages import CountBody, Message, MessagesBody
 from hasten.serve.metrics import Metrics
+from hasten.serve.responses import ResponseAnswer, ResponsesBody
 from hasten.serve.worker import Asked, Ticket, Worker
 
 Result = TypeVar("Result")
 KEEP_ALIVE = 15.0
 """Seconds without a token after which a stream says that it is alive."""
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ def routes(service: Service) -> APIRouter:
     """All of them."""
     router, worker, llm = APIRouter(), service.worker, service.worker.llm
 
-    @router.post("/v1/chat/completions")
-    async def chat(request: Request, body: ChatBody) -> Response:
+    async def converse(body: ChatBody, answer: Answer, request: Request) -> Response:
         service.named(body.model)
         body.refuse()
 
@@ -68,8 +69,11 @@ def routes(service: Service) -> APIRouter:
             params = body.params(llm, tenant_of(request))
             return Asked([llm.apply_chat_template(body.messages)], params, body.specification(service.method))
 
-        answer = ChatAnswer(llm, service.model, body.return_token_ids)
         return await _answer(service, request, body, answer, make, 1)
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatBody) -> Response:
+        return await converse(body, ChatAnswer(llm, service.model, body), request)
 
     @router.post("/v1/completions")
     async def complete(request: Request, body: TextBody) -> Response:
@@ -80,8 +84,21 @@ def routes(service: Service) -> APIRouter:
             params = body.params(llm, tenant_of(request))
             return Asked([llm.encode(each) for each in body.prompts], params, body.specification(service.method))
 
-        answer = TextAnswer(llm, service.model, body.return_token_ids, body.echo)
-        return await _answer(service, request, body, answer, make, len(body.prompts), body.max_tokens == 0)
+        answer = TextAnswer(llm, service.model, body)
+        return await _answer(service, request, body, answer, make, len(body.prompts))
+
+    @router.post("/v1/messages")
+    async def messages(request: Request, body: MessagesBody) -> Response:
+        return await converse(body.chat(), Message(llm, service.model), request)
+
+    @router.post("/v1/messages/count_tokens")
+    async def count(body: CountBody) -> dict[str, int]:
+        service.named(body.model)
+        return {"input_tokens": len(await asyncio.to_thread(llm.apply_chat_template, body.conversation()))}
+
+    @router.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesBody) -> Response:
+        return await converse(body.chat(), ResponseAnswer(llm, service.model, body), request)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -156,7 +173,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _answer(
-    service: Service, request: Request, body: Decoding, answer: Answer, make: Any, prompts: int, empty: bool = False
+    service: Service, request: Request, body: Decoding, answer: Answer, make: Callable[[], Asked], prompts: int
 ) -> Response:
     """Let a request in, and answer it whole or as a stream."""
     choices = prompts * body.choices
@@ -164,14 +181,18 @@ async def _answer(
         raise ApiError(400, f"between 1 and {service.choices} choices over all prompts, not {choices}", "n")
     ticket = await _unless_gone(request, service.worker.submit(make, choices, body.constrained))
     if body.stream:
-        stream = _stream(service, ticket, answer, body, empty)
+        stream = _stream(service, ticket, answer)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     try:
         await _unless_gone(request, _finished(service, ticket))
-        return JSONResponse(answer.whole(ticket.groups, empty))
+        return JSONResponse(answer.whole(ticket.groups))
     finally:
-        ticket.close()
-        service.metrics.ended(ticket.groups, empty)
+        _end(service, ticket, answer)
+
+
+def _end(service: Service, ticket: Ticket, answer: Answer) -> None:
+    ticket.close()
+    service.metrics.ended(ticket.groups, answer.counted(ticket.groups))
 
 
 async def _finished(service: Service, ticket: Ticket) -> None:
@@ -187,42 +208,38 @@ def _late(service: Service) -> ApiError:
     return ApiError(408, f"the answer was not complete in {service.seconds:g} s", code="timeout")
 
 
-async def _stream(
-    service: Service, ticket: Ticket, answer: Answer, body: Decoding, empty: bool
-) -> AsyncIterator[bytes]:
+async def _stream(service: Service, ticket: Ticket, answer: Answer) -> AsyncIterator[bytes]:
     """The events of an answer; whoever stops listening ends it."""
-    options, size = body.stream_options, body.choices
-    until = time.monotonic() + service.seconds
+    until, groups = time.monotonic() + service.seconds, ticket.groups
     try:
         try:
-            for opened in answer.openings(ticket.groups):
-                yield _event(opened)
+            for event in answer.opened(groups):
+                yield _line(event)
             async for news in ticket.progress(KEEP_ALIVE):
                 if time.monotonic() > until:
                     raise _late(service)
                 if news is None:
                     yield b": alive\n\n"
                     continue
-                event = answer.event(news[0], size, news[1], empty)
-                if event is not None:
-                    if options is not None and options.include_usage:
-                        event["usage"] = usage(ticket.groups, empty) if options.continuous_usage_stats else None
-                    yield _event(event)
-            if options is not None and options.include_usage:
-                told = {"usage": usage(ticket.groups, empty), "hasten": figures(ticket.groups)}
-                yield _event({**answer.frame([], chunk=True), **told})
+                for event in answer.news(groups, *news):
+                    yield _line(event)
+            last = answer.closed(groups)
         except Exception as error:
             failed = as_api_error(error)
             service.metrics.failed(failed.status)
-            yield _event(failed.document)
-        yield DONE
+            last = answer.failed(failed)
+        for event in last:
+            yield _line(event)
     finally:
-        ticket.close()
-        service.metrics.ended(ticket.groups, empty)
+        _end(service, ticket, answer)
 
 
-def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(document) + b"\n\n"
+def _line(event: Event) -> bytes:
+    """An event as a stream has it."""
+    if event.document is None:
+        return b"data: [DONE]\n\n"
+    name = b"" if event.name is None else b"event: " + event.name.encode() + b"\n"
+    return name + b"data: " + msgspec.json.encode(event.document) + b"\n\n"
 
 
 class Gone(Exception):

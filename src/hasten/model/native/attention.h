@@ -1,7 +1,9 @@
 // Attention of the rows of a pass over the cache's own memory. Included once per instruction set.
 //
 // Each query sums over the slots that it sees in their order, so neither other rows nor slots that it does not see
-// (other branches of a tree) change a bit of its result.
+// (other branches of a tree) change a bit of its result. Nor does it matter who reads them with it: what several sequences
+// see of one block is read once for a tile of their queries (Hydragen, arXiv 2402.05099, section 3), in that same order, where the
+// paper merges the sums of a shared part and of an own one.
 
 namespace {
 namespace NAME {
@@ -126,113 +128,212 @@ inline void add(const float *values, int64_t d, int64_t count, int64_t queries, 
     for (; q < queries; ++q) add_to<1>(values, d, count, weights + q, out + q);
 }
 
-// Some rows of a span, and of each some heads that share a key head: at most TILE queries.
-struct Tile {
-    int64_t span, first, rows, head, heads;
+// Some rows of a span.
+struct Piece {
+    int64_t span, first, rows;
 };
+// So many pieces, those from `piece` on, and of each row some heads that share a key head: at most TILE queries.
+struct Tile {
+    int64_t piece, pieces, head, heads;
+};
+
+// Slots that spans must share for their rows to share tiles.
+constexpr int64_t LEAST_SHARED = 64;
+
+// An order of spans in which those that see the same slots stand side by side: what is in a block goes before what left it.
+inline bool before(const Slots &one, const Slots &other) {
+    return std::lexicographical_compare(
+        one.view, one.view + one.views, other.view, other.view + other.views,
+        [](const View &a, const View &b) { return a.keys != b.keys ? a.keys < b.keys : a.length > b.length; });
+}
+// How many slots two spans both see before each sees some of its own.
+inline int64_t shared(const Slots &one, const Slots &other) {
+    int64_t total = 0;
+    for (int64_t v = 0; v < std::min(one.views, other.views); ++v) {
+        const View &a = one.view[v], &b = other.view[v];
+        if (a.keys != b.keys) break;
+        total += std::min(a.length, b.length);
+        if (a.length != b.length) break;
+    }
+    return total;
+}
 
 class Attend {
   public:
-    // `qkv` is [rows of the pass][width], queries rotated; the result goes to `mixed.row(row) + head * d`.
-    void operator()(const Model &model, const Batch &batch, const Tile &tile, int64_t layer, const float *qkv, int64_t width,
-                    Inputs &mixed) {
-        const Span &span = batch.span[tile.span];
-        const int64_t d = model.head_dim, group = model.heads / model.kv_heads, kv_head = tile.head / group;
-        const int64_t queries = tile.rows * tile.heads, rows = tile.rows;
-        const int64_t room = (count_slots(span, layer) + WIDTH - 1) / WIDTH * WIDTH + WIDTH;
+    // `qkv` is [rows of the pass][width], queries rotated; the result goes to `mixed.row(row) + head * d`. Only the first
+    // `present` rows are there in this layer, and only spans whose slots are known here.
+    void operator()(const Model &model, const Batch &batch, const Piece *pieces, const Tile &tile, int64_t layer,
+                    int64_t present, const float *qkv, int64_t width, Inputs &mixed) {
+        const int64_t d = model.head_dim, heads = tile.heads;
         const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
-        span_ = &span;
         window_ = model.layer[layer].window;
-        first_ = tile.first;
         axes_ = batch.axes;
-        positions_ = batch.positions + span.start * axes_;
+        d_ = d;
+        const int64_t rows = gather(model, batch, pieces + tile.piece, tile, layer, present), queries = rows * heads;
+        const int64_t room = (most_slots() + WIDTH - 1) / WIDTH * WIDTH + WIDTH;
         float *scores = grown(scores_, queries * room);
         const float *query[TILE];
         float *score[TILE], *out[TILE], *next[TILE];
-        for (int64_t q = 0; q < queries; ++q) {
-            const int64_t row = span.start + tile.first + q / tile.heads, head = tile.head + q % tile.heads;
-            query[q] = qkv + row * width + head * d;
-            score[q] = next[q] = scores + q * room;
-            out[q] = mixed.row(row) + head * d;
-            std::fill(out[q], out[q] + d, 0.0f);
-        }
-        each_block(model, layer, kv_head, rows, [&](const float *keys, const float *, int64_t count, const uint32_t *seen) {
+        int64_t q = 0;
+        for (int64_t p = 0; p < members_; ++p)
+            for (int64_t i = 0; i < member_[p].rows * heads; ++i, ++q) {
+                const int64_t row = member_[p].span->start + member_[p].first + i / heads, head = tile.head + i % heads;
+                query[q] = qkv + row * width + head * d;
+                score[q] = next[q] = scores + q * room;
+                out[q] = mixed.row(row) + head * d;
+                std::fill(out[q], out[q] + d, 0.0f);
+            }
+        each_block([&](const float *keys, const float *, int64_t count, int64_t row, int64_t rows, const uint32_t *seen) {
+            const int64_t first = row * heads;
             Lanes found[TILE];
-            dots(query, queries, keys, count, d, found);
-            for (int64_t q = 0; q < queries; ++q) {
-                const uint32_t bits = seen[q / tile.heads];
-                found[q] = found[q] * scale;
+            dots(query + first, rows * heads, keys, count, d, found);
+            for (int64_t i = 0; i < rows * heads; ++i) {
+                const uint32_t bits = seen[i / heads];
+                float *&to = next[first + i];
+                found[i] = found[i] * scale;
                 if (bits & (bits + 1)) {
-                    for (uint32_t left = bits; left; left &= left - 1) *next[q]++ = found[q][__builtin_ctz(left)];
+                    for (uint32_t left = bits; left; left &= left - 1) *to++ = found[i][__builtin_ctz(left)];
                 } else {
-                    store(next[q], found[q]);
-                    next[q] += __builtin_popcount(bits);
+                    store(to, found[i]);
+                    to += __builtin_popcount(bits);
                 }
             }
         });
         float inverse[TILE];
         for (int64_t q = 0; q < queries; ++q) inverse[q] = 1.0f / weigh(score[q], next[q] - score[q]);
         std::copy(score, score + queries, next);
-        each_block(model, layer, kv_head, rows, [&](const float *, const float *values, int64_t count, const uint32_t *seen) {
+        each_block([&](const float *, const float *values, int64_t count, int64_t row, int64_t rows, const uint32_t *seen) {
             const uint32_t whole = (1u << count) - 1;
+            const int64_t first = row * heads;
             bool all = true;
-            for (int64_t row = 0; row < rows; ++row) all = all && seen[row] == whole;
+            for (int64_t i = 0; i < rows; ++i) all = all && seen[i] == whole;
             if (all) {
-                add(values, d, count, queries, next, out);
-                for (int64_t q = 0; q < queries; ++q) next[q] += count;
+                add(values, d, count, rows * heads, next + first, out + first);
+                for (int64_t q = first; q < first + rows * heads; ++q) next[q] += count;
                 return;
             }
-            for (int64_t row = 0; row < rows; ++row)
-                for (uint32_t left = seen[row]; left;) {
+            for (int64_t i = 0; i < rows; ++i)
+                for (uint32_t left = seen[i]; left;) {
                     const int64_t start = __builtin_ctz(left), run = __builtin_ctz(~(left >> start));
-                    const int64_t own = row * tile.heads;
-                    add(values + start * d, d, run, tile.heads, next + own, out + own);
-                    for (int64_t q = own; q < own + tile.heads; ++q) next[q] += run;
+                    const int64_t own = first + i * heads;
+                    add(values + start * d, d, run, heads, next + own, out + own);
+                    for (int64_t q = own; q < own + heads; ++q) next[q] += run;
                     left &= ~(((1u << run) - 1) << start);
                 }
         });
-        for (int64_t q = 0; q < queries; ++q) {
-            for (int64_t i = 0; i < d; ++i) out[q][i] *= inverse[q];
-            const int64_t row = span.start + tile.first + q / tile.heads;
-            if (mixed.direct()) mixed.put(row, (tile.head + q % tile.heads) * d, d);
-        }
+        q = 0;
+        for (int64_t p = 0; p < members_; ++p)
+            for (int64_t i = 0; i < member_[p].rows * heads; ++i, ++q) {
+                for (int64_t j = 0; j < d; ++j) out[q][j] *= inverse[q];
+                const int64_t row = member_[p].span->start + member_[p].first + i / heads;
+                if (mixed.direct()) mixed.put(row, (tile.head + i % heads) * d, d);
+            }
     }
 
   private:
-    static int64_t count_slots(const Span &span, int64_t layer) {
-        const Slots &slots = span.of(layer);
-        int64_t total = span.pending;
-        for (int64_t v = 0; v < slots.views; ++v) total += slots.view[v].length;
-        return total;
+    // Rows of one span in a tile: which of the span's and of the tile's they are, where in each view the slots of this layer
+    // and key head are, and the slot that comes next.
+    struct Member {
+        const Span *span;
+        const Slots *slots;
+        const int64_t *positions;
+        int64_t first, row, rows, plane, view, slot;
+        // The view that it is in, as far as others can see the same of it.
+        const View *committed() const {
+            return view < slots->views && slot < slots->view[view].length ? slots->view + view : nullptr;
+        }
+        void go_on(int64_t stop) {
+            slot = stop;
+            if (slot == slots->view[view].length && view + 1 < slots->views) ++view, slot = 0;
+        }
+    };
+    // Who is in a tile; returns how many rows they have.
+    int64_t gather(const Model &model, const Batch &batch, const Piece *pieces, const Tile &tile, int64_t layer, int64_t present) {
+        int64_t rows = 0;
+        members_ = 0;
+        for (int64_t p = 0; p < tile.pieces; ++p) {
+            const Piece &piece = pieces[p];
+            const Span &span = batch.span[piece.span];
+            const int64_t count = std::min(piece.rows, present - span.start - piece.first);
+            if (count <= 0 || span.of(layer).views == 0) continue;
+            const int64_t plane = span.index_of[layer] * model.kv_heads + tile.head / (model.heads / model.kv_heads);
+            member_[members_++] = {&span, &span.of(layer), batch.positions + span.start * axes_, piece.first, rows, count, plane, 0, 0};
+            rows += count;
+        }
+        return rows;
     }
-    // Calls `visit(keys, values, count, seen)` for every 16 slots of which some row sees some; `seen` has a bit per slot.
+    int64_t most_slots() const {
+        int64_t most = 0;
+        for (int64_t p = 0; p < members_; ++p) {
+            int64_t total = member_[p].span->pending;
+            for (int64_t v = 0; v < member_[p].slots->views; ++v) total += member_[p].slots->view[v].length;
+            most = std::max(most, total);
+        }
+        return most;
+    }
+    // Calls `visit(keys, values, count, row, rows, seen)` for every 16 slots of which some of these rows of the tile see some,
+    // and for each row in the order of its slots; `seen` has a bit per slot for each of them. Slots that several spans see
+    // come once for all of their rows.
     template <class Visit>
-    void each_block(const Model &model, int64_t layer, int64_t kv_head, int64_t rows, Visit visit) {
-        const int64_t d = model.head_dim;
-        const Slots &slots = span_->of(layer);
-        for (int64_t v = 0; v < slots.views; ++v) {
+    void each_block(Visit visit) {
+        for (int64_t p = 0; p < members_; ++p) member_[p].view = member_[p].slot = 0;
+        // What a row sees through a window depends on its position.
+        if (window_)
+            for (int64_t p = 0; p < members_; ++p) alone(member_[p], visit);
+        else
+            together(0, members_, visit);
+    }
+    // From where these members, who have seen the same, are.
+    template <class Visit>
+    void together(int64_t first, int64_t last, Visit &visit) {
+        for (int64_t from = first, to; from < last; from = to) {
+            const View *view = member_[from].committed();
+            int64_t stop = view ? view->length : 0;
+            for (to = from + 1; view && to < last; ++to) {
+                const View *other = member_[to].committed();
+                if (!other || other->keys != view->keys) break;
+                stop = std::min(stop, other->length);
+            }
+            if (to - from == 1) {
+                alone(member_[from], visit);
+                continue;
+            }
+            const int64_t row = member_[from].row, rows = member_[to - 1].row + member_[to - 1].rows - row;
+            for (int64_t slot = member_[from].slot; slot < stop; slot += WIDTH) {
+                const int64_t count = std::min(WIDTH, stop - slot), at = (member_[from].plane * view->capacity + slot) * d_;
+                uint32_t seen[TILE];
+                std::fill(seen, seen + rows, (1u << count) - 1);
+                visit(view->keys + at, view->values + at, count, row, rows, seen);
+            }
+            for (int64_t p = from; p < to; ++p) member_[p].go_on(stop);
+            together(from, to, visit);
+        }
+    }
+    template <class Visit>
+    void alone(const Member &member, Visit &visit) const {
+        const Slots &slots = *member.slots;
+        for (int64_t v = member.view, slot = member.slot; v < slots.views; ++v, slot = 0) {
             const View &view = slots.view[v];
-            const int64_t plane = (span_->index_of[layer] * model.kv_heads + kv_head) * view.capacity * d;
-            const float *keys = view.keys + plane, *values = view.values + plane;
-            const int64_t stop = view.length + (v + 1 == slots.views ? span_->pending : 0);
-            for (int64_t slot = 0; slot < stop; slot += WIDTH) {
-                const int64_t count = std::min(WIDTH, stop - slot);
+            const int64_t stop = view.length + (v + 1 == slots.views ? member.span->pending : 0);
+            for (; slot < stop; slot += WIDTH) {
+                const int64_t count = std::min(WIDTH, stop - slot), at = (member.plane * view.capacity + slot) * d_;
                 uint32_t seen[TILE], any = 0;
-                for (int64_t row = 0; row < rows; ++row) any |= seen[row] = bits_of(view, first_ + row, slot, count);
-                if (any) visit(keys + slot * d, values + slot * d, count, seen);
+                for (int64_t i = 0; i < member.rows; ++i) any |= seen[i] = bits_of(member, view, member.first + i, slot, count);
+                if (any) visit(view.keys + at, view.values + at, count, member.row, member.rows, seen);
             }
         }
     }
-    uint32_t bits_of(const View &view, int64_t row, int64_t slot, int64_t count) const {
+    uint32_t bits_of(const Member &member, const View &view, int64_t row, int64_t slot, int64_t count) const {
         if (slot + count <= view.length && !window_) return (1u << count) - 1;
-        const int64_t pending = span_->pending, own = pending - (span_->stop - span_->start) + row;
+        const Span &span = *member.span;
+        const int64_t pending = span.pending, own = pending - (span.stop - span.start) + row;
         // Up to its own slot.
-        if (!span_->mask && !window_) return (1u << std::clamp<int64_t>(view.length + own + 1 - slot, 0, count)) - 1;
+        if (!span.mask && !window_) return (1u << std::clamp<int64_t>(view.length + own + 1 - slot, 0, count)) - 1;
         uint32_t bits = 0;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t other = slot + i - view.length;
-            bool sees = other < 0 || (span_->mask ? span_->mask[row * pending + other] != 0 : other <= own);
-            if (window_) sees = sees && view.positions[slot + i] > positions_[row * axes_] - window_;
+            bool sees = other < 0 || (span.mask ? span.mask[row * pending + other] != 0 : other <= own);
+            if (window_) sees = sees && view.positions[slot + i] > member.positions[row * axes_] - window_;
             bits |= static_cast<uint32_t>(sees) << i;
         }
         return bits;
@@ -254,9 +355,8 @@ class Attend {
         return sum(total);
     }
 
-    const Span *span_ = nullptr;
-    const int64_t *positions_ = nullptr;
-    int64_t window_ = 0, first_ = 0, axes_ = 1;
+    Member member_[TILE];
+    int64_t members_ = 0, window_ = 0, axes_ = 1, d_ = 0;
     std::vector<float> scores_;
 };
 

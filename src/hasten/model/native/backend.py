@@ -18,12 +18,7 @@ from torch import Tensor
 from hasten.model.config import Slots
 from hasten.model.decoder import Decoder, compose
 from hasten.model.gate import Gate, compose_gated
-from hasten.model.layers import (
-    LONELY,
-    PairedLayer,
-    additive_mask,
-    attend_span,
-)
+from hasten.model.layers import LONELY, PairedLayer, additive_mask
 from hasten.model.linear import StackedLinear
 from hasten.model.native.blocks import BlockLinear, stored_format
 from hasten.model.native.description import description, format_of
@@ -41,6 +36,7 @@ from hasten.model.native.structs import (
     ViewStruct,
 )
 from hasten.model.rows import Rows, SequenceState, Span
+from hasten.model.sharing import attend_spans
 from hasten.model.taps import Site, Taps
 from hasten.model.weights import HEAD, Blocks, Piece, Source
 
@@ -308,10 +304,10 @@ class _Elsewhere:
 
     def attend(self, layer: int) -> None:
         """Fill `mixed` for the spans that need it in this layer."""
+        queries, keys, values = torch.split(self.qkv.view(len(self.qkv), sum(self._heads), -1), self._heads, 1)
         for span, mask in self._spans:
             if span.sequence.memory(span.sequence.layout.group_of[layer]) is None:
-                own = self.qkv[span.start : span.stop].view(span.stop - span.start, sum(self._heads), -1)
-                self.mixed[span.start : span.stop] = attend_span(span, mask, layer, *torch.split(own, self._heads, 1))
+                self.mixed[span.start : span.stop] = attend_spans([span], [mask], layer, queries, keys, values)
 
 
 def runs(model: Decoder) -> bool:

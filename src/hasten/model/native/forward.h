@@ -77,11 +77,59 @@ struct Buffers {
     std::vector<float> x, next, qkv, cosine, sine, fed, kept;
     // Of the rows that go through a feed-forward layer: which they are, and each row's place among them, or -1.
     std::vector<int64_t> fed_rows, place;
-    std::vector<int64_t> span_of;
+    std::vector<int64_t> span_of, order;
+    std::vector<Piece> pieces;
     std::vector<Tile> tiles;
     std::vector<Attend> attend;
     Inputs normed, valued, mixed, inner, last;
 };
+
+// Cuts the rows of a pass, by spans in an `order` of their own, into tiles: spans that share slots share tiles.
+inline void cut(const Model &model, const Team &team, const Batch &batch, std::vector<int64_t> &order,
+                std::vector<Piece> &pieces, std::vector<Tile> &tiles) {
+    const int64_t kv = model.kv_heads, group = model.heads / kv, wanted = 2 * team.most();
+    // Heads that share keys are computed together, unless some threads would have nothing to do.
+    const int64_t apart = std::min(group, (wanted + batch.rows * kv - 1) / (batch.rows * kv));
+    const int64_t together = std::min(TILE, (group + apart - 1) / apart), most = std::max<int64_t>(1, TILE / together);
+    auto slots = [&](int64_t i) -> const Slots & { return batch.span[order[i]].of(0); };
+    order.resize(batch.spans);
+    for (int64_t s = 0; s < batch.spans; ++s) order[s] = s;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return before(batch.span[a].of(0), batch.span[b].of(0)); });
+    pieces.clear();
+    tiles.clear();
+    for (int64_t first = 0, last; first < batch.spans; first = last) {
+        int64_t rows = batch.span[order[first]].stop - batch.span[order[first]].start;
+        for (last = first + 1; last < batch.spans && shared(slots(last - 1), slots(last)) >= LEAST_SHARED; ++last)
+            rows += batch.span[order[last]].stop - batch.span[order[last]].start;
+        const int64_t share = (wanted * rows + batch.rows * kv - 1) / (batch.rows * kv);
+        const int64_t parts = std::min(rows, std::max((rows + most - 1) / most, share));
+        const int64_t from = tiles.size();
+        for (int64_t part = 0, i = first, at = 0; part < parts; ++part) {
+            Tile tile{static_cast<int64_t>(pieces.size()), 0, 0, 0};
+            for (int64_t left = rows * (part + 1) / parts - rows * part / parts; left;) {
+                const int64_t span = order[i], own = batch.span[span].stop - batch.span[span].start;
+                const int64_t taken = std::min(left, own - at);
+                if (taken) pieces.push_back({span, at, taken}), ++tile.pieces;
+                left -= taken;
+                at += taken;
+                if (at == own) ++i, at = 0;
+            }
+            tiles.push_back(tile);
+        }
+        // Each of them for each key head, one after the other: what they share stays in the caches.
+        const std::vector<Tile> once(tiles.begin() + from, tiles.end());
+        tiles.resize(from);
+        for (int64_t head = 0, some; head < model.heads; head += some) {
+            some = std::min(together, group - head % group);
+            for (Tile tile : once) {
+                tile.head = head;
+                tile.heads = some;
+                tiles.push_back(tile);
+            }
+        }
+    }
+}
 
 // See `hasten_forward`.
 int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from) {
@@ -102,23 +150,11 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
         grown(of.fed, rows * hidden);
         grown(of.kept, rows * hidden);
     }
-    // Heads that share keys are computed together, unless some threads would have nothing to do.
-    const int64_t group = heads / kv, apart = std::min(group, (2 * team.most() + rows * kv - 1) / (rows * kv));
-    const int64_t together = std::min(TILE, (group + apart - 1) / apart), tile_rows = std::max<int64_t>(1, TILE / together);
     // How many rows there are in a layer.
     auto present = [&](int64_t layer) { return layer < batch.late_until ? rows - batch.late : rows; };
-    of.tiles.clear();
-    for (int64_t s = 0; s < batch.spans; ++s) {
-        const int64_t count = batch.span[s].stop - batch.span[s].start;
+    for (int64_t s = 0; s < batch.spans; ++s)
         std::fill(of.span_of.begin() + batch.span[s].start, of.span_of.begin() + batch.span[s].stop, s);
-        for (int64_t first = 0; first < count; first += tile_rows)
-            for (int64_t head = 0; head < heads; head += together) {
-                // Not beyond the heads of this key head.
-                const int64_t some = std::min(together, group - head % group);
-                of.tiles.push_back({s, first, std::min(tile_rows, count - first), head, some});
-                head -= together - some;
-            }
-    }
+    cut(model, team, batch, of.order, of.pieces, of.tiles);
 
     // The next layer with a span whose slots are unknown here, or where the pass is to pause.
     auto elsewhere = [&](int64_t s, int64_t layer) { return batch.span[s].of(layer).views == 0; };
@@ -232,9 +268,7 @@ int64_t forward(const Model &model, Team &team, const Batch &batch, int64_t from
             });
             team.barrier();
             deal(of.tiles.size(), [&](int64_t item) {
-                Tile tile = of.tiles[item];
-                tile.rows = std::min(tile.rows, rows - batch.span[tile.span].start - tile.first);
-                if (tile.rows > 0 && !elsewhere(tile.span, l)) of.attend[number](model, batch, tile, l, qkv, width, mixed);
+                of.attend[number](model, batch, of.pieces.data(), of.tiles[item], l, rows, qkv, width, mixed);
             });
         };
         auto open = [&](int64_t row) {
