@@ -10,6 +10,7 @@ are to fail, where drafts are rejected at all (`--suite`), and two of the three 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,9 @@ from unittest.mock import patch
 
 from hasten import LLM, SamplingParams
 from hasten.bench.suite import load_suite
+from hasten.engine import registry
+from hasten.engine.creation import is_lossless
+from hasten.errors import UserError
 from hasten.methods.batching import speculation
 from hasten.methods.batching.eqspec import eqspec
 from hasten.methods.batching.exspec import exspec
@@ -75,7 +79,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batches", default="1,2,4,8,16,32")
-    parser.add_argument("--methods", default="plain,ngram,draft-model,suffix")
+    parser.add_argument("--methods", default="plain,ngram,draft-model,suffix", help="or all: each lossless drafter")
     options = parser.parse_args()
     llm = LLM(options.model, dtype="float32")
     prompts = [llm.encode(each.prompt) for each in load_suite(options.suite, options.prompts)][: options.prompts]
@@ -108,7 +112,8 @@ def main() -> None:
 
         return run
 
-    ways = {f"engine: {method}": engine(method) for method in options.methods.split(",")}
+    methods = lossless(llm) if options.methods == "all" else options.methods.split(",")
+    ways = {f"engine: {method}": engine(method) for method in methods}
     ways |= {way.__name__: over_padding(way) for way in (eqspec, exspec, rollback)}
     ways |= {
         f"eqspec, {bug.__name__}": with_bug(bug)
@@ -119,6 +124,20 @@ def main() -> None:
     for name, way in ways.items():
         cells = [matches(way(batch), wanted) for batch in batches]
         print(f"{name:30}" + "".join(f"{exact:7.1f}/{partial:5.1f} " for exact, partial in cells), flush=True)
+
+
+def lossless(llm: LLM) -> list[str]:
+    """Each registered lossless drafter that the model can have."""
+    found = []
+    for slug, method in registry.methods().items():
+        if method.role == "drafter" and is_lossless(slug):
+            try:
+                llm.engine.drafter(slug)
+            except UserError as error:
+                print(f"{slug}: {error}", file=sys.stderr)
+                continue
+            found.append(slug)
+    return found
 
 
 def matches(got: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> tuple[float, float]:
