@@ -19,7 +19,7 @@ def test_options_and_routes_are_there(file: Path):
     text = file.read_text()
     served = CliRunner().invoke(app, ["serve", "--help"]).output
     routes = (DEPLOY.parent / "src/hasten/serve/routes.py").read_text()
-    lines = [line for line in text.splitlines() if re.search(r"hasten.*serve|args|^ *command|^CMD \\[", line)]
+    lines = [line for line in text.splitlines() if re.search(r"hasten.*serve|args:|^ *command|^CMD|^ENTRYPOINT", line)]
     options = set(re.findall(r"--[a-z][a-z-]+", " ".join(lines)))
     assert lines and options
     for option in options:
