@@ -34,6 +34,7 @@ def refused(answer: Any, status: int, param: str | None = None) -> str:
         ({"max_tokns": 3}, "max_tokns"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 300}, None),
+        ({"stop": 3}, "stop"),
         ({"top_p": 0}, None),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),

@@ -44,7 +44,8 @@ def application(
         yield
         service.worker.stop()
 
-    app = FastAPI(title="hasten", version=__version__, lifespan=lifespan)
+    # Its pages of documentation would have browsers fetch scripts from elsewhere.
+    app = FastAPI(title="hasten", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(routes(service))
 
     def failed(error: ApiError) -> Response:
@@ -64,7 +65,8 @@ def application(
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"]
         what = "is not known" if first["type"] == "extra_forbidden" else first["msg"]
-        return failed(ApiError(400, f"{'.'.join(place) or 'the body'}: {what}", ".".join(place) or None))
+        # Behind a field's name may stand which of its types was tried.
+        return failed(ApiError(400, f"{'.'.join(place) or 'the body'}: {what}", place[0] if place else None))
 
     @app.exception_handler(HTTPException)
     async def of_http(_: Request, error: HTTPException) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from hasten.serve.messages import CountBody, Message, MessagesBody
 from hasten.serve.metrics import Metrics
 from hasten.serve.responses import ResponseAnswer, ResponsesBody
 from hasten.serve.worker import Asked, Ticket, Worker
+
+log = logging.getLogger("hasten.serve")
 
 Result = TypeVar("Result")
 KEEP_ALIVE = 15.0
@@ -243,6 +246,8 @@ async def _stream(service: Service, ticket: Ticket, answer: Answer) -> AsyncIter
             last = answer.closed(groups)
         except Exception as error:
             failed = as_api_error(error)
+            if failed.status == 500:
+                log.error("a stream failed", exc_info=error)
             service.metrics.failed(failed.status)
             last = answer.failed(failed)
         for event in last:

@@ -164,9 +164,10 @@ class Worker:
                 await loop.run_in_executor(pool, self._add, ticket, asked)
         except TimeoutError:
             ticket.close()
-            raise ApiError(
-                400, f"the request was not ready in {self.admission.seconds:g} s: a simpler constraint may be"
-            ) from None
+            late = f"the request was not ready in {self.admission.seconds:g} s"
+            if constrained:
+                raise ApiError(400, f"{late}: a simpler constraint may be") from None
+            raise ApiError(503, f"{late}: others are before it", code="overloaded", retry_after=1) from None
         except BaseException:
             ticket.close()
             raise

@@ -35,6 +35,6 @@ register_system(
     family="model",
     exactness="lossless",
     paper="2402.05099",
-    title="Hydragen: what requests begin with is read once for all of them",
+    title="Hydragen: what requests share is read once for all",
     command="hasten serve",
 )
