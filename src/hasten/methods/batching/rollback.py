@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hasten.methods.batching.speculation import Batch, Pair, Text
+from hasten.methods.batching.speculation import Pair, Text, in_batches
 
 
 def rollback(pair: Pair, texts: Sequence[Text], drafted: int = 5, batch: int = 4) -> None:
     """As `eqspec`; what a row accepted beyond the others is drafted and verified again."""
-    for start in range(0, len(texts), batch):
-        rows = [text for text in texts[start : start + batch] if not text.done]
-        if not rows:
-            continue
-        together = Batch(pair, rows)
-        while together.texts:
-            news = together.round(drafted)
-            least = min(map(len, news))
-            together.append([new[:least] for new in news])
+
+    def kept(news: list[list[int]]) -> list[list[int]]:
+        least = min(map(len, news))
+        return [new[:least] for new in news]
+
+    in_batches(pair, texts, drafted, batch, kept)

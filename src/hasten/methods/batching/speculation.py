@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,6 +157,27 @@ class Batch:
         tokens = torch.tensor(columns, device=model.device)
         hidden = extend(model, cache, tokens, torch.ones_like(tokens, dtype=torch.bool))
         return model.logits(hidden.flatten(0, 1), None).view(*tokens.shape, -1)
+
+
+def in_batches(
+    pair: Pair,
+    texts: Sequence[Text],
+    drafted: int,
+    batch: int,
+    kept: Callable[[list[list[int]]], list[list[int]]] = lambda news: news,
+) -> None:
+    """Decode so many texts at a time, one batch after the other.
+
+    Args:
+        kept: of what the rows of a round may append, what they do.
+    """
+    for start in range(0, len(texts), batch):
+        rows = [text for text in texts[start : start + batch] if not text.done]
+        if not rows:
+            continue
+        together = Batch(pair, rows)
+        while together.texts:
+            together.append(kept(together.round(drafted)))
 
 
 def prefill(model: Decoder, texts: Sequence[Text]) -> PaddedCache:
