@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -42,6 +43,7 @@ def test_a_signal_lets_streams_end_and_then_the_server(number: int) -> None:
     [
         (["--port", "99999"], "port"),
         (["--queue", "0"], "queue"),
+        (["--api-key", ""], "api-key"),
         (["--method", "nothing"], "nothing"),
         (["--body-bytes", "much"], "body"),
         (["--host", "999.1.1.1", "--port", "0"], "999.1.1.1"),
@@ -51,3 +53,11 @@ def test_a_signal_lets_streams_end_and_then_the_server(number: int) -> None:
 def test_what_cannot_be_is_one_sentence(options: list[str], named: str) -> None:
     found = CliRunner().invoke(app, ["serve", *options])
     assert found.exit_code != 0 and named in str(found.exception)
+
+
+def test_an_address_that_is_taken_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = CliRunner().invoke(app, ["serve", "--method", "plain", "--port", str(port)])
+    assert f"127.0.0.1:{port}" in str(found.exception)
+    assert capfd.readouterr().err == ""

@@ -67,6 +67,9 @@ def serve(
         if not value > 0:
             raise UserError(f"{option} must be positive, not {value}")
 
+    if not all(api_key or ["any"]):
+        raise UserError("api-key must not be empty: anybody would have it")
+
     from hasten.engine import Limits
     from hasten.engine.memory import parse_bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,9 +66,9 @@ def serve(
         raise UserError(f"cannot read the certificate or its key: {error}") from error
     server = Server(config)
     try:
-        listening = config.bind_socket()
-    except SystemExit:
-        raise UserError(f"cannot listen on {host}:{port}: is another server there?") from None
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     address = listening.getsockname()
     scheme = "https" if config.is_ssl else "http"
 
