@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hasten.engine import Job
@@ -55,9 +55,11 @@ def token_text(llm: LLM, token: int) -> str:
     return str(llm.tokenizer.decode([token]))
 
 
-def finish(reason: str | None) -> str:
-    """As clients know it."""
-    return reason or "stop"
+def numbered(groups: Groups) -> Iterator[tuple[int, Job]]:
+    """All choices, and their numbers for clients: those of the first prompt come first."""
+    for number, group in enumerate(groups):
+        for job in group:
+            yield number * len(group) + job.choice, job
 
 
 def usage(groups: Groups, empty: bool = False) -> dict[str, Any]:

@@ -68,8 +68,8 @@ class StructuredOutputs(Body):
     json_object: bool = False
 
 
-class Decoding(Body):
-    """What both ways to ask have in common.
+class Asking(Body):
+    """What all of OpenAI's ways to ask have in common.
 
     `method` is hasten's own: a specification of `hasten methods`. Fields that change no token are taken and left alone.
     """
@@ -77,6 +77,19 @@ class Decoding(Body):
     model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
+    stream: bool = False
+    method: str | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class Decoding(Asking):
+    """What /v1/chat/completions and /v1/completions have in common."""
+
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -91,18 +104,10 @@ class Decoding(Body):
     bad_words: list[str] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
-    method: str | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     priority: int | None = None
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from hasten.engine import Job, TokenLogprobs
 from hasten.engine.request import Progress
 from hasten.llm import LLM
-from hasten.serve.answers import Answer, Event, Groups, figures, finish, token_text, usage
+from hasten.serve.answers import Answer, Event, Groups, figures, numbered, token_text, usage
 from hasten.serve.bodies import Decoding, StreamOptions, TextBody
 
 
@@ -54,15 +54,13 @@ class Completions(Answer):
 
     def whole(self, groups: Groups) -> dict[str, Any]:
         choices = []
-        for number, group in enumerate(groups):
-            for job in group:
-                text = "" if self.empty else self.llm.text_of(job)
-                choice = self.choice(job, text, [] if self.empty else job.logprobs)
-                if self.token_ids:
-                    choice["token_ids"] = [] if self.empty else job.output
-                    choice["prompt_token_ids"] = job.tokens[: job.prompt_length]
-                index = number * len(group) + job.choice
-                choices.append({"index": index, **choice, "finish_reason": finish(job.finish_reason)})
+        for index, job in numbered(groups):
+            text = "" if self.empty else self.llm.text_of(job)
+            choice = self.choice(job, text, [] if self.empty else job.logprobs)
+            if self.token_ids:
+                choice["token_ids"] = [] if self.empty else job.output
+                choice["prompt_token_ids"] = job.tokens[: job.prompt_length]
+            choices.append({"index": index, **choice, "finish_reason": job.finish_reason})
         return {**self.frame(choices, chunk=False), "usage": self.counted(groups), "hasten": figures(groups)}
 
     def counted(self, groups: Groups) -> dict[str, Any]:
@@ -70,12 +68,11 @@ class Completions(Answer):
 
     def opened(self, groups: Groups) -> list[Event]:
         events = []
-        for number, group in enumerate(groups):
-            for job in group:
-                opened = self.opening(job)
-                if opened is not None:
-                    choice = {"index": number * len(group) + job.choice, **opened, "finish_reason": None}
-                    events.append(Event(self.frame([choice], chunk=True)))
+        for index, job in numbered(groups):
+            opened = self.opening(job)
+            if opened is not None:
+                choice = {"index": index, **opened, "finish_reason": None}
+                events.append(Event(self.frame([choice], chunk=True)))
         return events
 
     def news(self, groups: Groups, number: int, step: Progress) -> list[Event]:
@@ -92,9 +89,8 @@ class Completions(Answer):
             choice["token_ids"] = tokens
             if not first:
                 choice["prompt_token_ids"] = job.tokens[: job.prompt_length]
-        reason = None if step.finish_reason is None else finish(step.finish_reason)
         index = number * len(groups[number]) + job.choice
-        event = self.frame([{"index": index, **choice, "finish_reason": reason}], chunk=True)
+        event = self.frame([{"index": index, **choice, "finish_reason": step.finish_reason}], chunk=True)
         if self.options.include_usage:
             event["usage"] = self.counted(groups) if self.options.continuous_usage_stats else None
         return [Event(event)]

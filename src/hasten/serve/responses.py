@@ -11,7 +11,7 @@ from pydantic import Field
 from hasten.engine.request import Progress
 from hasten.llm import LLM
 from hasten.serve.answers import Answer, Event, Groups, figures, usage
-from hasten.serve.bodies import Body, ChatBody, JsonSchema, ResponseFormat
+from hasten.serve.bodies import Asking, Body, ChatBody, JsonSchema, ResponseFormat
 from hasten.serve.errors import ApiError
 from hasten.serve.messages import text_of_parts
 
@@ -33,17 +33,13 @@ class TextOptions(Body):
     verbosity: str | None = None
 
 
-class ResponsesBody(Body):
-    """/v1/responses; `method` is hasten's own."""
+class ResponsesBody(Asking):
+    """/v1/responses."""
 
     input: str | list[dict[str, Any]]
-    model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: int | None = None
-    stream: bool = False
     stream_options: dict[str, Any] | None = None
     text: TextOptions | None = None
     tools: list[dict[str, Any]] | None = None
@@ -55,13 +51,6 @@ class ResponsesBody(Body):
     include: list[str] | None = None
     reasoning: dict[str, Any] | None = None
     truncation: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    method: str | None = None
 
     def chat(self) -> ChatBody:
         """The same as a conversation.

@@ -194,10 +194,9 @@ async def _answer(
 
 
 def _end(service: Service, ticket: Ticket, answer: Answer) -> None:
-    """Once, however often it is asked for."""
-    if not ticket.gone:
-        ticket.close()
-        service.metrics.ended(ticket.groups, answer.counted(ticket.groups))
+    """Give back what an answer held, and count it."""
+    ticket.close()
+    service.metrics.ended(ticket.groups, answer.counted(ticket.groups))
 
 
 class Stream(StreamingResponse):
@@ -229,31 +228,28 @@ def _late(service: Service) -> ApiError:
 
 
 async def _stream(service: Service, ticket: Ticket, answer: Answer) -> AsyncIterator[bytes]:
-    """The events of an answer; whoever stops listening ends it."""
+    """The events of an answer; `Stream` ends it."""
     until, groups = time.monotonic() + service.seconds, ticket.groups
     try:
-        try:
-            for event in answer.opened(groups):
-                yield _line(event)
-            async for news in ticket.progress(KEEP_ALIVE):
-                if time.monotonic() > until:
-                    raise _late(service)
-                if news is None:
-                    yield b": alive\n\n"
-                    continue
-                for event in answer.news(groups, *news):
-                    yield _line(event)
-            last = answer.closed(groups)
-        except Exception as error:
-            failed = as_api_error(error)
-            if failed.status == 500:
-                log.error("a stream failed", exc_info=error)
-            service.metrics.failed(failed.status)
-            last = answer.failed(failed)
-        for event in last:
+        for event in answer.opened(groups):
             yield _line(event)
-    finally:
-        _end(service, ticket, answer)
+        async for news in ticket.progress(KEEP_ALIVE):
+            if time.monotonic() > until:
+                raise _late(service)
+            if news is None:
+                yield b": alive\n\n"
+                continue
+            for event in answer.news(groups, *news):
+                yield _line(event)
+        last = answer.closed(groups)
+    except Exception as error:
+        failed = as_api_error(error)
+        if failed.status == 500:
+            log.error("a stream failed", exc_info=error)
+        service.metrics.failed(failed.status)
+        last = answer.failed(failed)
+    for event in last:
+        yield _line(event)
 
 
 def _line(event: Event) -> bytes:
